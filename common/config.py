@@ -1,0 +1,76 @@
+"""What both services need of configuration: its sections are frozen models, and errors in it are one line.
+
+The sources (a TOML file < environment `SHARED_ENCODER_…` < flags) are put together in `deploy.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from common.errors import UserError
+
+#: The broker that a fresh RabbitMQ on this machine offers.
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no changes after the start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BrokerConfig(Section):
+    """Where the broker is. A password is better in `password_file` or the environment than in the URL."""
+
+    url: SecretStr = SecretStr(DEFAULT_URL)
+    password_file: Path | None = None
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "shared-encoder"
+    connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    def resolved_url(self) -> str:
+        """The URL with the password from `password_file`, if there is one. Raises UserError."""
+        url = self.url.get_secret_value()
+        if self.password_file is None:
+            return url
+        try:
+            password = self.password_file.read_text().strip()
+        except OSError as error:
+            raise UserError(f"broker.password_file {self.password_file}: {error.strerror}") from None
+        parts = urlsplit(url)
+        user, host = parts.username or "guest", parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
+def explained(error: ValidationError, model: type[BaseModel], source: str) -> UserError:
+    """The first validation error in one line that names the key, and suggests one for a key that is unknown."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where)
+    if first["type"] != "extra_forbidden":
+        return UserError(f"{source}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}")
+    known = _keys_beside(model, where)
+    close = difflib.get_close_matches(where[-1], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+    return UserError(f"{source}: there is no setting {key!r}; {hint}")
+
+
+def _keys_beside(model: type[BaseModel], where: Sequence[str]) -> list[str]:
+    """The keys that are known in the table that holds `where`."""
+    current: Any = model
+    for part in where[:-1]:
+        annotation = (
+            current.model_fields[part].annotation if _is_model(current) and part in current.model_fields else None
+        )
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((candidate for candidate in candidates if _is_model(candidate)), current)
+    return sorted(current.model_fields)
+
+
+def _is_model(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

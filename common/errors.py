@@ -1,0 +1,70 @@
+"""What can go wrong, by what happens next.
+
+SharedEncoderError
+├── Poison             bytes that no retry mends: dead-lettered with the reason, the service goes on
+├── Refusal            a well-formed update or request that is not accepted: answered with the reason
+├── Transient          worth trying again
+│   ├── BrokerUnavailable   no connection, or no confirm in time
+│   └── PublishRejected     a bounded queue is full
+├── Unroutable         a mandatory publish that no queue took
+├── LockHeld           somebody else holds the name
+└── UserError          wrong configuration, missing file, no samples: one line, exit code 2
+    └── AccessRefused       wrong account or password, or no permission at the broker
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_BROKER = 3
+
+
+class SharedEncoderError(Exception):
+    """Root of every error that this system raises on purpose."""
+
+
+class Poison(SharedEncoderError):
+    """A message that can never be processed. `reason` is a short word that becomes the dead letter's routing key."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Refusal(SharedEncoderError):
+    """An update or a request that is understood and not accepted. `reason` is a short word that the node acts on."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Transient(SharedEncoderError):
+    """Worth trying again after a while."""
+
+
+class BrokerUnavailable(Transient):
+    """No connection to the broker, or no publisher confirm in time."""
+
+
+class PublishRejected(Transient):
+    """The broker refused a message because its queue is full (`reject-publish`)."""
+
+
+class Unroutable(SharedEncoderError):
+    """A mandatory publish matched no queue: the receiver has not declared its queue, or the key is wrong."""
+
+
+class LockHeld(SharedEncoderError):
+    """Another process holds the lock of this name at the broker."""
+
+
+class UserError(SharedEncoderError):
+    """Something that the user can mend; the text is one line that says what is wrong and how to mend it."""
+
+
+class AccessRefused(UserError):
+    """The broker does not accept the account, the password or the virtual host."""

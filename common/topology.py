@@ -1,0 +1,159 @@
+"""The exchanges, queues and bindings of one namespace, as data; brokers declare what stands here.
+
+Every exchange is a topic exchange, because RabbitMQ checks permissions on routing keys for those alone; the sender or
+the receiver is in the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MIB = 1 << 20
+
+#: The largest body that travels, bytes. RabbitMQ's own default limit is 16 MiB (4.x) or 128 MiB (3.x).
+MAX_BODY_BYTES = 15 * MIB
+
+QueueKind = Literal["quorum", "classic", "stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    name: str
+    kind: Literal["topic", "direct"] = "topic"
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A durable queue. Sizes in bytes, times in seconds; `None` leaves the broker's default."""
+
+    name: str
+    kind: QueueKind = "quorum"
+    max_bytes: int | None = None
+    overflow: Literal["reject-publish", "drop-head"] | None = None
+    expires: float | None = None
+    segment_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    exchange: str
+    queue: str
+    routing_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Declarations:
+    """A set of things to declare; declaring it again changes nothing."""
+
+    exchanges: tuple[Exchange, ...] = ()
+    queues: tuple[Queue, ...] = ()
+    bindings: tuple[Binding, ...] = ()
+
+    def __add__(self, other: Declarations) -> Declarations:
+        return Declarations(
+            self.exchanges + other.exchanges, self.queues + other.queues, self.bindings + other.bindings
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Names of everything at the broker, all below one namespace, so that several federations share a vhost."""
+
+    namespace: str = "shared-encoder"
+    chunk_queue_bytes: int = 2048 * MIB
+    inbox_expires: float = 7 * 24 * 3600.0
+    dead_letter_bytes: int = 256 * MIB
+    instruction: str = field(init=False)
+    rule: str = field(init=False)
+    receipt: str = field(init=False)
+    ack: str = field(init=False)
+    request: str = field(init=False)
+    update: str = field(init=False)
+    parameter: str = field(init=False)
+    dead_letters: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter"):
+            object.__setattr__(self, exchange, f"{self.namespace}.{exchange}")
+        object.__setattr__(self, "dead_letters", f"{self.namespace}.dead-letters")
+
+    @property
+    def master_inbox(self) -> str:
+        return f"{self.namespace}.master.inbox"
+
+    @property
+    def master_updates(self) -> str:
+        return f"{self.namespace}.master.updates"
+
+    @property
+    def master_lock(self) -> str:
+        return f"{self.namespace}.master.lock"
+
+    def node_inbox(self, node: str) -> str:
+        return f"{self.namespace}.node.{node}.inbox"
+
+    def node_lock(self, node: str) -> str:
+        return f"{self.namespace}.node.{node}.lock"
+
+    def chunk_queue(self, node: str) -> str:
+        return f"{self.namespace}.update.{node}"
+
+    def stream(self, encoder: str) -> str:
+        return f"{self.namespace}.parameters.{encoder}"
+
+    def exchanges(self) -> Declarations:
+        """The exchanges and the dead letters, which every party may declare."""
+        names = (self.instruction, self.rule, self.receipt, self.ack, self.request, self.update, self.parameter)
+        return Declarations(
+            exchanges=(*(Exchange(name) for name in names), Exchange(self.dead_letters)),
+            queues=(Queue(self.dead_letters, "classic", max_bytes=self.dead_letter_bytes, overflow="drop-head"),),
+            bindings=(Binding(self.dead_letters, self.dead_letters, "#"),),
+        )
+
+    def master(self) -> Declarations:
+        """What the master needs: its two FIFO queues. It also declares the exchanges."""
+        return self.exchanges() + Declarations(
+            queues=(Queue(self.master_inbox), Queue(self.master_updates)),
+            bindings=(
+                Binding(self.ack, self.master_inbox, "*"),
+                Binding(self.request, self.master_inbox, "*.*"),
+                Binding(self.update, self.master_updates, "*.ready"),
+            ),
+        )
+
+    def node(self, node: str, types: tuple[str, ...]) -> Declarations:
+        """What one node needs: its inbox, bound for its encoder types, and its chunk queue.
+
+        The chunk queue has no expiry: a queue that is published to while nobody consumes would be deleted.
+        """
+        inbox, chunks = self.node_inbox(node), self.chunk_queue(node)
+        return self.exchanges() + Declarations(
+            queues=(
+                Queue(inbox, expires=self.inbox_expires),
+                Queue(chunks, "classic", max_bytes=self.chunk_queue_bytes, overflow="reject-publish"),
+            ),
+            bindings=(
+                *(Binding(self.instruction, inbox, encoder_type) for encoder_type in types),
+                Binding(self.rule, inbox, node),
+                Binding(self.receipt, inbox, node),
+                Binding(self.update, chunks, f"{node}.chunk"),
+            ),
+        )
+
+    def observer(self, observer: str) -> Declarations:
+        """What `status` and `request` need: a short-lived inbox for answers."""
+        inbox = self.node_inbox(observer)
+        return self.exchanges() + Declarations(
+            queues=(Queue(inbox, "classic", expires=120.0),),
+            bindings=(Binding(self.receipt, inbox, observer),),
+        )
+
+    def parameters(self, encoder: str, version_bytes: int) -> Declarations:
+        """The stream of one encoder's target parameter sets: segments of about a version, at least four versions."""
+        segment = max(16 * MIB, version_bytes)
+        stream = self.stream(encoder)
+        return Declarations(
+            queues=(Queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
+            bindings=(Binding(self.parameter, stream, encoder),),
+        )
