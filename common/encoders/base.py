@@ -1,0 +1,86 @@
+"""What an encoder type is: how the shared encoder is built, and the private parts and the task around it.
+
+The master needs only `architecture`, `initial` and `export_shared`; the node fits its private parts to its own samples,
+builds the whole model and trains it. A type of your own is a class with these methods, registered as an entry point of
+the group `shared_encoder.encoder_types`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: Everything that the shared encoder's parameters depend on, as plain JSON; it travels in the instruction.
+Architecture = dict[str, Any]
+
+#: What the private parts depend on besides their tensors (a vocabulary, an image shape), as plain JSON; it never travels.
+PrivateSpec = dict[str, Any]
+
+Batch = dict[str, Tensor]
+
+#: A list of str for text, a uint8 array (N, H, W) or (N, H, W, C) for images.
+Samples = Sequence[Any]
+
+
+class EncoderModel(nn.Module, ABC):
+    """Private encoder + shared encoder + private decoder of one node, with its self-supervised task."""
+
+    @abstractmethod
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that travel, named and ordered exactly as `EncoderType.initial` gives them."""
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that never travel: all others (a tied weight appears once)."""
+        shared = {id(parameter) for parameter in self.shared_parameters().values()}
+        return {name: parameter for name, parameter in self.named_parameters() if id(parameter) not in shared}
+
+    @abstractmethod
+    def encode(self, samples: Samples) -> Any:
+        """Turn samples into the compact form (token ids, pixels) that `batch` draws from; done once per corpus."""
+
+    @abstractmethod
+    def batch(self, encoded: Any, size: int, generator: torch.Generator) -> Batch:
+        """Draw `size` samples at random and corrupt them; a function of the generator's state alone."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The self-supervised loss of a batch: a scalar, mean over the masked positions (nats for text)."""
+
+    @abstractmethod
+    def features(self, samples: Samples) -> Tensor:
+        """Frozen features of whole samples, float32 (n, d), on the CPU, for probes; no gradient."""
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Write stem + shared encoder + head so that transformers' Auto classes open it with no weight missing."""
+
+
+class EncoderType(Protocol):
+    """A kind of encoder: what samples it eats and how it is built."""
+
+    name: str
+
+    def architecture(self, overrides: Mapping[str, Any]) -> Architecture:
+        """The architecture with defaults filled in. Raises UserError that names a wrong key and suggests the right one."""
+
+    def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
+        """Architecture and shared tensors of an export or a Hugging Face directory, to continue from it."""
+
+    def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
+        """The shared encoder's float32 tensors at version 0, in layout order; the same for the same seed."""
+
+    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
+        """Fit what the private parts need besides tensors, from the owner's samples alone (train a tokenizer, see a shape)."""
+
+    def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
+        """The whole model with freshly initialised private parts. `seed` need not be equal across nodes."""
+
+    def export_shared(
+        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+    ) -> None:
+        """Write the shared encoder alone so that `AutoModel.from_pretrained(directory)` opens it; `card` is README.md."""

@@ -1,0 +1,98 @@
+"""What the encoder types on transformers' models have in common: seeded building, saving, loading, refusing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.utils import logging
+
+from common.errors import UserError
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers on the CPU follow from `seed` alone; outside, they go on undisturbed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and load reports: our caller says what is going on."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def save(model: nn.Module, directory: Path) -> None:
+    """Write config.json and model.safetensors, from whatever device the model is on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        model.save_pretrained(directory)  # type: ignore[operator]
+
+
+def read_config(directory: Path, model_type: str) -> dict[str, Any]:
+    """config.json of a Hugging Face directory as plain JSON. Raises UserError if it is missing or of another model."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; name an export or another Hugging Face directory of a {model_type}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON ({error}); export the encoder again") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != model_type:
+        raise UserError(f"{path} describes a {found!r} model; this encoder type continues from a {model_type!r} model")
+    return dict(config)
+
+
+def load_base_model(directory: Path) -> tuple[nn.Module, set[str]]:
+    """The bare encoder of a Hugging Face directory in float32, and the names of weights that the files do not hold.
+
+    Raises UserError if the files do not make a model.
+    """
+    try:
+        with quiet():
+            model, report = AutoModel.from_pretrained(
+                directory, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory} does not open as a model ({reason}); export or download it again") from error
+    return model, set(report["missing_keys"])
+
+
+def require(directory: Path, wanted: Mapping[str, Tensor], missing: set[str]) -> None:
+    """Raise UserError if a shared tensor is among the `missing` names."""
+    lost = sorted(set(wanted) & missing)
+    if lost:
+        raise UserError(
+            f"{directory} lacks {len(lost)} shared tensors, {lost[0]!r} the first; export or download it again"
+        )
+
+
+def fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into `parameters` of the same names and shapes. Raises ValueError if they differ."""
+    if list(parameters) != list(tensors):
+        raise ValueError(f"tensors {list(parameters)} were expected, {list(tensors)} came")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f"{name}: {tuple(parameter.shape)} was expected, {tuple(tensors[name].shape)} came")
+            parameter.copy_(tensors[name])
