@@ -1,0 +1,65 @@
+"""What the operator can set for the master."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.config import Section
+from common.messages import EncodingName, UpdateRule
+from master_service.entries import Settings, StopRule
+from master_service.rules.model import aggregation_rule
+
+
+class MasterConfig(Section):
+    """The master's own affairs. Paths are made if they are not there."""
+
+    state_dir: Path = Path("master-state")
+    export_dir: Path | None = None
+    presence_timeout_seconds: Annotated[float, Field(gt=0)] = 90.0
+    chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    encoding: EncodingName = "bfloat16"
+    exit_when_finished: bool = False
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+class EncoderConfig(Section):
+    """The encoder that this master makes when it starts (`get`), and how encoders are generated.
+
+    `generation`: fresh (from the type's architecture and `seed`) or continue (from `source`: an export or a Hugging
+    Face directory). `min_nodes`: training starts once that many nodes have accepted.
+    """
+
+    get: str | None = None
+    architecture: dict[str, Any] = Field(default_factory=dict)
+    generation: Literal["fresh", "continue"] = "fresh"
+    source: Path | None = None
+    seed: int = 0
+    min_nodes: Annotated[int, Field(ge=1)] = 1
+
+
+class RuleConfig(Section):
+    """The aggregation rule: a preset, and what differs from it."""
+
+    preset: str = "return-count"
+    weights: dict[str, Any] = Field(default_factory=dict)
+    buffer: dict[str, Any] = Field(default_factory=dict)
+    outer: dict[str, Any] = Field(default_factory=dict)
+    guards: dict[str, Any] = Field(default_factory=dict)
+
+
+def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule) -> Settings:
+    """What of the configuration decides, as it goes into the log. Raises UserError for an unknown preset or number."""
+    changes = rule.model_dump(exclude={"preset"}, exclude_defaults=True)
+    return Settings(
+        rule=aggregation_rule(rule.preset, changes),
+        update_rule=update,
+        stop=stop,
+        min_nodes=encoder.min_nodes,
+        generation=encoder.generation,
+        source=str(encoder.source) if encoder.source else None,
+        architecture=encoder.architecture,
+        seed=encoder.seed,
+    )

@@ -1,0 +1,504 @@
+"""The master's decisions as a fold over its message log: `handle(entry)` gives what is to be done.
+
+Pure: no clock (time is `entry.at`), no I/O, no randomness, no tensor. The same entries lead to the same state and the
+same effects, which is what recovery, replay and simulation rest on. What to do with one update stands in `verdicts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+from common.layout import Layout
+from common.messages import (
+    Answer,
+    Continue,
+    Fetch,
+    Finish,
+    Get,
+    Instruction,
+    InstructionAck,
+    Introduce,
+    Join,
+    Leave,
+    Notice,
+    Rule,
+    Stop,
+    UpdateManifest,
+)
+from master_service.effects import Broadcast, Conclude, Contribution, Effect, Generate, Publish, Refused, Send, Step
+from master_service.entries import (
+    Configured,
+    Entry,
+    Generated,
+    GenerationFailed,
+    Presence,
+    Started,
+    Tick,
+    Versioned,
+)
+from master_service.rules.buffer import is_ready
+from master_service.rules.weights import count_factor, norm_factor, sample_factor, staleness_factor
+from master_service.state import KEPT_NORMS, Buffered, EncoderState, Member, NodeState, State
+from master_service.stopping import observe_loss, progress, stop_reason
+from master_service.verdicts import accepted, introduced, refusal, refused, settle
+
+
+class Coordinator:
+    """The state and the one function that changes it."""
+
+    def __init__(self, state: State | None = None) -> None:
+        self.state = state or State()
+
+    def handle(self, entry: Entry) -> list[Effect]:
+        """Fold one entry into the state; the effects are to be carried out in order."""
+        body, at = entry.body, entry.at
+        match body:
+            case UpdateManifest():
+                return self._update(entry, body)
+            case Versioned():
+                return self._versioned(body, at)
+            case InstructionAck():
+                return self._ack(body, at)
+            case Join():
+                return self._join(body)
+            case Fetch():
+                return self._fetch(body, at)
+            case Leave():
+                return self._leave(body, at)
+            case Presence():
+                return self._presence(body, at)
+            case Get():
+                return self._get(entry, body)
+            case Continue():
+                return self._continue(body, at)
+            case Generated():
+                return self._generated(body, at)
+            case GenerationFailed():
+                return self._generation_failed(body)
+            case Stop():
+                return self._stop(body, at)
+            case Tick():
+                return [effect for encoder in self.state.encoders.values() for effect in self._advance(encoder, at)]
+            case Configured():
+                self.state.settings = body.settings
+                return []
+            case Started():
+                self.state.epoch = body.epoch
+                return []
+        raise AssertionError(f"a {body.kind} does not belong into the log")
+
+    def deadline(self) -> float | None:
+        """When a Tick is due, in `at` seconds; None if nothing waits for time to pass."""
+        settings, due = self.state.settings, []
+        for encoder in self.state.encoders.values():
+            if encoder.status != "running":
+                continue
+            if encoder.buffer:
+                due.append(encoder.buffer_since + settings.rule.buffer.grace_seconds)
+            if settings.stop.seconds is not None and encoder.started:
+                due.append(encoder.run_started_at + settings.stop.seconds)
+            if encoder.published_version < encoder.version:
+                due.append(encoder.published_at + settings.publish_every_seconds)
+        return min(due, default=None)
+
+    def wants_payload(self, manifest: UpdateManifest) -> bool:
+        """Whether the update's chunks must be fetched to decide on it; reads the state, changes nothing."""
+        encoder = self.state.encoders.get(manifest.encoder)
+        return refusal(encoder, manifest, None) is None and not self._known_update(encoder, manifest)
+
+    def restate(self, at: float) -> list[Effect]:
+        """What a master that starts again tells everybody: the newest versions and the running instructions."""
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            if encoder.status == "running":
+                effects += [self._publish(encoder, at), Broadcast(encoder.encoder_type, _instruction(encoder))]
+            elif encoder.status == "generating":
+                effects.append(self._generate(encoder))
+        return effects
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _get(self, entry: Entry, get: Get) -> list[Effect]:
+        """Join the encoder being trained, answer with the newest finished one, or start one."""
+        same = [
+            encoder
+            for encoder in self.state.encoders.values()
+            if encoder.encoder_type == get.encoder_type
+            and encoder.status != "failed"
+            and all(encoder.architecture.get(key) == value for key, value in get.architecture.items())
+        ]
+        running = next((encoder for encoder in same if encoder.status != "finished"), None)
+        if running is not None:
+            if running.status == "generating":
+                running.askers.append(get.sender)
+                return []
+            return [Send(get.sender, _answer(running))]
+        if same and not get.fresh:
+            return [self._publish(same[-1], entry.at), Send(get.sender, _answer(same[-1]))]
+        name = f"{get.encoder_type}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
+        encoder = EncoderState(
+            encoder=name,
+            encoder_type=get.encoder_type,
+            architecture={**self.state.settings.architecture, **get.architecture},
+            askers=[get.sender],
+        )
+        self.state.encoders[name] = encoder
+        return [self._generate(encoder)]
+
+    def _continue(self, request: Continue, at: float) -> list[Effect]:
+        """Train a known encoder further: another run, under the settings of now."""
+        encoder = self.state.encoders.get(request.encoder)
+        if encoder is None or encoder.status == "failed":
+            return [Send(request.sender, Answer(accepted=False, detail=f"no encoder {request.encoder} is known here"))]
+        if encoder.status != "finished":
+            return [Send(request.sender, _answer(encoder))]
+        encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
+        encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
+        encoder.best_loss, encoder.versions_without_gain = None, 0
+        for member in encoder.members.values():
+            member.accepted = False
+        return [
+            self._publish(encoder, at),
+            Broadcast(encoder.encoder_type, _instruction(encoder)),
+            Send(request.sender, _answer(encoder)),
+        ]
+
+    def _stop(self, stop: Stop, at: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            if stop.encoder in (None, encoder.encoder) and encoder.status == "running":
+                encoder.stop_requested = f"stopped by {stop.sender}"
+                effects += self._advance(encoder, at)
+        return effects
+
+    def _generate(self, encoder: EncoderState) -> Generate:
+        settings = self.state.settings
+        return Generate(
+            encoder.encoder,
+            encoder.encoder_type,
+            encoder.architecture,
+            settings.generation,
+            settings.source,
+            settings.seed,
+        )
+
+    def _generated(self, body: Generated, at: float) -> list[Effect]:
+        encoder = self.state.encoders[body.encoder]
+        encoder.status = "running"
+        encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
+        encoder.size, encoder.digest = Layout(body.layout).size, body.digest
+        askers, encoder.askers = encoder.askers, []
+        return [
+            self._publish(encoder, at),
+            Broadcast(encoder.encoder_type, _instruction(encoder)),
+            *(Send(asker, _answer(encoder)) for asker in askers),
+        ]
+
+    def _generation_failed(self, body: GenerationFailed) -> list[Effect]:
+        encoder = self.state.encoders[body.encoder]
+        encoder.status, encoder.reason = "failed", body.reason
+        answer = Answer(accepted=False, encoder=body.encoder, status="failed", detail=body.reason)
+        return [Send(asker, answer) for asker in encoder.askers]
+
+    # --- nodes come and go -------------------------------------------------------------------------------------------
+
+    def _join(self, join: Join) -> list[Effect]:
+        self.state.nodes[join.node] = NodeState(node=join.node, incarnation=join.incarnation, types=join.types)
+        return [
+            Send(join.node, _instruction(encoder))
+            for encoder in self.state.encoders.values()
+            if encoder.status == "running" and encoder.encoder_type in join.types
+        ]
+
+    def _ack(self, ack: InstructionAck, at: float) -> list[Effect]:
+        """A node is in, or refuses. Its returns are kept when it comes back under a new incarnation."""
+        encoder = self.state.encoders.get(ack.encoder)
+        if encoder is None or encoder.status != "running":
+            return []
+        known = self.state.nodes.get(ack.node)
+        if known is None or known.incarnation != ack.incarnation:
+            return [Send(ack.node, Introduce(node=ack.node))]
+        known.present = True
+        member = encoder.members.get(ack.node)
+        if not ack.accepted:
+            if member is not None:
+                member.accepted = False
+            return self._advance(encoder, at)
+        if member is None:
+            member = Member(node=ack.node, incarnation=ack.incarnation, samples=ack.samples)
+            encoder.members[ack.node] = member
+        elif member.incarnation != ack.incarnation:
+            member.incarnation, member.settled, member.settled_below = ack.incarnation, {}, 0
+        member.accepted, member.present, member.samples = True, True, ack.samples
+        if encoder.started:
+            return self._rules(encoder, [ack.node], at)
+        active = encoder.active()
+        if len(active) < self.state.settings.min_nodes:
+            return []
+        encoder.started, encoder.run_started_at = True, at
+        return self._rules(encoder, list(active), at)
+
+    def _rules(self, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
+        """Everybody starts from the current version."""
+        settings = self.state.settings
+        update_rule = settings.update_rule
+        if settings.rule.synchronous:
+            update_rule = update_rule.model_copy(update={"wait": True})
+        effects: list[Effect] = [self._publish(encoder, at)] if encoder.published_version < encoder.version else []
+        for node in nodes:
+            rule = Rule(
+                encoder=encoder.encoder,
+                node=node,
+                update_rule=update_rule,
+                version=encoder.version,
+                published_at=0.0,
+                progress=progress(encoder, settings.stop, at),
+            )
+            effects.append(Send(node, rule))
+        return effects
+
+    def _leave(self, leave: Leave, at: float) -> list[Effect]:
+        """A node goes: nobody waits for it any more. What it handed in stays; to come back it joins again."""
+        known = self.state.nodes.get(leave.node)
+        if known is None or known.incarnation != leave.incarnation:
+            return []
+        known.present = False
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            member = encoder.members.get(leave.node)
+            if member is not None and member.accepted:
+                member.accepted, member.waiting = False, False
+                effects += self._advance(encoder, at)
+        return effects
+
+    def _presence(self, presence: Presence, at: float) -> list[Effect]:
+        """A node vanished, or is back without having left: the rules count with it or not."""
+        known = self.state.nodes.get(presence.node)
+        if known is None:
+            return []
+        known.present = presence.present
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            member = encoder.members.get(presence.node)
+            if member is not None and member.present != presence.present:
+                member.present = presence.present
+                effects += self._advance(encoder, at)
+        return effects
+
+    def _fetch(self, fetch: Fetch, at: float) -> list[Effect]:
+        encoder = self.state.encoders.get(fetch.encoder)
+        if encoder is None or not encoder.layout:
+            return []
+        if encoder.status == "finished":
+            return [self._publish(encoder, at), Send(fetch.node, _finish(encoder))]
+        member = encoder.members.get(fetch.node)
+        if member is None:
+            return [Send(fetch.node, Introduce(node=fetch.node))]
+        if fetch.have_version >= encoder.version:
+            member.waiting = True
+            return []
+        return self._notify(encoder, [member], at)
+
+    # --- updates and versions ----------------------------------------------------------------------------------------
+
+    def _known_update(self, encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
+        member = encoder.members.get(manifest.node) if encoder else None
+        if encoder is None or member is None:
+            return False
+        key = (manifest.node, manifest.incarnation, manifest.sequence)
+        return (
+            manifest.sequence < member.settled_below
+            or manifest.sequence in member.settled
+            or any((item.node, item.incarnation, item.sequence) == key for item in encoder.buffer)
+        )
+
+    def _update(self, entry: Entry, manifest: UpdateManifest) -> list[Effect]:
+        encoder = self.state.encoders.get(manifest.encoder)
+        if encoder is not None and self._known_update(encoder, manifest):
+            return self._duplicate(encoder, manifest)
+        problem = refusal(encoder, manifest, entry.facts)
+        if problem is None and encoder is not None:
+            staleness = encoder.version - manifest.base_version
+            if staleness > self.state.settings.rule.guards.max_staleness:
+                problem = (
+                    "stale",
+                    f"{staleness} versions old, at most {self.state.settings.rule.guards.max_staleness}",
+                )
+        dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
+        if problem is not None or encoder is None or entry.facts is None or entry.payload is None:
+            reason, detail = problem or ("payload", "the update came without its payload")
+            receipt = refused(encoder, manifest, reason, detail)
+            effects: list[Effect] = [*dropped, Send(manifest.node, receipt)]
+            if introduced(encoder, manifest) is not None and encoder is not None:
+                member = encoder.members[manifest.node]
+                member.refused += 1
+                settle(member, receipt)
+                if encoder.status == "finished":
+                    effects.append(Send(manifest.node, _finish(encoder)))
+                elif manifest.base_version < encoder.version:
+                    effects += self._notify(encoder, [member], entry.at)
+            elif reason == "unknown-node":
+                effects.append(Send(manifest.node, Introduce(node=manifest.node)))
+            return effects
+        member = encoder.members[manifest.node]
+        if not encoder.buffer:
+            encoder.buffer_since = entry.at
+        encoder.buffer.append(
+            Buffered(
+                node=manifest.node,
+                incarnation=manifest.incarnation,
+                sequence=manifest.sequence,
+                digest=manifest.digest,
+                payload=entry.payload,
+                encoding=manifest.encoding,
+                base_version=manifest.base_version,
+                samples=manifest.samples,
+                norm=entry.facts.norm,
+                loss=manifest.loss,
+            )
+        )
+        encoder.updates += 1
+        member.returns += 1
+        member.steps += manifest.steps
+        member.samples_seen += manifest.samples
+        member.seconds += manifest.seconds
+        member.payload_bytes += manifest.size
+        member.loss, member.version = manifest.loss, manifest.base_version
+        member.waiting = member.waiting or manifest.wants_version
+        return self._advance(encoder, entry.at)
+
+    def _duplicate(self, encoder: EncoderState, manifest: UpdateManifest) -> list[Effect]:
+        """Settled once is settled: the stored receipt again; the same id with other bytes is a conflict."""
+        member = encoder.members[manifest.node]
+        member.duplicates += 1
+        stored = member.settled.get(manifest.sequence)
+        if stored is not None and stored.digest == manifest.digest:
+            return [Send(manifest.node, stored)]
+        pending = next(
+            (item for item in encoder.buffer if (item.node, item.sequence) == (manifest.node, manifest.sequence)), None
+        )
+        if pending is not None and pending.digest == manifest.digest:
+            return []
+        detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
+        return [Send(manifest.node, refused(encoder, manifest, "conflict", detail))]
+
+    def _advance(self, encoder: EncoderState, at: float) -> list[Effect]:
+        """Step if the buffer is ready or has waited its grace time; finish if the stop rule holds."""
+        settings = self.state.settings
+        if encoder.status != "running":
+            return []
+        ending = stop_reason(encoder, settings.stop, at)
+        waiting = [item.node for item in encoder.buffer]
+        # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
+        grace_over = bool(waiting) and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
+        if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), settings.rule.buffer)):
+            return self._step(encoder)
+        if ending:
+            return self._finish(encoder, ending, at)
+        if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
+            return [self._publish(encoder, at)]
+        return []
+
+    def _step(self, encoder: EncoderState) -> list[Effect]:
+        """Weigh the buffer as a whole, now that the counts of all of it are known, and answer its updates."""
+        rule = self.state.settings.rule
+        items, encoder.buffer = encoder.buffer, []
+        counted = encoder.active() | {item.node: encoder.members[item.node] for item in items}
+        returns = {node: member.returns for node, member in counted.items()}
+        samples = {node: member.samples for node, member in counted.items()}
+        divisor = math.fsum(sample_factor(item.samples, rule.weights) for item in items)
+        encoder.version += 1
+        contributions, receipts = [], []
+        for item in items:
+            member = encoder.members[item.node]
+            staleness = encoder.version - 1 - item.base_version
+            weight = (
+                sample_factor(item.samples, rule.weights)
+                * staleness_factor(staleness, rule.weights)
+                * count_factor(item.node, returns, samples, rule.weights)
+                * norm_factor(item.norm, encoder.norms, rule.guards.norm_clip)
+                / divisor
+                * len(items)
+            )
+            contributions.append(Contribution(item.payload, item.encoding, weight / len(items)))
+            receipt = accepted(encoder, item, weight, staleness, member.returns)
+            member.weight += weight
+            member.last_weight, member.last_staleness = weight, staleness
+            if member.incarnation == item.incarnation:
+                settle(member, receipt)
+            receipts.append(Send(item.node, receipt))
+        encoder.norms = (encoder.norms + [item.norm for item in items])[-KEPT_NORMS:]
+        observe_loss(encoder, [item.loss for item in items], self.state.settings.stop)
+        return [Step(encoder.encoder, encoder.version, tuple(contributions), rule.outer), *receipts]
+
+    def _versioned(self, body: Versioned, at: float) -> list[Effect]:
+        """A version is computed: tell those who wait, and see whether it was the last."""
+        encoder = self.state.encoders[body.encoder]
+        encoder.digest = body.digest
+        ending = stop_reason(encoder, self.state.settings.stop, at)
+        if ending:
+            return self._finish(encoder, ending, at)
+        waiting = [member for member in encoder.members.values() if member.waiting]
+        return self._notify(encoder, waiting, at) if waiting else self._advance(encoder, at)
+
+    def _notify(self, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
+        effects: list[Effect] = [self._publish(encoder, at)] if encoder.published_version < encoder.version else []
+        for member in members:
+            member.waiting = False
+            notice = Notice(
+                encoder=encoder.encoder,
+                version=encoder.version,
+                digest=encoder.digest,
+                published_at=0.0,
+                progress=progress(encoder, self.state.settings.stop, at),
+            )
+            effects.append(Send(member.node, notice))
+        return effects
+
+    def _publish(self, encoder: EncoderState, at: float) -> Publish:
+        encoder.published_version, encoder.published_at = encoder.version, at
+        return Publish(encoder.encoder, encoder.version, progress(encoder, self.state.settings.stop, at))
+
+    def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
+        encoder.status, encoder.reason = "finished", reason
+        return [
+            self._publish(encoder, at),
+            Conclude(encoder.encoder, encoder.version),
+            Broadcast(encoder.encoder_type, _finish(encoder)),
+        ]
+
+
+def _instruction(encoder: EncoderState) -> Instruction:
+    return Instruction(
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        architecture=encoder.architecture,
+        layout=encoder.layout,
+        layout_digest=encoder.layout_digest,
+    )
+
+
+def _finish(encoder: EncoderState) -> Finish:
+    return Finish(
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        version=encoder.version,
+        digest=encoder.digest,
+        published_at=0.0,
+        reason=encoder.reason,
+    )
+
+
+def _answer(encoder: EncoderState) -> Answer:
+    return Answer(
+        accepted=True,
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        status=encoder.status,
+        version=encoder.version,
+        digest=encoder.digest or None,
+        architecture=encoder.architecture,
+        layout=encoder.layout,
+        detail=encoder.reason,
+    )

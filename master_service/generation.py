@@ -1,0 +1,25 @@
+"""The second preset rule: how the encoder to be trained comes to be. Slow (transformers), and done once per encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.encoders import get_encoder_type
+from common.errors import UserError
+from common.parameters import ParameterSet
+from master_service.effects import Generate
+
+
+def generate(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
+    """Architecture and version 0. fresh: from the type's architecture and seed; continue: from an export or a Hugging
+    Face directory. Raises UserError for a type, an architecture or a directory that does not work out."""
+    encoder_type = get_encoder_type(effect.encoder_type)
+    if effect.generation == "continue":
+        if effect.source is None:
+            raise UserError("generation 'continue' needs encoder.source: the directory of an exported encoder")
+        architecture, tensors = encoder_type.architecture_of(Path(effect.source))
+    else:
+        architecture = encoder_type.architecture(effect.architecture)
+        tensors = encoder_type.initial(architecture, effect.seed)
+    return architecture, ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})

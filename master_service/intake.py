@@ -1,0 +1,76 @@
+"""Receiving one update: its manifest is here, its chunks are fetched from the node's own queue.
+
+One manifest at a time, so that one update is in memory whatever the number of nodes; the rest waits in the broker. The
+chunks are acked only after the update is in the message log, so a master that dies in between finds them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.broker import Broker, Delivery, OnDelivery, Subscription
+from common.codec import decode
+from common.errors import Poison
+from common.messages import UpdateChunk, UpdateManifest
+from common.topology import Topology
+from common.transfer import UpdateAssembly
+
+
+class Intake:
+    """Fetches the chunks of one manifest; the service's thread hands what was delivered to `add`."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        topology: Topology,
+        manifest: UpdateManifest,
+        delivery: Delivery,
+        deadline: float,
+        on_delivery: OnDelivery,
+        on_poison: Callable[[Delivery, Poison], None],
+    ) -> None:
+        self.manifest = manifest
+        self.delivery = delivery
+        self.deadline = deadline
+        self._broker = broker
+        self._on_poison = on_poison
+        self._assembly = UpdateAssembly(manifest)
+        self._taken: list[Delivery] = []
+        self._subscription: Subscription = broker.consume(
+            topology.chunk_queue(manifest.node), on_delivery, prefetch=manifest.chunks
+        )
+
+    def add(self, delivery: Delivery) -> bool:
+        """Take one chunk; True once the update is whole. What is older is discarded, what is newer is left in its queue."""
+        try:
+            chunk = decode(delivery.body)
+            if not isinstance(chunk, UpdateChunk):
+                raise Poison("unexpected-kind", f"a {type(chunk).__name__} came through a chunk queue")
+            taken = self._assembly.add(chunk)
+        except Poison as poison:
+            self._on_poison(delivery, poison)
+            return False
+        if taken:
+            self._taken.append(delivery)
+        elif self._is_older(chunk):
+            self._broker.ack(delivery)
+        return self._assembly.complete
+
+    def payload(self) -> bytes:
+        """The whole encoded update."""
+        return self._assembly.payload()
+
+    def settle(self) -> None:
+        """The update is durable: remove it from the broker."""
+        self._broker.ack(*self._taken, self.delivery)
+
+    def close(self) -> None:
+        """Stop fetching; what was not acked goes back to its queue."""
+        self._subscription.close()
+
+    def _is_older(self, chunk: UpdateChunk) -> bool:
+        wanted = self.manifest
+        if chunk.incarnation != wanted.incarnation:
+            # the manifest was accepted as the node's current incarnation; a queue is FIFO, so another one came before
+            return True
+        return (chunk.sequence, chunk.attempt) < (wanted.sequence, wanted.attempt)

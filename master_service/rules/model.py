@@ -1,0 +1,105 @@
+"""What an aggregation rule consists of, and the named presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.errors import UserError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightRule(_Part):
+    """weight = samples^`samples_power` × staleness factor × return-count factor; see `weights`."""
+
+    samples_power: Annotated[float, Field(ge=0, le=2)] = 0.0
+    staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
+    hinge_start: Annotated[int, Field(ge=0)] = 4
+    count: Literal["balanced", "sqrt", "newcomer", "increasing", "none"] = "balanced"
+    count_bound: Annotated[float, Field(ge=1)] = 4.0
+    count_scale: Annotated[float, Field(gt=0)] = 10.0
+    target_share: Literal["uniform", "samples"] = "uniform"
+
+
+class BufferRule(_Part):
+    """When the updates at hand become the next version; see `buffer`. `grace_seconds` flushes what waits that long."""
+
+    kind: Literal["arrival", "count", "half", "cohort"] = "half"
+    size: Annotated[int, Field(ge=1)] = 3
+    grace_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+
+class OuterOptimizer(_Part):
+    """How the weighted mean of pseudo-gradients moves the target parameter set; see `outer`."""
+
+    optimizer: Literal["sgd", "nesterov"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class GuardRule(_Part):
+    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the running median norm)."""
+
+    max_staleness: Annotated[int, Field(ge=0)] = 50
+    norm_clip: Annotated[float, Field(gt=0)] | None = 10.0
+
+
+class AggregationRule(_Part):
+    """The first preset rule: how updates and weights make the next target parameter set."""
+
+    preset: str = "return-count"
+    weights: WeightRule = WeightRule()
+    buffer: BufferRule = BufferRule()
+    outer: OuterOptimizer = OuterOptimizer()
+    guards: GuardRule = GuardRule()
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether nodes wait for the next version after they returned."""
+        return self.buffer.kind == "cohort"
+
+
+_PLAIN = {"staleness": "constant", "count": "none"}
+
+#: Each preset by what differs from the defaults, with its source.
+PRESETS: dict[str, dict[str, Any]] = {
+    # patents CN110909875B / US12229667B2: a node's weight follows how often it has returned
+    "return-count": {},
+    # McMahan et al. 2017: the cohort's mean, weighted by samples
+    "fedavg": {"weights": {"samples_power": 1.0, **_PLAIN}, "buffer": {"kind": "cohort"}},
+    # Xie et al. 2019, in its pseudo-gradient form: every arrival, mixed with α (1+τ)^-½
+    "fedasync": {"weights": {"count": "none"}, "buffer": {"kind": "arrival"}, "outer": {"lr": 0.6}},
+    # Nguyen et al. 2022: K arrivals, each scaled by (1+τ)^-½
+    "fedbuff": {"weights": {"count": "none"}, "buffer": {"kind": "count", "size": 3}},
+    # Douillard et al. 2023: the cohort's mean through an outer Nesterov step
+    "diloco": {
+        "weights": _PLAIN,
+        "buffer": {"kind": "cohort"},
+        "outer": {"optimizer": "nesterov", "lr": 0.7, "momentum": 0.9},
+    },
+}
+
+
+def aggregation_rule(preset: str, changes: Mapping[str, Any] | None = None) -> AggregationRule:
+    """A preset with some numbers changed. Raises UserError for an unknown preset."""
+    if preset not in PRESETS:
+        raise UserError(f"no aggregation rule {preset!r}; there are: {', '.join(PRESETS)}")
+    merged: dict[str, Any] = {"preset": preset}
+    for source in (PRESETS[preset], changes or {}):
+        for section, values in source.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return AggregationRule.model_validate(merged)
+
+
+def warnings(rule: AggregationRule) -> list[str]:
+    """What is known to go wrong with this combination, one line each."""
+    found = []
+    if rule.outer.momentum > 0 and rule.buffer.kind == "arrival":
+        found.append("outer momentum with every single arrival is known to diverge: use a buffer, or momentum 0")
+    return found

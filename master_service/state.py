@@ -1,0 +1,120 @@
+"""The coordinator's state: plain numbers and words, so that a snapshot is its JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.messages import EncodingName, LayoutEntries, Receipt
+from master_service.entries import Settings
+
+#: Receipts kept per member to answer duplicates with; a node has only a few updates unanswered at a time.
+KEPT_RECEIPTS = 32
+#: Norms and losses that the guards and the plateau rule look back on.
+KEPT_NORMS = 64
+
+Status = Literal["generating", "running", "finished", "failed"]
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NodeState(_State):
+    """A node as it introduced itself."""
+
+    node: str
+    incarnation: str
+    types: list[str] = Field(default_factory=list)
+    present: bool = True
+
+
+class Member(_State):
+    """A node in the training of one encoder. `weight` is the sum over its accepted updates.
+
+    `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life.
+    """
+
+    node: str
+    incarnation: str
+    samples: int
+    accepted: bool = True
+    present: bool = True
+    returns: int = 0
+    refused: int = 0
+    duplicates: int = 0
+    weight: float = 0.0
+    last_weight: float = 0.0
+    last_staleness: int = 0
+    steps: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    payload_bytes: int = 0
+    loss: float | None = None
+    version: int = 0
+    waiting: bool = False
+    settled: dict[int, Receipt] = Field(default_factory=dict)
+    settled_below: int = 0
+
+    @property
+    def active(self) -> bool:
+        return self.accepted and self.present
+
+
+class Buffered(_State):
+    """An accepted update that waits for the next version."""
+
+    node: str
+    incarnation: str
+    sequence: int
+    digest: str
+    payload: str
+    encoding: EncodingName
+    base_version: int
+    samples: int
+    norm: float
+    loss: float
+
+
+class EncoderState(_State):
+    """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another."""
+
+    encoder: str
+    encoder_type: str
+    architecture: dict[str, Any]
+    status: Status = "generating"
+    reason: str = ""
+    layout: LayoutEntries = Field(default_factory=list)
+    layout_digest: str = ""
+    size: int = 0
+    version: int = 0
+    digest: str = ""
+    members: dict[str, Member] = Field(default_factory=dict)
+    started: bool = False
+    buffer: list[Buffered] = Field(default_factory=list)
+    buffer_since: float = 0.0
+    updates: int = 0
+    published_version: int = -1
+    published_at: float = 0.0
+    run_started_at: float = 0.0
+    run_first_version: int = 0
+    run_first_update: int = 0
+    stop_requested: str = ""
+    norms: list[float] = Field(default_factory=list)
+    best_loss: float | None = None
+    versions_without_gain: int = 0
+    askers: list[str] = Field(default_factory=list)
+
+    def active(self) -> dict[str, Member]:
+        """The members that the rules count on, in the order in which they joined."""
+        return {node: member for node, member in self.members.items() if member.active}
+
+
+class State(_State):
+    """Everything that the log has led to."""
+
+    settings: Settings = Settings()
+    epoch: int = 0
+    nodes: dict[str, NodeState] = Field(default_factory=dict)
+    encoders: dict[str, EncoderState] = Field(default_factory=dict)

@@ -1,0 +1,88 @@
+"""The verdict on one update: pure functions of its manifest, the facts about its payload, and the encoder's state."""
+
+from __future__ import annotations
+
+from common.layout import Layout
+from common.messages import Receipt, UpdateManifest
+from common.slicing import payload_size, slice_count
+from master_service.entries import UpdateFacts
+from master_service.state import KEPT_RECEIPTS, Buffered, EncoderState, Member
+
+
+def introduced(encoder: EncoderState | None, manifest: UpdateManifest) -> Member | None:
+    """The member that this update comes from, if it has acked the instruction under this incarnation."""
+    member = encoder.members.get(manifest.node) if encoder else None
+    return member if member is not None and member.incarnation == manifest.incarnation else None
+
+
+def refusal(
+    encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
+) -> tuple[str, str] | None:
+    """Why this update cannot be counted: (reason, detail); None if it can. Without facts: as far as one can tell."""
+    if encoder is None or not encoder.layout:
+        return "unknown-encoder", f"no encoder {manifest.encoder} is being trained here"
+    if introduced(encoder, manifest) is None:
+        return "unknown-node", f"{manifest.node} has not acked the instruction under this incarnation"
+    if encoder.status != "running":
+        return "finished", f"the training of {encoder.encoder} has ended: {encoder.reason}"
+    if manifest.layout_digest != encoder.layout_digest:
+        return "layout", _layout_detail(encoder, manifest)
+    size, chunks = payload_size(encoder.size, manifest.encoding), slice_count(encoder.size)
+    if (manifest.size, manifest.chunks) != (size, chunks):
+        return "size", f"{size} bytes in {chunks} chunks were expected, not {manifest.size} in {manifest.chunks}"
+    if manifest.base_version > encoder.version:
+        return "future", f"version {manifest.base_version} is not made yet, the newest is {encoder.version}"
+    if facts is None:
+        return None
+    if facts.digest != manifest.digest or facts.size != manifest.size:
+        return "digest", "the payload is not what the manifest says"
+    if not facts.finite:
+        return "not-finite", "the update holds NaN or infinite numbers; the node's training has diverged"
+    return None
+
+
+def refused(encoder: EncoderState | None, manifest: UpdateManifest, reason: str, detail: str) -> Receipt:
+    """The receipt of an update that does not count."""
+    return Receipt(
+        encoder=manifest.encoder,
+        node=manifest.node,
+        incarnation=manifest.incarnation,
+        sequence=manifest.sequence,
+        digest=manifest.digest,
+        accepted=False,
+        reason=reason,
+        detail=detail,
+        version=encoder.version if encoder else 0,
+    )
+
+
+def accepted(encoder: EncoderState, item: Buffered, weight: float, staleness: int, returns: int) -> Receipt:
+    """The receipt of an update that counts in the encoder's current version."""
+    return Receipt(
+        encoder=encoder.encoder,
+        node=item.node,
+        incarnation=item.incarnation,
+        sequence=item.sequence,
+        digest=item.digest,
+        accepted=True,
+        version=encoder.version,
+        staleness=staleness,
+        weight=weight,
+        return_count=returns,
+    )
+
+
+def settle(member: Member, receipt: Receipt) -> None:
+    """Remember the receipt to answer duplicates with; of the oldest only that they are settled."""
+    member.settled[receipt.sequence] = receipt
+    while len(member.settled) > KEPT_RECEIPTS:
+        oldest = min(member.settled)
+        del member.settled[oldest]
+        member.settled_below = oldest + 1
+
+
+def _layout_detail(encoder: EncoderState, manifest: UpdateManifest) -> str:
+    if manifest.layout is None:
+        return f"layout {manifest.layout_digest[:12]} is not the encoder's {encoder.layout_digest[:12]}"
+    difference = Layout(encoder.layout).difference(Layout(manifest.layout))
+    return f"the layout differs from the encoder's: {difference or 'the digest does not belong to the layout sent'}"
