@@ -1,0 +1,225 @@
+"""The node's side of the protocol as a pure state machine: messages in, actions out. No broker, no tensor, no clock.
+
+One encoder is trained at a time; instructions for others wait until it is finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.messages import (
+    Fetch,
+    Finish,
+    Instruction,
+    InstructionAck,
+    Introduce,
+    Join,
+    Leave,
+    Message,
+    Notice,
+    Receipt,
+    Resend,
+    Rule,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message to the master."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSamples:
+    """Look for samples of the instruction's type and build the model; answered by `samples_checked`."""
+
+    instruction: Instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Start (or go on) training under this rule, from the version it names."""
+
+    instruction: Instruction
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Retune:
+    """The rule changed while training."""
+
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read the newest version ≥ `at_least` from the stream, then adopt it. `final`: it is the last one."""
+
+    encoder: str
+    at_least: int
+    published_at: float
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """An update is answered; what was kept for sending it again can go."""
+
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Republish:
+    """Publish an owed update again, as this attempt."""
+
+    sequence: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reincarnate:
+    """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
+
+
+Action = Say | CheckSamples | Begin | Retune | Read | Settle | Republish | Reincarnate
+
+
+@dataclass
+class Agent:
+    """What the node knows of the protocol's state. `unanswered` holds the sequence numbers without a receipt."""
+
+    node: str
+    incarnation: str
+    types: tuple[str, ...]
+    unanswered: set[int] = field(default_factory=set)
+    current: Instruction | None = None
+    rule: Rule | None = None
+    version: int = -1
+    wanted: int = -1
+    finishing: Finish | None = None
+    waiting: dict[str, Instruction] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)
+
+    def join(self) -> list[Action]:
+        """Introduce this node; the master answers with the running instructions."""
+        return [Say(Join(node=self.node, incarnation=self.incarnation, types=list(self.types)))]
+
+    def leave(self) -> list[Action]:
+        """Say goodbye; what is owed stays owed."""
+        return [Say(Leave(node=self.node, incarnation=self.incarnation))]
+
+    def receive(self, message: Message) -> list[Action]:
+        """What a message from the master leads to. Messages of other encoders or incarnations lead to nothing."""
+        match message:
+            case Instruction():
+                return self._instructed(message)
+            case Introduce():
+                return self.join()
+            case Receipt() if message.incarnation == self.incarnation:
+                return self._receipted(message)
+            case Resend() if message.incarnation == self.incarnation and message.sequence in self.unanswered:
+                return [Republish(message.sequence, message.attempt)]
+            case Finish():
+                return self._finish(message)
+            case Rule() if self._is_current(message.encoder):
+                return self._ruled(message)
+            case Notice() if self._is_current(message.encoder):
+                return self._read(message.version, message.published_at)
+        return []
+
+    def samples_checked(self, instruction: Instruction, samples: int, refusal: str = "") -> list[Action]:
+        """The answer to CheckSamples: how many samples match, or why this node does not take part."""
+        if refusal and self._is_current(instruction.encoder):
+            self.current = None
+        ack = InstructionAck(
+            node=self.node,
+            incarnation=self.incarnation,
+            encoder=instruction.encoder,
+            accepted=not refusal,
+            samples=samples,
+            reason=refusal[:2000],
+        )
+        return [Say(ack), *([] if self.current else self._next())]
+
+    def version_read(self, encoder: str, version: int) -> list[Action]:
+        """A version was read and adopted; after the last one the next encoder's turn comes."""
+        if not self._is_current(encoder):
+            return []
+        self.version = max(self.version, version)
+        if self.finishing is None or self.version < self.finishing.version:
+            return []
+        self.finished.add(encoder)
+        self.current, self.rule, self.finishing, self.version, self.wanted = None, None, None, -1, -1
+        return self._next()
+
+    def read_failed(self) -> list[Action]:
+        """The version that was wanted did not come over the stream: ask the master for it."""
+        self.wanted = self.version
+        return self.ask_for_version()
+
+    def ask_for_version(self) -> list[Action]:
+        """Nothing was heard for long: ask for a version newer than ours."""
+        if self.current is None or self.rule is None:
+            return []
+        fetch = Fetch(
+            node=self.node, incarnation=self.incarnation, encoder=self.current.encoder, have_version=self.version
+        )
+        return [Say(fetch)]
+
+    @property
+    def training(self) -> bool:
+        """Whether there is an encoder to train now."""
+        return self.rule is not None and self.finishing is None and self.version >= 0
+
+    def _is_current(self, encoder: str) -> bool:
+        return self.current is not None and self.current.encoder == encoder
+
+    def _instructed(self, instruction: Instruction) -> list[Action]:
+        if instruction.encoder_type not in self.types:
+            return []
+        if self.current is not None and not self._is_current(instruction.encoder):
+            self.waiting[instruction.encoder] = instruction
+            return []
+        self.finished.discard(instruction.encoder)
+        self.current = instruction
+        return [CheckSamples(instruction)]
+
+    def _ruled(self, rule: Rule) -> list[Action]:
+        assert self.current is not None
+        known, self.rule = self.rule, rule
+        if known is None:
+            return [Begin(self.current, rule), *self._read(rule.version, rule.published_at)]
+        return [Retune(rule), *self._read(rule.version, rule.published_at)]
+
+    def _receipted(self, receipt: Receipt) -> list[Action]:
+        self.unanswered.discard(receipt.sequence)
+        if receipt.reason == "conflict":
+            return [Settle(receipt), Reincarnate()]
+        return [Settle(receipt)]
+
+    def _finish(self, finish: Finish) -> list[Action]:
+        self.waiting.pop(finish.encoder, None)
+        if not self._is_current(finish.encoder):
+            return []
+        if self.rule is None:
+            # it ended before this node was let in
+            self.current = None
+            return self._next()
+        self.finishing = finish
+        return [Read(finish.encoder, finish.version, finish.published_at, final=True)]
+
+    def _read(self, version: int, published_at: float) -> list[Action]:
+        """Read each version once, and only if it is newer than what is here or on its way."""
+        assert self.current is not None
+        if version <= max(self.version, self.wanted):
+            return []
+        self.wanted = version
+        return [Read(self.current.encoder, version, published_at)]
+
+    def _next(self) -> list[Action]:
+        """Turn to the instruction that has waited longest."""
+        if not self.waiting:
+            return []
+        self.current = self.waiting.pop(next(iter(self.waiting)))
+        return [CheckSamples(self.current)]

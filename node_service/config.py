@@ -1,0 +1,39 @@
+"""What the engineer of an organisation can set for a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from common.config import Section
+from node_service.corpus import CorpusConfig
+
+
+class NodeConfig(Section):
+    """One node. `corpus` may be one table or a list of them, at most one per encoder type.
+
+    `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master for
+    an encoder of a type. `private` are the settings of the private parts (for text: vocabulary).
+    """
+
+    corpus: list[CorpusConfig] = Field(default_factory=list)
+    state_dir: Path | None = None
+    export_dir: Path | None = None
+    private: dict[str, Any] = Field(default_factory=dict)
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    seed: int = 0
+    get: str | None = None
+    exit_when_finished: bool = False
+    max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
+    alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0
+    ask_after_seconds: Annotated[float, Field(gt=0)] = 30.0
+    resend_after_seconds: Annotated[float, Field(gt=0)] = 180.0
+    checkpoint_every_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value

@@ -1,0 +1,374 @@
+"""The node's shell: broker, disk and clock around agent and training. The main thread trains; between two steps it
+handles what came in. Sending and reading versions happen on threads of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from common.broker import Broker, Delivery
+from common.codec import decode
+from common.errors import BrokerUnavailable, Poison, UserError
+from common.messages import Alive, Answer, Get, Instruction, Receipt, UpdateManifest
+from common.topology import Topology
+from node_service.agent import (
+    Action,
+    Agent,
+    Begin,
+    CheckSamples,
+    Read,
+    Reincarnate,
+    Republish,
+    Retune,
+    Say,
+    Settle,
+)
+from node_service.config import NodeConfig
+from node_service.corpus import Corpus
+from node_service.local_state import LocalState
+from node_service.outbox import Outbox
+from node_service.reading import VersionRead, VersionThread
+from node_service.trainer import choose_device
+from node_service.training import Training
+
+log = structlog.get_logger()
+
+_POLL_SECONDS = 0.2
+_FLUSH_SECONDS = 20.0
+
+
+@dataclass
+class NodeFigures:
+    """What is shown of a running node. Seconds in which it could not train for want of the master count as waiting."""
+
+    steps: int = 0
+    steps_per_second: float = 0.0
+    loss: float | None = None
+    version: int = -1
+    staleness: int = 0
+    handed_in: int = 0
+    accepted: int = 0
+    refused: int = 0
+    last_weight: float = 0.0
+    waiting_seconds: float = 0.0
+    training_seconds: float = 0.0
+    note: str = "starting"
+
+
+class NodeService:
+    """Runs until stopped, or until an encoder is finished if so configured. `on_change` is called between steps."""
+
+    def __init__(
+        self,
+        node: str,
+        config: NodeConfig,
+        corpora: dict[str, Corpus],
+        broker: Broker,
+        topology: Topology,
+        on_change: Callable[[NodeService], None] = lambda service: None,
+    ) -> None:
+        self.node = node
+        self.config = config
+        self.broker = broker
+        self.topology = topology
+        self.figures = NodeFigures()
+        self.history: list[tuple[float, int, float]] = []
+        self._corpora = corpora
+        self._on_change = on_change
+        self._state = LocalState(config.state_dir or Path("node-state") / node, node)
+        self._events: queue.SimpleQueue[Delivery | VersionRead] = queue.SimpleQueue()
+        self._training: Training | None = None
+        self._lost = threading.Event()
+        self._wait_until_version = -1
+        self._sent_at: dict[int, float] = {}
+        self._finished = False
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set. Raises LockHeld if this node id is in use, UserError for a device not there."""
+        torch.set_num_threads(self.config.threads)
+        self._device = choose_device(self.config.device)
+        self.broker.lock(self.topology.node_lock(self.node), self._lost.set)
+        types = tuple(self._corpora)
+        self.broker.declare(self.topology.node(self.node, types))
+        self._outbox = Outbox(self.broker, self.topology, self.node)
+        self._reader = VersionThread(self.broker, self.topology, self._events.put)
+        self._agent = Agent(self.node, self._state.identity.incarnation, types)
+        subscription = self.broker.consume(self.topology.node_inbox(self.node), self._events.put, prefetch=32)
+        try:
+            self._perform(self._agent.join())
+            self._send_owed()
+            if self.config.get is not None:
+                self._outbox.say(Get(sender=self.node, encoder_type=self.config.get))
+            self._loop(stop)
+        finally:
+            self._say_goodbye()
+            subscription.close()
+            self._reader.close()
+
+    def _loop(self, stop: threading.Event) -> None:
+        heard = alive_at = saved_at = time.monotonic()
+        while not stop.is_set() and not (self._finished and self.config.exit_when_finished):
+            if self._lost.is_set():
+                raise BrokerUnavailable(f"the lock of node {self.node!r} was lost; is it running somewhere else?")
+            now = time.monotonic()
+            ready = self._may_train()
+            if self._handle_events(wait=0.0 if ready else _POLL_SECONDS):
+                heard = now
+            if ready:
+                self._train()
+            elif self._agent.rule is not None:
+                self.figures.waiting_seconds += time.monotonic() - now
+            if now - alive_at >= self.config.alive_every_seconds:
+                alive_at = now
+                self._say_alive()
+                self._resend_unanswered(now)
+            if not ready and now - heard >= self.config.ask_after_seconds:
+                heard = now
+                self._perform(self._agent.ask_for_version() or ([] if self._agent.current else self._agent.join()))
+            if self._training is not None and now - saved_at >= self.config.checkpoint_every_seconds:
+                saved_at = now
+                self._training.save()
+            self._on_change(self)
+
+    def _say_goodbye(self) -> None:
+        """Hand in what was trained, save, leave; what cannot be sent in time stays owed and is sent at the next start."""
+        if self._training is not None and self._agent.training and self._training.since.steps > 0:
+            self._hand_in(wants_version=False)
+        if self._training is not None:
+            self._training.save()
+        self._perform(self._agent.leave())
+        if not self._outbox.close(_FLUSH_SECONDS):
+            log.warning("not everything could be sent; it is kept and sent at the next start", node=self.node)
+
+    # --- what comes in -----------------------------------------------------------------------------------------------
+
+    def _handle_events(self, wait: float) -> bool:
+        """Handle everything that has come, waiting up to `wait` seconds for the first; whether anything had."""
+        handled = False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = self._events.get(timeout=wait) if wait else self._events.get_nowait()
+                wait, handled = 0.0, True
+                if isinstance(event, VersionRead):
+                    self._version_read(event)
+                else:
+                    self._delivered(event)
+        return handled
+
+    def _delivered(self, delivery: Delivery) -> None:
+        try:
+            message = decode(delivery.body)
+        except Poison as poison:
+            log.warning("message set aside", node=self.node, reason=poison.reason, detail=poison.detail)
+            self.broker.dead_letter(delivery, poison.reason, poison.detail)
+            return
+        if isinstance(message, Answer) and not message.accepted:
+            log.error("the master cannot make this encoder", problem=message.detail)
+        self._perform(self._agent.receive(message))
+        self.broker.ack(delivery)
+
+    def _version_read(self, read: VersionRead) -> None:
+        training = self._training
+        if read.version is None:
+            log.warning("a version could not be read, asking for it", node=self.node, problem=read.problem)
+            self._perform(self._agent.read_failed())
+            return
+        if training is None or training.instruction.encoder != read.encoder:
+            return
+        if read.final:
+            self._finish(training, read)
+        elif read.version.version > training.version:
+            training.adopt(read.version)
+        self.figures.version = training.version
+        self._perform(self._agent.version_read(read.encoder, read.version.version))
+
+    # --- what follows ------------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say():
+                    self._outbox.say(action.message)
+                case CheckSamples():
+                    self._check_samples(action.instruction)
+                case Begin() | Retune():
+                    assert self._training is not None
+                    self._training.retune(action.rule.update_rule)
+                    self._training.trainer.progress = max(self._training.trainer.progress, action.rule.progress)
+                    self.figures.note = "training"
+                case Read():
+                    assert self._training is not None
+                    digest = self._training.instruction.layout_digest
+                    self._reader.read(action.encoder, digest, action.at_least, action.published_at, action.final)
+                case Settle():
+                    self._settle(action.receipt)
+                case Republish():
+                    self._republish(action.sequence, action.attempt)
+                case Reincarnate():
+                    self._reincarnate()
+
+    def _check_samples(self, instruction: Instruction) -> None:
+        """Build what the instruction asks for around this node's samples, or say why not."""
+        corpus = self._corpora.get(instruction.encoder_type)
+        if corpus is None or len(corpus.train) == 0:
+            refusal = f"no samples of type {instruction.encoder_type} here"
+            self._perform(self._agent.samples_checked(instruction, 0, refusal))
+            return
+        training = self._training
+        if training is None or training.instruction != instruction:
+            self.figures.note = "building the model"
+            try:
+                self._training = Training(
+                    instruction,
+                    corpus.train,
+                    self._state.private(instruction.encoder),
+                    private=self.config.private,
+                    seed=self.config.seed,
+                    device=self._device,
+                )
+            except UserError as error:
+                log.error("refusing the instruction", node=self.node, encoder=instruction.encoder, problem=str(error))
+                self._perform(self._agent.samples_checked(instruction, 0, str(error)))
+                return
+        self.figures.note = "waiting for the rule"
+        self._perform(self._agent.samples_checked(instruction, len(corpus.train)))
+
+    def _finish(self, training: Training, read: VersionRead) -> None:
+        assert read.version is not None
+        training.finish(read.version)
+        directory = self.config.export_dir or training.directory / "model"
+        training.export(directory)
+        self.figures.note = "finished"
+        log.info(
+            "encoder finished",
+            node=self.node,
+            encoder=read.encoder,
+            version=read.version.version,
+            model=str(directory),
+            private=str(training.directory),
+        )
+        self._finished = True
+
+    # --- training and returning --------------------------------------------------------------------------------------
+
+    def _may_train(self) -> bool:
+        training = self._training
+        if training is None or not self._agent.training or training.version < 0:
+            return False
+        if training.rule.wait and training.version <= self._wait_until_version:
+            return False
+        return not (training.must_return and len(self._agent.unanswered) >= training.rule.max_unanswered)
+
+    def _train(self) -> None:
+        training, figures = self._training, self.figures
+        assert training is not None
+        if training.must_return:
+            self._hand_in(wants_version=True)
+            if training.rule.wait:
+                return
+        seconds = training.step()
+        figures.training_seconds += seconds
+        figures.steps = training.trainer.steps
+        figures.loss = training.since.loss_mean
+        if self.config.max_steps_per_second is not None:
+            pause = 1.0 / self.config.max_steps_per_second - seconds
+            if pause > 0:
+                time.sleep(pause)
+                seconds += pause
+        rate = 1.0 / max(seconds, 1e-9)
+        figures.steps_per_second += 0.1 * (rate - figures.steps_per_second) if figures.steps_per_second else rate
+
+    def _hand_in(self, *, wants_version: bool) -> None:
+        training = self._training
+        assert training is not None
+        sequence = self._state.next_sequence()
+        manifest, bodies = training.hand_in(
+            self.node, self._state.identity.incarnation, sequence, wants_version=wants_version
+        )
+        self.history.append((time.time(), training.trainer.steps, manifest.loss))
+        self._state.owe(manifest, b"".join(bodies))
+        self._agent.unanswered.add(sequence)
+        self._wait_until_version = training.version
+        self.figures.handed_in += 1
+        self._publish(manifest, bodies)
+
+    def _publish(self, manifest: UpdateManifest, bodies: list[bytes]) -> None:
+        self._sent_at[manifest.sequence] = time.monotonic()
+        self._outbox.update(manifest, bodies)
+
+    def _settle(self, receipt: Receipt) -> None:
+        self._state.settle(receipt.sequence)
+        self._sent_at.pop(receipt.sequence, None)
+        training = self._training
+        if training is not None and training.instruction.encoder == receipt.encoder:
+            training.settle(receipt.sequence, receipt.accepted, receipt.reason)
+        if receipt.accepted:
+            self.figures.accepted += 1
+            self.figures.last_weight, self.figures.staleness = receipt.weight, receipt.staleness
+            return
+        self.figures.refused += 1
+        # nobody announces a version because of an update that does not count
+        self._wait_until_version = -1
+        if receipt.reason != "finished":
+            log.warning(
+                "update refused", node=self.node, reason=receipt.reason, detail=receipt.detail, update=receipt.sequence
+            )
+
+    # --- sending again -----------------------------------------------------------------------------------------------
+
+    def _send_owed(self) -> None:
+        """After a start: whatever has no receipt yet is sent again under its old id."""
+        for owed in self._state.owed():
+            self._agent.unanswered.add(owed.manifest.sequence)
+            self._republish(owed.manifest.sequence, owed.manifest.attempt + 1)
+
+    def _resend_unanswered(self, now: float) -> None:
+        for sequence, at in list(self._sent_at.items()):
+            if now - at >= self.config.resend_after_seconds:
+                owed = self._state.find(sequence)
+                if owed is not None:
+                    self._republish(sequence, owed.manifest.attempt + 1)
+
+    def _republish(self, sequence: int, attempt: int) -> None:
+        owed = self._state.find(sequence)
+        if owed is None:
+            return
+        manifest = owed.manifest.model_copy(update={"attempt": attempt})
+        self._state.owe(manifest, owed.payload)
+        self._publish(manifest, owed.bodies())
+
+    def _reincarnate(self) -> None:
+        log.warning("the master knows other updates under this identity; joining under a new one", node=self.node)
+        self._state.reincarnate()
+        self._agent = Agent(self.node, self._state.identity.incarnation, self._agent.types)
+        self._sent_at.clear()
+        self._training = None
+        self._perform(self._agent.join())
+
+    def _say_alive(self) -> None:
+        figures, agent = self.figures, self._agent
+        self._outbox.say(
+            Alive(
+                node=self.node,
+                incarnation=self._state.identity.incarnation,
+                encoder=agent.current.encoder if agent.current else None,
+                version=figures.version,
+                steps=figures.steps,
+                steps_per_second=figures.steps_per_second,
+                loss=figures.loss if figures.loss is not None and math.isfinite(figures.loss) else None,
+                waiting_seconds=figures.waiting_seconds,
+                bytes_sent=self.broker.status().bytes_out,
+                note=figures.note,
+            )
+        )

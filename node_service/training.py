@@ -1,0 +1,151 @@
+"""One encoder on one node: model, trainer and the path of the shared parameters, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from common.encoders import get_encoder_type
+from common.encodings import decode_vector
+from common.errors import UserError
+from common.layout import Layout
+from common.messages import Instruction, UpdateManifest, UpdateRule
+from common.transfer import CompleteVersion, payload_digest
+from node_service.frame import Frame
+from node_service.private_parts import load_private, load_spec, save_private, save_spec
+from node_service.trainer import Trainer
+from node_service.update_rule import SinceReturn, must_return
+
+log = structlog.get_logger()
+
+#: Drift needs a pass over all shared parameters, so it is looked at every so many steps.
+_DRIFT_EVERY = 10
+
+
+class Training:
+    """Made from an instruction and the owner's samples; trains once a version was adopted.
+
+    Raises UserError if this node cannot build what the instruction asks for.
+    """
+
+    def __init__(
+        self,
+        instruction: Instruction,
+        samples: Any,
+        directory: Path,
+        *,
+        private: dict[str, Any],
+        seed: int,
+        device: str,
+    ) -> None:
+        self.instruction = instruction
+        self.directory = directory
+        encoder_type = get_encoder_type(instruction.encoder_type)
+        spec = load_spec(directory)
+        if spec is None:
+            spec = encoder_type.fit_private(samples, instruction.architecture, private)
+            save_spec(directory, spec)
+        self.model = encoder_type.build(instruction.architecture, spec, seed)
+        saved = load_private(directory, self.model)
+        self.trainer = Trainer(self.model, self.model.encode(samples), UpdateRule().inner, seed=seed, device=device)
+        difference = Layout(instruction.layout).difference(self.trainer.layout)
+        if difference is not None:
+            raise UserError(f"this node builds another encoder than the instruction says: {difference}")
+        if saved is not None:
+            self.trainer.load_state(saved)
+        self.rule = UpdateRule()
+        self.since = SinceReturn()
+        self.version = -1
+        self._frame: Frame | None = None
+
+    def retune(self, rule: UpdateRule) -> None:
+        """Train and return by this rule from now on."""
+        if rule.inner != self.trainer.inner:
+            self.trainer.set_inner(rule.inner)
+        self.rule = rule
+
+    def adopt(self, read: CompleteVersion) -> None:
+        """Continue from a version: steps taken since the last counted update are kept on top of it."""
+        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
+        if self._frame is None:
+            self.trainer.set_shared(target)
+            self._frame = Frame(self.trainer.shared())
+        else:
+            self.trainer.set_shared(self._frame.adopt(target, self.trainer.shared().vector))
+        self.version = read.version
+        self.trainer.progress = max(self.trainer.progress, read.progress)
+
+    def finish(self, read: CompleteVersion) -> None:
+        """Take the final version as it is; the private parts are pinned to it and saved."""
+        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
+        self.trainer.set_shared(target)
+        self.version = read.version
+        self.save()
+
+    def step(self) -> float:
+        """One training step; gives its seconds."""
+        loss, seconds = self.trainer.step()
+        self.since.step(self.trainer.inner.batch_size, seconds, loss)
+        return seconds
+
+    @property
+    def must_return(self) -> bool:
+        """Whether the update rule wants an update now."""
+        drift = None
+        if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._frame is not None:
+            drift = self._frame.drift(self.trainer.shared().vector)
+        return must_return(self.rule.when, self.since, drift)
+
+    def hand_in(
+        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
+    ) -> tuple[UpdateManifest, list[bytes]]:
+        """The update of all steps since the last one; they are the master's from here on."""
+        assert self._frame is not None
+        since, self.since = self.since, self.since.returned()
+        bodies = self._frame.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
+        manifest = UpdateManifest(
+            node=node,
+            incarnation=incarnation,
+            encoder=self.instruction.encoder,
+            sequence=sequence,
+            base_version=self.version,
+            steps=since.steps,
+            samples=since.samples,
+            seconds=since.seconds,
+            loss=since.mean_loss,
+            wants_version=wants_version,
+            encoding=self.rule.encoding,
+            layout_digest=self.instruction.layout_digest,
+            size=sum(len(body) for body in bodies),
+            chunks=len(bodies),
+            digest=payload_digest(bodies),
+        )
+        return manifest, bodies
+
+    def settle(self, sequence: int, accepted: bool, reason: str) -> None:
+        """A receipt came."""
+        if self._frame is None:
+            return
+        if reason == "not-finite":
+            # what was trained is lost anyway: start over from the newest version, with a fresh optimiser
+            log.warning("training diverged, starting again from the shared encoder", encoder=self.instruction.encoder)
+            self.trainer.set_shared(self._frame.restart(self._frame.origin))
+            self.trainer.reset_optimizer()
+            self.since = SinceReturn()
+            return
+        self._frame.settle(sequence, accepted)
+
+    def save(self) -> None:
+        """Write private parts and trainer state."""
+        pinned = {"encoder": self.instruction.encoder, "version": self.version, "steps": self.trainer.steps}
+        pinned |= {"type": self.instruction.encoder_type, "architecture": self.instruction.architecture}
+        save_private(self.directory, self.model, self.trainer.state(), pinned)
+
+    def export(self, directory: Path) -> None:
+        """Write stem + shared encoder + head for transformers' Auto classes."""
+        with torch.no_grad():
+            self.model.eval()
+            self.model.export(directory)
