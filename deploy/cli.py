@@ -1,0 +1,276 @@
+"""The `shared-encoder` command. Only typer is imported here; what a command needs, it imports when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from common.errors import (
+    EXIT_BROKER,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    BrokerUnavailable,
+    LockHeld,
+    SharedEncoderError,
+    UserError,
+)
+
+app = typer.Typer(
+    name="shared-encoder",
+    help="Organisations pre-train one shared encoder together over RabbitMQ; no sample leaves its owner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+request_app = typer.Typer(help="Ask a running master for an encoder, for more training, or to stop.", no_args_is_help=True)
+app.add_typer(request_app, name="request")
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")
+]
+BrokerUrl = Annotated[
+    str | None,
+    typer.Option("--broker", metavar="URL", help="amqp[s]://user:password@host:port/vhost [default: a local RabbitMQ]"),
+]
+Namespace = Annotated[
+    str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker [default: shared-encoder]")
+]
+JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic [default: 1]")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the results go")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="about 30 seconds instead of about 4 minutes")] = False,
+    broker: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="run master and nodes as processes over this RabbitMQ [default: embedded]"),
+    ] = None,
+) -> None:
+    """Four nodes with one topic of Python's own library each train one encoder together, then it is evaluated."""
+    from deploy.demo import run_demo
+
+    run_demo(out, quick=quick, broker_url=broker)
+
+
+@app.command()
+def master(
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+    state: Annotated[Path | None, typer.Option(metavar="DIR", help="message log, snapshots [default: master-state]")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="finished encoder [default: STATE/encoders/ID]")
+    ] = None,
+    get: Annotated[str | None, typer.Option(metavar="TYPE", help="make an encoder of this type at the start")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco [default: return-count]"),
+    ] = None,
+    min_nodes: Annotated[int | None, typer.Option(metavar="N", help="nodes to wait for before training [default: 1]")] = None,
+    versions: Annotated[int | None, typer.Option(metavar="N", help="stop after N versions [default: 400]")] = None,
+    updates: Annotated[int | None, typer.Option(metavar="N", help="stop after N counted updates")] = None,
+    seconds: Annotated[float | None, typer.Option(metavar="S", help="stop after S seconds of training")] = None,
+    once: Annotated[bool, typer.Option("--exit-when-finished", help="end when every encoder is finished")] = False,
+    threads: Threads = None,
+    json: JsonLogs = False,
+) -> None:
+    """Run the master: instruct nodes, weigh and merge their updates, publish versions, export the encoder."""
+    from deploy.run import run_master
+
+    stop = {"versions": versions, "updates": updates, "seconds": seconds}
+    flags: dict[str, Any] = {
+        "broker": {"url": broker, "namespace": namespace},
+        "log": {"json_lines": json or None},
+        "master": {
+            "state_dir": state,
+            "export_dir": export,
+            "exit_when_finished": once or None,
+            "threads": threads,
+        },
+        "encoder": {"get": get, "min_nodes": min_nodes},
+        "rule": {"preset": rule},
+        "stop": stop,
+    }
+    run_master(config, flags)
+
+
+@app.command()
+def node(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="this node's id: letters, digits, - and _")],
+    config: ConfigFile = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="file, folder or glob with the private samples; may be repeated"),
+    ] = None,
+    type_: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image [default: text]")] = None,
+    field: Annotated[str | None, typer.Option(metavar="NAME", help="field or array of the samples [default: text]")] = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="identity and private parts [default: node-state/NAME]")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="stem + encoder + head [default: STATE/encoders/ID/model]")
+    ] = None,
+    get: Annotated[str | None, typer.Option(metavar="TYPE", help="ask the master for an encoder of this type")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps [default: auto]")] = None,
+    threads: Threads = None,
+    max_speed: Annotated[
+        float | None, typer.Option(metavar="N", help="at most N training steps a second [default: no limit]")
+    ] = None,
+    once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
+    json: JsonLogs = False,
+) -> None:
+    """Run a node: train the shared encoder on this machine's samples; only its parameters leave."""
+    from deploy.run import run_node
+
+    table: dict[str, Any] | None = {"path": corpus, "type": type_, "field": field}
+    if not any(value is not None for value in (corpus, type_, field)):
+        table = None
+    flags: dict[str, Any] = {
+        "broker": {"url": broker, "namespace": namespace},
+        "log": {"json_lines": json or None},
+        "nodes": {
+            name: {
+                "corpus": table,
+                "state_dir": state,
+                "export_dir": export,
+                "get": get,
+                "device": device,
+                "threads": threads,
+                "max_steps_per_second": max_speed,
+                "exit_when_finished": once or None,
+            }
+        },
+    }
+    run_node(name, config, flags)
+
+
+@request_app.command("get")
+def request_get(
+    type_: Annotated[str, typer.Argument(metavar="TYPE", help="text, image, or a type of yours")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="a new encoder even if there is a finished one")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="wait until it is finished and write it here")] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 30.0,
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Ask for an encoder of a type: a finished one, the one being trained, or a new one."""
+    from deploy.observe import request_encoder
+
+    request_encoder(_broker_flags(broker, namespace), config, timeout, encoder_type=type_, fresh=fresh, out=out)
+
+
+@request_app.command("update")
+def request_update(
+    encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="id of a finished encoder, as `status` shows it")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="wait until it is finished and write it here")] = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 30.0,
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Ask that a finished encoder be trained further."""
+    from deploy.observe import request_encoder
+
+    request_encoder(_broker_flags(broker, namespace), config, timeout, encoder=encoder, out=out)
+
+
+@request_app.command("stop")
+def request_stop(
+    encoder: Annotated[str | None, typer.Argument(metavar="[ENCODER]", help="id; all encoders if not given")] = None,
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """End the training now: what is at hand becomes the last version, which is exported."""
+    from deploy.observe import request_stop as stop
+
+    stop(_broker_flags(broker, namespace), config, encoder)
+
+
+@app.command()
+def status(
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh every second until Ctrl-C")] = False,
+    json: Annotated[bool, typer.Option("--json", help="the whole report as JSON")] = False,
+    timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 10.0,
+) -> None:
+    """Show a running federation from outside, over the broker."""
+    from deploy.observe import show_status
+
+    show_status(_broker_flags(broker, namespace), config, timeout, watch=watch, as_json=json)
+
+
+@app.command()
+def evaluate(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NODE]…", help="nodes; all in the file if not given")] = None,
+    config: ConfigFile = None,
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the shared encoder [default: master.export_dir of the file]")
+    ] = None,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="also train one trunk on all corpora together; needs all of them here")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the figures as JSON")] = None,
+    threads: Threads = None,
+) -> None:
+    """Compare the shared encoder with a random one and one trained alone, on held-out samples and a probe."""
+    from deploy.evaluation import run_evaluation
+
+    run_evaluation(config, names or [], encoder=encoder, pooled=pooled, out=out, threads=threads)
+
+
+@app.command()
+def export(
+    encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="id, as `status` shows it")],
+    state: Annotated[Path, typer.Option(metavar="DIR", help="the master's state directory")] = Path("master-state"),
+    version: Annotated[int | None, typer.Option(metavar="N", help="rebuild this version [default: the newest]")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path("encoder"),
+) -> None:
+    """Rebuild any version of an encoder from the message log and write it for transformers."""
+    from deploy.observe import export_version
+
+    export_version(encoder, state, version, out)
+
+
+def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:
+    return {"broker": {"url": broker, "namespace": namespace}}
+
+
+def main() -> NoReturn:
+    """Run the command; what a person can mend is one line, and the exit code says what kind it was."""
+    sys.exit(guarded(lambda: app(standalone_mode=True)))
+
+
+def guarded(action: Callable[[], Any]) -> int:
+    """Run `action` and give the exit code: 2 for what the user can mend, 3 for a broker that is away, 1 otherwise."""
+    try:
+        action()
+    except UserError as error:
+        return _say(str(error), EXIT_USER_ERROR)
+    except LockHeld as error:
+        return _say(str(error), EXIT_USER_ERROR)
+    except BrokerUnavailable as error:
+        return _say(str(error), EXIT_BROKER)
+    except SharedEncoderError as error:
+        return _say(str(error), EXIT_FAILED)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    print(f"shared-encoder: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What people see while master, nodes and demo run: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from master_service.service import MasterService
+    from node_service.service import NodeService
+
+#: Seconds between refreshes of the table, and between plain lines.
+_REFRESH_SECONDS = 0.5
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def saying(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """Say what is happening while something takes seconds."""
+    console = Console(stderr=True)
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(f"{text} …"):
+            yield
+    else:
+        console.print(f"{text} …", highlight=False)
+        yield
+
+
+def size(count: float) -> str:
+    """Bytes with a unit, powers of 1,024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def federation_tables(report: dict[str, Any]) -> list[Table]:
+    """One table per encoder: a row per node."""
+    tables = []
+    for name, encoder in report["encoders"].items():
+        title = (
+            f"{name}  {encoder['status']}  version {encoder['version']}  {encoder['updates']} updates  "
+            f"{encoder['progress']:.0%}"
+        )
+        if encoder["waiting_for_nodes"] > 0:
+            title += f"  waiting for {encoder['waiting_for_nodes']} more node(s)"
+        table = Table(title=title, title_justify="left")
+        for heading in ("node", "steps", "steps/s", "loss", "version", "stale", "returns", "weight", "waited", "sent"):
+            table.add_column(heading, justify="left" if heading == "node" else "right")
+        for node, member in encoder["members"].items():
+            table.add_row(
+                node if member["active"] else f"{node} (away)",
+                str(member["steps"]),
+                number(member["steps_per_second"], 1),
+                number(member["loss"], 3),
+                str(member["version"]),
+                str(member["staleness"]),
+                str(member["returns"]),
+                number(member["last_weight"]),
+                f"{member['waiting_seconds']:.0f} s",
+                size(member["bytes_sent"]),
+            )
+        tables.append(table)
+    return tables
+
+
+def federation_line(report: dict[str, Any]) -> str:
+    """The same in one line per encoder."""
+    lines = []
+    for name, encoder in report["encoders"].items():
+        nodes = "  ".join(
+            f"{node}: {member['steps']} steps, loss {number(member['loss'], 3)}, {member['returns']} returns"
+            + ("" if member["active"] else " (away)")
+            for node, member in encoder["members"].items()
+        )
+        lines.append(f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {nodes}")
+    return "\n".join(lines) or "no encoder yet: ask for one with `shared-encoder request get text`, or master --get text"
+
+
+class FederationDisplay:
+    """Shows reports: redrawn in place on a terminal, a line now and then elsewhere, nothing if quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        self._quiet = quiet
+        self._next = 0.0
+
+    def __enter__(self) -> FederationDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def due(self) -> bool:
+        """Whether it is time to show something again."""
+        return not self._quiet and time.monotonic() >= self._next
+
+    def show(self, report: dict[str, Any]) -> None:
+        """Show a report now."""
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            self._next = time.monotonic() + _LINE_SECONDS
+            print(federation_line(report), file=sys.stderr, flush=True)
+            return
+        self._next = time.monotonic() + _REFRESH_SECONDS
+        from rich.console import Group
+
+        group = Group(*(federation_tables(report) or [federation_line(report)]))
+        if self._live is None:
+            self._live = Live(group, console=self._console, auto_refresh=False, transient=False)
+            self._live.start()
+        self._live.update(group, refresh=True)
+
+
+class MasterDisplay(FederationDisplay):
+    """Fed by the master's `on_change`."""
+
+    def __enter__(self) -> MasterDisplay:
+        return self
+
+    def update(self, service: MasterService) -> None:
+        if self.due():
+            self.show(service.report())
+
+
+class NodeDisplay:
+    """One line about this node, fed by its `on_change`."""
+
+    def __init__(self, name: str, *, quiet: bool) -> None:
+        self._name = name
+        self._console = Console(stderr=True)
+        self._quiet = quiet
+        self._next = 0.0
+        self._status = None if quiet or not self._console.is_terminal else self._console.status("starting")
+
+    def __enter__(self) -> NodeDisplay:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def update(self, service: NodeService) -> None:
+        now = time.monotonic()
+        if self._quiet or now < self._next:
+            return
+        figures, broker = service.figures, service.broker.status()
+        text = (
+            f"{self._name}: {figures.note}, {figures.steps} steps ({figures.steps_per_second:.1f}/s), "
+            f"loss {number(figures.loss, 3)}, version {figures.version}, {figures.accepted} updates counted"
+            f" of {figures.handed_in} (last weight {figures.last_weight:.2f}, {figures.staleness} versions stale), "
+            f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s"
+        )
+        if broker.blocked:
+            text += f", broker blocked: {broker.blocked}"
+        elif not broker.connected:
+            text += ", broker away: trying again"
+        if self._status is not None:
+            self._next = now + _REFRESH_SECONDS
+            self._status.update(text)
+        else:
+            self._next = now + _LINE_SECONDS
+            print(text, file=sys.stderr, flush=True)
