@@ -1,0 +1,29 @@
+"""The brokers. Importing this package imports no driver; `open_broker` imports the one that a URL asks for."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from common.broker import Broker
+from common.errors import UserError
+
+
+def open_broker(url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0) -> Broker:
+    """Connect to the RabbitMQ of an `amqp://` or `amqps://` URL.
+
+    `client_name` is shown in the broker's management page, `dead_letters` is the exchange for what cannot be processed.
+    Raises UserError for a URL of another kind, AccessRefused, or BrokerUnavailable after `connect_timeout` seconds.
+    """
+    if urlsplit(url).scheme not in ("amqp", "amqps"):
+        raise UserError(f"broker URL {redacted(url)!r}: write it as amqp://user:password@host:5672/vhost (or amqps://)")
+    from common.brokers.rabbitmq import RabbitMQBroker
+
+    return RabbitMQBroker(url, client_name=client_name, dead_letters=dead_letters, connect_timeout=connect_timeout)
+
+
+def redacted(url: str) -> str:
+    """A URL that can be shown: without the password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}").geturl()

@@ -1,0 +1,304 @@
+"""The embedded broker: real queues, prefetch, redelivery, dead letters and streams, in this process, no install.
+
+It carries exactly the bytes that RabbitMQ would. `MemoryServer` is the broker, `MemoryBroker` one party's connection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp
+from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
+from common.topology import Binding, Declarations, Exchange, Queue
+
+
+@dataclass(slots=True)
+class _Message:
+    publication: Publication
+    user_id: str
+    timestamp: float
+    offset: int = 0
+    redelivered: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.publication.body)
+
+
+@dataclass
+class _Queue:
+    declared: Queue
+    ready: deque[_Message] = field(default_factory=deque)
+    bytes: int = 0
+    next_offset: int = 0
+
+
+class MemoryServer:
+    """Exchanges, queues and bindings. One lock guards all of it; `changed` wakes the dispatchers."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.clock = clock
+        self.locks: dict[str, MemoryBroker] = {}
+        self._exchanges: dict[str, Exchange] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._bindings: list[Binding] = []
+
+    def declare(self, declarations: Declarations) -> None:
+        with self.changed:
+            for exchange in declarations.exchanges:
+                if self._exchanges.setdefault(exchange.name, exchange) != exchange:
+                    raise UserError(f"exchange {exchange.name} is there with other arguments; take another namespace")
+            for queue in declarations.queues:
+                if self._queues.setdefault(queue.name, _Queue(queue)).declared != queue:
+                    raise UserError(f"queue {queue.name} is there with other arguments; take another namespace")
+            for binding in declarations.bindings:
+                if binding not in self._bindings:
+                    self._bindings.append(binding)
+
+    def delete_queue(self, name: str) -> None:
+        with self.changed:
+            self._queues.pop(name, None)
+            self._bindings = [binding for binding in self._bindings if binding.queue != name]
+
+    def queue(self, name: str) -> _Queue:
+        """Raises BrokerUnavailable for a queue that nobody has declared."""
+        found = self._queues.get(name)
+        if found is None:
+            raise BrokerUnavailable(f"there is no queue {name}")
+        return found
+
+    def publish(self, publication: Publication, user: str) -> None:
+        """Into every queue that a binding leads to, or into none: a full one rejects the publish as a whole."""
+        with self.changed:
+            exchange = self._exchanges.get(publication.exchange)
+            if exchange is None:
+                raise Unroutable(f"there is no exchange {publication.exchange}")
+            names = {
+                binding.queue
+                for binding in self._bindings
+                if binding.exchange == exchange.name
+                and matches(exchange.kind, binding.routing_key, publication.routing_key)
+            }
+            if not names and publication.mandatory:
+                raise Unroutable(f"no queue takes {publication.routing_key!r} of {publication.exchange}")
+            queues = [self._queues[name] for name in sorted(names)]
+            for queue in queues:
+                full = queue.declared.max_bytes is not None and queue.bytes >= queue.declared.max_bytes
+                if full and queue.declared.overflow == "reject-publish":
+                    raise PublishRejected(f"queue {queue.declared.name} is full")
+            for queue in queues:
+                queue.ready.append(_Message(publication, user, self.clock(), queue.next_offset))
+                queue.next_offset += 1
+                queue.bytes += len(publication.body)
+                self._trim(queue)
+            self.changed.notify_all()
+
+    def stream_index(self, name: str, start: StreamPosition) -> int:
+        """The offset that reading from `start` begins with; one below what is kept is moved up to it, silently."""
+        queue = self.queue(name)
+        lowest = queue.ready[0].offset if queue.ready else queue.next_offset
+        match start:
+            case "first":
+                return lowest
+            case "last":
+                return max(lowest, queue.next_offset - 1)
+            case "next":
+                return queue.next_offset
+            case Timestamp():
+                later = (message.offset for message in queue.ready if message.timestamp >= start.seconds)
+                return next(later, queue.next_offset)
+            case int():
+                return max(lowest, start)
+
+    def _trim(self, queue: _Queue) -> None:
+        limit, drops = (
+            queue.declared.max_bytes,
+            queue.declared.kind == "stream" or queue.declared.overflow == "drop-head",
+        )
+        while drops and limit is not None and queue.bytes > limit and len(queue.ready) > 1:
+            queue.bytes -= queue.ready.popleft().size
+
+
+class MemoryBroker:
+    """One party's connection. Its deliveries come on one thread of its own."""
+
+    def __init__(self, server: MemoryServer, *, user: str, dead_letters: str) -> None:
+        self._server = server
+        self._user = user
+        self._dead_letters = dead_letters
+        self._subscriptions: list[MemorySubscription] = []
+        self._closed = False
+        self._bytes_out = 0
+        self._bytes_in = 0
+        self._thread = threading.Thread(target=self._dispatch, name=f"memory-broker-{user}", daemon=True)
+        self._thread.start()
+
+    def declare(self, declarations: Declarations) -> None:
+        self._server.declare(declarations)
+
+    def delete_queue(self, name: str) -> None:
+        self._server.delete_queue(name)
+
+    def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
+        if self._closed:
+            raise BrokerUnavailable("the connection is closed")
+        for publication in publications:
+            self._server.publish(publication, self._user)
+            self._bytes_out += len(publication.body)
+
+    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> MemorySubscription:
+        return self._subscribe(MemorySubscription(self._server, queue, on_delivery, prefetch, None))
+
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
+    ) -> MemorySubscription:
+        with self._server.changed:
+            position = self._server.stream_index(stream, start)
+            return self._subscribe(MemorySubscription(self._server, stream, on_delivery, prefetch, position))
+
+    def ack(self, *deliveries: Delivery) -> None:
+        with self._server.changed:
+            for delivery in deliveries:
+                subscription, tag = cast(tuple[MemorySubscription, int], delivery.handle)
+                subscription.unacked.pop(tag, None)
+            self._server.changed.notify_all()
+
+    def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
+        headers = {
+            "x-reason": reason,
+            "x-detail": detail[:500],
+            "x-exchange": delivery.exchange,
+            "x-routing-key": delivery.routing_key,
+        }
+        self.publish(Publication(self._dead_letters, reason, delivery.body, headers, delivery.message_id))
+        self.ack(delivery)
+
+    def lock(self, name: str, on_lost: Callable[[], None]) -> None:
+        with self._server.changed:
+            holder = self._server.locks.setdefault(name, self)
+            if holder is not self:
+                raise LockHeld(f"{name} is held by another connection ({holder._user})")
+
+    def status(self) -> BrokerStatus:
+        return BrokerStatus(not self._closed, None, 0, self._bytes_out, self._bytes_in)
+
+    def close(self) -> None:
+        with self._server.changed:
+            self._closed = True
+            for subscription in self._subscriptions:
+                subscription.close()
+            self._server.locks = {name: by for name, by in self._server.locks.items() if by is not self}
+            self._server.changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _subscribe(self, subscription: MemorySubscription) -> MemorySubscription:
+        with self._server.changed:
+            self._server.queue(subscription.queue)
+            self._subscriptions.append(subscription)
+            self._server.changed.notify_all()
+        return subscription
+
+    def _dispatch(self) -> None:
+        """Deliver what is ready, one message of each subscription in turn; callbacks run outside the lock."""
+        while True:
+            with self._server.changed:
+                self._subscriptions = [each for each in self._subscriptions if not each.closed]
+                ready = [(each, delivery) for each in self._subscriptions if (delivery := each.take()) is not None]
+                if not ready:
+                    if self._closed:
+                        return
+                    self._server.changed.wait()
+                    continue
+            for subscription, delivery in ready:
+                self._bytes_in += len(delivery.body)
+                subscription.on_delivery(delivery)
+
+
+class MemorySubscription:
+    """A consumer of a queue, or a reader of a stream from `position`."""
+
+    def __init__(
+        self, server: MemoryServer, queue: str, on_delivery: OnDelivery, prefetch: int, position: int | None
+    ) -> None:
+        self.queue = queue
+        self.on_delivery = on_delivery
+        self.closed = False
+        self.unacked: dict[int, _Message] = {}
+        self._server = server
+        self._prefetch = prefetch
+        self._position = position
+        self._tags = itertools.count()
+
+    def take(self) -> Delivery | None:
+        """The next delivery, if prefetch allows one; the server's lock is held."""
+        if self.closed or len(self.unacked) >= self._prefetch:
+            return None
+        queue = self._server._queues.get(self.queue)
+        message = None if queue is None or not queue.ready else self._next(queue)
+        if message is None:
+            return None
+        tag = next(self._tags)
+        self.unacked[tag] = message
+        publication = message.publication
+        return Delivery(
+            queue=self.queue,
+            exchange=publication.exchange,
+            routing_key=publication.routing_key,
+            body=publication.body,
+            headers=dict(publication.headers),
+            message_id=publication.message_id,
+            user_id=message.user_id,
+            redelivered=message.redelivered,
+            timestamp=message.timestamp,
+            offset=None if self._position is None else message.offset,
+            handle=(self, tag),
+        )
+
+    def close(self) -> None:
+        with self._server.changed:
+            if self.closed:
+                return
+            self.closed = True
+            queue = self._server._queues.get(self.queue)
+            if self._position is None and queue is not None:
+                for message in reversed(self.unacked.values()):
+                    message.redelivered = True
+                    queue.ready.appendleft(message)
+                    queue.bytes += message.size
+            self.unacked.clear()
+            self._server.changed.notify_all()
+
+    def _next(self, queue: _Queue) -> _Message | None:
+        if self._position is None:
+            message = queue.ready.popleft()
+            queue.bytes -= message.size
+            return message
+        index = max(self._position, queue.ready[0].offset) - queue.ready[0].offset
+        if index >= len(queue.ready):
+            return None
+        message = queue.ready[index]
+        self._position = message.offset + 1
+        return message
+
+
+def matches(kind: str, pattern: str, key: str) -> bool:
+    """Whether a binding's pattern takes a routing key: equal for direct; `*` one word, `#` any number for topic."""
+    if kind == "direct":
+        return pattern == key
+    return _matches(pattern.split("."), key.split("."))
+
+
+def _matches(pattern: list[str], words: list[str]) -> bool:
+    if not pattern:
+        return not words
+    if pattern[0] == "#":
+        return any(_matches(pattern[1:], words[start:]) for start in range(len(words) + 1))
+    return bool(words) and pattern[0] in ("*", words[0]) and _matches(pattern[1:], words[1:])
