@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Within this block the first SIGINT or SIGTERM sets `stop`, the next one has its default effect. Main thread only."""
+    """Within this block the first SIGINT or SIGTERM sets `stop`, the next has its default effect. Main thread only."""
 
     def first(signum: int, frame: FrameType | None) -> None:
         stop.set()

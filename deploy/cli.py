@@ -26,7 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-request_app = typer.Typer(help="Ask a running master for an encoder, for more training, or to stop.", no_args_is_help=True)
+request_app = typer.Typer(
+    help="Ask a running master for an encoder, for more training, or to stop.", no_args_is_help=True
+)
 app.add_typer(request_app, name="request")
 
 ConfigFile = Annotated[
@@ -63,16 +65,22 @@ def master(
     config: ConfigFile = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
-    state: Annotated[Path | None, typer.Option(metavar="DIR", help="message log, snapshots [default: master-state]")] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="message log, snapshots [default: master-state]")
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(metavar="DIR", help="finished encoder [default: STATE/encoders/ID]")
     ] = None,
     get: Annotated[str | None, typer.Option(metavar="TYPE", help="make an encoder of this type at the start")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco [default: return-count]"),
+        typer.Option(
+            metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco [default: return-count]"
+        ),
     ] = None,
-    min_nodes: Annotated[int | None, typer.Option(metavar="N", help="nodes to wait for before training [default: 1]")] = None,
+    min_nodes: Annotated[
+        int | None, typer.Option(metavar="N", help="nodes to wait for before training [default: 1]")
+    ] = None,
     versions: Annotated[int | None, typer.Option(metavar="N", help="stop after N versions [default: 400]")] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help="stop after N counted updates")] = None,
     seconds: Annotated[float | None, typer.Option(metavar="S", help="stop after S seconds of training")] = None,
@@ -109,7 +117,9 @@ def node(
         typer.Option(metavar="PATH", help="file, folder or glob with the private samples; may be repeated"),
     ] = None,
     type_: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image [default: text]")] = None,
-    field: Annotated[str | None, typer.Option(metavar="NAME", help="field or array of the samples [default: text]")] = None,
+    field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="field or array of the samples [default: text]")
+    ] = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     state: Annotated[
@@ -119,7 +129,9 @@ def node(
         Path | None, typer.Option(metavar="DIR", help="stem + encoder + head [default: STATE/encoders/ID/model]")
     ] = None,
     get: Annotated[str | None, typer.Option(metavar="TYPE", help="ask the master for an encoder of this type")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps [default: auto]")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps [default: auto]")
+    ] = None,
     threads: Threads = None,
     max_speed: Annotated[
         float | None, typer.Option(metavar="N", help="at most N training steps a second [default: no limit]")
@@ -213,7 +225,9 @@ def status(
 
 @app.command()
 def evaluate(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NODE]…", help="nodes; all in the file if not given")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NODE]…", help="nodes; all in the file if not given")
+    ] = None,
     config: ConfigFile = None,
     encoder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="the shared encoder [default: master.export_dir of the file]")
@@ -235,7 +249,9 @@ def export(
     encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="id, as `status` shows it")],
     state: Annotated[Path, typer.Option(metavar="DIR", help="the master's state directory")] = Path("master-state"),
     version: Annotated[int | None, typer.Option(metavar="N", help="rebuild this version [default: the newest]")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path("encoder"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path(
+        "encoder"
+    ),
 ) -> None:
     """Rebuild any version of an encoder from the message log and write it for transformers."""
     from deploy.observe import export_version

@@ -32,7 +32,11 @@ class Config(BaseSettings):
     """Every section has defaults: nothing needs to be configured for the first run."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     broker: BrokerConfig = BrokerConfig()

@@ -89,7 +89,9 @@ def federation_line(report: dict[str, Any]) -> str:
             for node, member in encoder["members"].items()
         )
         lines.append(f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {nodes}")
-    return "\n".join(lines) or "no encoder yet: ask for one with `shared-encoder request get text`, or master --get text"
+    return (
+        "\n".join(lines) or "no encoder yet: ask for one with `shared-encoder request get text`, or master --get text"
+    )
 
 
 class FederationDisplay:
@@ -104,7 +106,9 @@ class FederationDisplay:
     def __enter__(self) -> FederationDisplay:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -123,7 +127,7 @@ class FederationDisplay:
         self._next = time.monotonic() + _REFRESH_SECONDS
         from rich.console import Group
 
-        group = Group(*(federation_tables(report) or [federation_line(report)]))
+        group = Group(*federation_tables(report)) if report["encoders"] else Group(federation_line(report))
         if self._live is None:
             self._live = Live(group, console=self._console, auto_refresh=False, transient=False)
             self._live.start()
@@ -156,7 +160,9 @@ class NodeDisplay:
             self._status.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._status is not None:
             self._status.stop()
 

@@ -99,7 +99,9 @@ def load_corpora(name: str, config: NodeConfig) -> dict[str, Corpus]:
     corpora: dict[str, Corpus] = {}
     for corpus_config in config.corpus:
         if corpus_config.type in corpora:
-            raise UserError(f"nodes.{name}.corpus: two corpora of type {corpus_config.type}; one with several paths does")
+            raise UserError(
+                f"nodes.{name}.corpus: two corpora of type {corpus_config.type}; one with several paths does"
+            )
         started = time.monotonic()
         corpus = load_corpus(corpus_config)
         corpora[corpus_config.type] = corpus

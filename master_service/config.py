@@ -19,7 +19,7 @@ class MasterConfig(Section):
     state_dir: Path = Path("master-state")
     export_dir: Path | None = None
     presence_timeout_seconds: Annotated[float, Field(gt=0)] = 90.0
-    chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 15.0
     encoding: EncodingName = "bfloat16"
     exit_when_finished: bool = False
     threads: Annotated[int, Field(ge=1)] = 1

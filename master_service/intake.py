@@ -17,7 +17,11 @@ from common.transfer import UpdateAssembly
 
 
 class Intake:
-    """Fetches the chunks of one manifest; the service's thread hands what was delivered to `add`."""
+    """Fetches the chunks of one manifest; the service's thread hands what was delivered to `add`.
+
+    Of an update that is refused anyway (`wanted` False) the chunks are fetched too, and thrown away: left where they
+    are, they would fill the node's queue.
+    """
 
     def __init__(
         self,
@@ -25,12 +29,15 @@ class Intake:
         topology: Topology,
         manifest: UpdateManifest,
         delivery: Delivery,
+        *,
+        wanted: bool,
         deadline: float,
         on_delivery: OnDelivery,
         on_poison: Callable[[Delivery, Poison], None],
     ) -> None:
         self.manifest = manifest
         self.delivery = delivery
+        self.wanted = wanted
         self.deadline = deadline
         self._broker = broker
         self._on_poison = on_poison
@@ -41,7 +48,7 @@ class Intake:
         )
 
     def add(self, delivery: Delivery) -> bool:
-        """Take one chunk; True once the update is whole. What is older is discarded, what is newer is left in its queue."""
+        """Take one chunk; True once the update is whole. What is older is discarded, what is newer is left."""
         try:
             chunk = decode(delivery.body)
             if not isinstance(chunk, UpdateChunk):
@@ -71,6 +78,6 @@ class Intake:
     def _is_older(self, chunk: UpdateChunk) -> bool:
         wanted = self.manifest
         if chunk.incarnation != wanted.incarnation:
-            # the manifest was accepted as the node's current incarnation; a queue is FIFO, so another one came before
-            return True
+            # a wanted update is of the node's current incarnation; a queue is FIFO, so another one came before
+            return self.wanted
         return (chunk.sequence, chunk.attempt) < (wanted.sequence, wanted.attempt)

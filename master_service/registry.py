@@ -1,4 +1,4 @@
-"""Finished encoders on disk: exported so that `AutoModel.from_pretrained` opens them, with a card of how they came about."""
+"""Finished encoders on disk: exported for `AutoModel.from_pretrained`, with a card of how they came about."""
 
 from __future__ import annotations
 

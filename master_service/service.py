@@ -1,4 +1,4 @@
-"""The master's shell: broker, disk and clock around the fold. One thread decides; deliveries wait in one queue for it."""
+"""The master's shell: broker, disk and clock around the fold. One thread decides; deliveries wait for it in a queue."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from common.messages import (
     AskStatus,
     Finish,
     Get,
+    Introduce,
     Message,
     Notice,
     Resend,
@@ -70,6 +71,8 @@ _DECIDED = (
     "ack",
 )
 _POLL_SECONDS = 0.25
+#: How long the chunks of an update that does not count are waited for; they were there before its manifest.
+_DISCARD_SECONDS = 1.0
 
 
 @dataclass
@@ -161,7 +164,7 @@ class MasterService:
         for node, present in self.live.transitions(now, self.config.presence_timeout_seconds):
             self._record(Presence(node=node, present=present))
         if self._intake is not None and time.monotonic() > self._intake.deadline:
-            self._ask_again(self._intake)
+            self._chunks_missing(self._intake)
         self.on_change(self)
 
     # --- what comes in -----------------------------------------------------------------------------------------------
@@ -205,8 +208,6 @@ class MasterService:
             self.live.alive(message)
             known = self._fold.coordinator.state.nodes.get(message.node)
             if known is None or known.incarnation != message.incarnation:
-                from common.messages import Introduce
-
                 self._send(message.node, Introduce(node=message.node))
         elif isinstance(message, AskStatus):
             plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
@@ -217,38 +218,49 @@ class MasterService:
 
     def _next_manifest(self) -> None:
         """Begin with the next update, if none is being fetched."""
-        while self._intake is None and self._manifests:
-            delivery = self._manifests.popleft()
-            manifest = decode(delivery.body)
-            assert isinstance(manifest, UpdateManifest)
-            self.live.seen(manifest.node, self.clock())
-            if self._fold.coordinator.wants_payload(manifest):
-                self._intake = Intake(
-                    self.broker,
-                    self.topology,
-                    manifest,
-                    delivery,
-                    time.monotonic() + self.config.chunk_timeout_seconds,
-                    self._events.put,
-                    self._dead_letter,
-                )
-            else:
-                self._record(manifest, message_id=_delivery_id(manifest))
-                self.broker.ack(delivery)
+        if self._intake is not None or not self._manifests:
+            return
+        delivery = self._manifests.popleft()
+        manifest = decode(delivery.body)
+        assert isinstance(manifest, UpdateManifest)
+        self.live.seen(manifest.node, self.clock())
+        wanted = self._fold.coordinator.wants_payload(manifest)
+        patience = self.config.chunk_timeout_seconds if wanted else _DISCARD_SECONDS
+        self._intake = Intake(
+            self.broker,
+            self.topology,
+            manifest,
+            delivery,
+            wanted=wanted,
+            deadline=time.monotonic() + patience,
+            on_delivery=self._events.put,
+            on_poison=self._dead_letter,
+        )
 
     def _take_update(self, intake: Intake) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
-        manifest, payload = intake.manifest, intake.payload()
-        size = self._fold.coordinator.state.encoders[manifest.encoder].size
-        finite, norm = measure(payload, size, manifest.encoding)
-        digest = self._log.payloads.write(payload)
-        facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-        self._record(manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest)
+        manifest = intake.manifest
+        if intake.wanted:
+            payload = intake.payload()
+            size = self._fold.coordinator.state.encoders[manifest.encoder].size
+            finite, norm = measure(payload, size, manifest.encoding)
+            digest = self._log.payloads.write(payload)
+            facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
+            self._record(manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest)
+        else:
+            self._record(manifest, message_id=_delivery_id(manifest))
         intake.settle()
         self._end_intake(intake)
 
+    def _chunks_missing(self, intake: Intake) -> None:
+        """Of an update that does not count they are not missed; of another the node has them still."""
+        if intake.wanted:
+            self._ask_again(intake)
+        else:
+            self._take_update(intake)
+
     def _ask_again(self, intake: Intake) -> None:
-        """The chunks did not come: the node has them still and sends them as another attempt."""
+        """The node sends the chunks again as another attempt."""
         manifest = intake.manifest
         log.warning("chunks missing, asking the node to send again", update=manifest.update_id)
         resend = Resend(

@@ -14,8 +14,8 @@ from node_service.corpus import CorpusConfig
 class NodeConfig(Section):
     """One node. `corpus` may be one table or a list of them, at most one per encoder type.
 
-    `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master for
-    an encoder of a type. `private` are the settings of the private parts (for text: vocabulary).
+    `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master
+    for an encoder of a type. `private` are the settings of the private parts (for text: vocabulary).
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)

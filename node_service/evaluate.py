@@ -1,7 +1,7 @@
 """What a shared encoder is worth on one owner's data, next to a random one, one trained alone, and a pooled one.
 
-All of them have the same private spec (vocabulary, image shape), the same architecture and the same seeds, so that their
-masked losses are comparable. `pooled` is what nobody may do: one trunk trained centrally on everybody's samples.
+All of them have the same private spec (vocabulary, image shape), the same architecture and the same seeds, so that
+their masked losses are comparable. `pooled` is what nobody may do: one trunk trained centrally on everybody's samples.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Scores:
-    """Masked loss on held-out samples (nats for text), and probe accuracies on labelled ones, where there are labels."""
+    """Masked loss on held-out samples (nats for text), and probe accuracies where there are labels."""
 
     loss: float
     probe: float | None = None

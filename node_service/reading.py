@@ -1,4 +1,4 @@
-"""Versions are read from the stream on a thread of their own; what was read comes back through the node's event queue."""
+"""Versions are read from the stream on a thread of their own; what was read comes back as an event."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class NodeService:
             self._on_change(self)
 
     def _say_goodbye(self) -> None:
-        """Hand in what was trained, save, leave; what cannot be sent in time stays owed and is sent at the next start."""
+        """Hand in what was trained, save, leave; what cannot be sent in time is sent at the next start."""
         if self._training is not None and self._agent.training and self._training.since.steps > 0:
             self._hand_in(wants_version=False)
         if self._training is not None:

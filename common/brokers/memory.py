@@ -201,7 +201,6 @@ class MemoryBroker:
 
     def _subscribe(self, subscription: MemorySubscription) -> MemorySubscription:
         with self._server.changed:
-            self._server.queue(subscription.queue)
             self._subscriptions.append(subscription)
             self._server.changed.notify_all()
         return subscription

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 #: Everything that the shared encoder's parameters depend on, as plain JSON; it travels in the instruction.
 Architecture = dict[str, Any]
 
-#: What the private parts depend on besides their tensors (a vocabulary, an image shape), as plain JSON; it never travels.
+#: What the private parts depend on besides tensors (a vocabulary, an image shape), as plain JSON; it never travels.
 PrivateSpec = dict[str, Any]
 
 Batch = dict[str, Tensor]
@@ -66,7 +66,7 @@ class EncoderType(Protocol):
     name: str
 
     def architecture(self, overrides: Mapping[str, Any]) -> Architecture:
-        """The architecture with defaults filled in. Raises UserError that names a wrong key and suggests the right one."""
+        """The architecture with defaults filled in. Raises UserError for a wrong key, suggesting the right one."""
 
     def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
         """Architecture and shared tensors of an export or a Hugging Face directory, to continue from it."""
@@ -75,7 +75,7 @@ class EncoderType(Protocol):
         """The shared encoder's float32 tensors at version 0, in layout order; the same for the same seed."""
 
     def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
-        """Fit what the private parts need besides tensors, from the owner's samples alone (train a tokenizer, see a shape)."""
+        """Fit what the private parts need besides tensors, from the owner's samples (a vocabulary, a shape)."""
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
         """The whole model with freshly initialised private parts. `seed` need not be equal across nodes."""
@@ -83,4 +83,4 @@ class EncoderType(Protocol):
     def export_shared(
         self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
     ) -> None:
-        """Write the shared encoder alone so that `AutoModel.from_pretrained(directory)` opens it; `card` is README.md."""
+        """Write the shared encoder so that `AutoModel.from_pretrained(directory)` opens it; `card` is its README."""

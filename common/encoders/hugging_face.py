@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,14 @@ from transformers.utils import logging
 
 from common.errors import UserError
 
+#: The global generator and transformers' verbosity belong to the process; nodes of a demo are threads of one.
+_PROCESS_WIDE = threading.RLock()
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's random numbers on the CPU follow from `seed` alone; outside, they go on undisturbed."""
-    with torch.random.fork_rng(devices=[]):
+    with _PROCESS_WIDE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
@@ -27,15 +31,16 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own progress bars and load reports: our caller says what is going on."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with _PROCESS_WIDE:
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def save(model: nn.Module, directory: Path) -> None:

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need only Python 3.11+ with venv; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint clean rabbitmq
+
+demo: $(VENV)/.installed
+	$(BIN)/shared-encoder demo $(ARGS)
+
+test: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Debian's package is installed without starting the system's own service; the tests start a private one.
+rabbitmq:
+	@sh deploy/ensure_rabbitmq.sh
+
+# The constraints pin torch: an unpinned one brings gigabytes of CUDA that most nodes do not need.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache demo-out
