@@ -1,0 +1,162 @@
+"""A real master in a thread over the embedded broker, and a node that is spoken by hand, to send what no real one would."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from common.broker import Delivery, Publication
+from common.brokers.memory import MemoryBroker, MemoryServer
+from common.codec import decode, encode
+from common.encodings import encode_vector
+from common.messages import Instruction, InstructionAck, Join, Message, ReturnWhen, Rule, UpdateManifest, UpdateRule
+from common.topology import Topology
+from common.transfer import payload_digest, update_chunks
+from deploy.parties import ThreadParty
+from master_service.config import MasterConfig
+from master_service.entries import Settings, StopRule
+from master_service.rules.model import aggregation_rule
+from master_service.service import MasterService
+
+M = TypeVar("M", bound=Message)
+TOPOLOGY = Topology("test")
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20.0, what: str = "it") -> Any:
+    """Wait until `condition` is true; gives its value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.01)
+    return value
+
+
+def decided(**changes: Any) -> Settings:
+    """Small and quick; every arrival makes a version unless told otherwise."""
+    plain: dict[str, Any] = {
+        "rule": aggregation_rule("fedasync"),
+        "update_rule": UpdateRule(when=ReturnWhen(steps=2)),
+        "stop": StopRule(versions=1000),
+        "architecture": SMALL,
+    }
+    return Settings(**{**plain, **changes})
+
+
+def connection(server: MemoryServer, user: str) -> MemoryBroker:
+    return MemoryBroker(server, user=user, dead_letters=TOPOLOGY.dead_letters)
+
+
+class Master:
+    """The service in a thread; `service` is for looking, `party` to stop it."""
+
+    def __init__(self, server: MemoryServer, directory: Path, settings: Settings, **config: Any) -> None:
+        self.broker = connection(server, "master")
+        master_config = MasterConfig(state_dir=directory, **config)
+        self.service = MasterService(master_config, settings, self.broker, TOPOLOGY, get="text")
+        self.party = ThreadParty("master", self.service.run)
+
+    def stop(self) -> None:
+        self.party.stop()
+        assert self.party.wait(20.0)
+        self.broker.close()
+
+
+@contextmanager
+def running_master(
+    server: MemoryServer, directory: Path, settings: Settings | None = None, **config: Any
+) -> Iterator[Master]:
+    master = Master(server, directory, settings or decided(), **config)
+    try:
+        yield master
+    finally:
+        master.stop()
+
+
+class HandNode:
+    """Speaks a node's protocol, one message at a time."""
+
+    def __init__(self, server: MemoryServer, name: str, incarnation: str = "first") -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.broker = connection(server, name)
+        self.inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.broker.declare(TOPOLOGY.node(name, ("text",)))
+        self.broker.consume(TOPOLOGY.node_inbox(name), self.inbox.put, prefetch=100)
+
+    def say(self, key: str, message: Message | bytes, exchange: str = TOPOLOGY.request) -> None:
+        body = message if isinstance(message, bytes) else encode(message)
+        self.broker.publish(Publication(exchange, f"{self.name}{key}", body))
+
+    def hear(self, kind: type[M], seconds: float = 20.0) -> M:
+        """The next message of this kind; others are dropped."""
+        deadline = time.monotonic() + seconds
+        while True:
+            delivery = self.inbox.get(timeout=max(0.01, deadline - time.monotonic()))
+            self.broker.ack(delivery)
+            message = decode(delivery.body)
+            if isinstance(message, kind):
+                return message
+
+    def enter(self) -> Instruction:
+        """Join, accept, and wait for the rule."""
+        self.say(".join", Join(node=self.name, incarnation=self.incarnation, types=["text"]))
+        instruction = self.hear(Instruction)
+        ack = InstructionAck(
+            node=self.name, incarnation=self.incarnation, encoder=instruction.encoder, accepted=True, samples=10
+        )
+        self.say("", ack, TOPOLOGY.ack)
+        self.hear(Rule)
+        return instruction
+
+    def manifest(self, instruction: Instruction, sequence: int, bodies: list[bytes], **changes: Any) -> UpdateManifest:
+        plain: dict[str, Any] = {
+            "node": self.name,
+            "incarnation": self.incarnation,
+            "encoder": instruction.encoder,
+            "sequence": sequence,
+            "base_version": 0,
+            "steps": 1,
+            "samples": 1,
+            "seconds": 1.0,
+            "loss": 1.0,
+            "encoding": "float32",
+            "layout_digest": instruction.layout_digest,
+            "size": sum(map(len, bodies)),
+            "chunks": len(bodies),
+            "digest": payload_digest(bodies),
+        }
+        return UpdateManifest(**{**plain, **changes})
+
+    def send(self, manifest: UpdateManifest, bodies: list[bytes]) -> None:
+        """Chunks, then the manifest."""
+        for chunk in update_chunks(manifest, bodies):
+            self.say(".chunk", chunk, TOPOLOGY.update)
+        self.say(".ready", manifest, TOPOLOGY.update)
+
+
+def numbers(instruction: Instruction, value: float = 0.001) -> list[bytes]:
+    """An update in which every number is `value`."""
+    size = sum(torch.Size(shape).numel() for _, shape in instruction.layout)
+    return encode_vector(torch.full((size,), value), "float32")
+
+
+def drained(server: MemoryServer, queue_name: str) -> list[Delivery]:
+    """Everything that waits in a queue now."""
+    found: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    broker = connection(server, "looker")
+    broker.consume(queue_name, found.put, prefetch=1000)
+    time.sleep(0.2)
+    deliveries = []
+    while not found.empty():
+        deliveries.append(found.get())
+    broker.close()
+    return deliveries
+
+

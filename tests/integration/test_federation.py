@@ -1,0 +1,203 @@
+"""Master and real nodes in one process over the embedded broker: real training, real text, and what leaves a node."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.broker import Publication
+from common.brokers.memory import MemoryBroker, MemoryServer
+from common.codec import decode
+from common.messages import UpdateChunk, UpdateManifest, UpdateRule
+from common.slicing import payload_size
+from deploy.parties import ThreadParty
+from master_service.entries import StopRule
+from master_service.fold import rebuild
+from master_service.message_log import MessageLog
+from master_service.rules.model import aggregation_rule
+from node_service.config import NodeConfig
+from node_service.corpus import CorpusConfig, load_corpus
+from node_service.service import NodeService
+from node_service.training import Training
+from tests.integration.harness import TOPOLOGY, HandNode, decided, eventually, numbers, running_master
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+
+
+class RecordingBroker(MemoryBroker):
+    """Keeps every publication that leaves."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.left: list[Publication] = []
+        super().__init__(*arguments, **named)
+
+    def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
+        self.left += publications
+        super().publish(*publications, timeout=timeout)
+
+
+class Node:
+    """A real node in a thread."""
+
+    def __init__(self, server: MemoryServer, directory: Path, name: str, lines: list[str], **config: Any) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        corpus_file = directory / f"{name}.txt"
+        corpus_file.write_text("\n".join(lines))
+        corpus = CorpusConfig(path=(str(corpus_file),), documents="line")
+        plain: dict[str, Any] = {
+            "corpus": [corpus],
+            "state_dir": directory / name,
+            "private": {"vocabulary": 300},
+            "alive_every_seconds": 0.2,
+            "exit_when_finished": True,
+        }
+        node_config = NodeConfig(**{**plain, **config})
+        self.broker = RecordingBroker(server, user=name, dead_letters=TOPOLOGY.dead_letters)
+        self.service = NodeService(name, node_config, {"text": load_corpus(corpus)}, self.broker, TOPOLOGY)
+        self.party = ThreadParty(name, self.service.run)
+
+    def end(self) -> None:
+        self.party.stop()
+        assert self.party.wait(30.0)
+        self.broker.close()
+
+
+@contextmanager
+def nodes(*made: Node) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for node in made:
+            node.end()
+
+
+def lines(seed: int, extra: str = "") -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (150, 12), generator=generator)
+    return [" ".join(WORDS[i] for i in row) + extra for row in picks.tolist()]
+
+
+@pytest.mark.parametrize("preset", ["return-count", "fedavg"])
+def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> None:
+    server = MemoryServer()
+    settings = decided(rule=aggregation_rule(preset), stop=StopRule(updates=30), min_nodes=2)
+    with running_master(server, tmp_path / "master", settings, export_dir=tmp_path / "encoder") as master:
+        state = master.service._fold.coordinator.state
+        first = [Node(server, tmp_path, name, lines(seed)) for seed, name in enumerate("ab")]
+        encoder = eventually(lambda: next((e for e in state.encoders.values() if e.version >= 3), None), 60)
+        late = Node(server, tmp_path, "late", lines(9))
+        with nodes(*first, late):
+            eventually(lambda: encoder.status == "finished", 60)
+            for node in (*first, late):
+                eventually(lambda node=node: node.party.wait(0.0), 30)  # they end by themselves
+        assert encoder.members["late"].returns > 0 and encoder.members["late"].version >= 3
+        assert {node.service.figures.version for node in first} == {encoder.version}
+        assert sum(member.returns for member in encoder.members.values()) == encoder.updates == 30
+        digest = encoder.digest
+    # the log alone makes the same encoder, and the export opens with what everybody uses
+    assert rebuild(MessageLog(tmp_path / "master", read_only=True), encoder.encoder).digest() == digest
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+    model, report = AutoModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    private = tmp_path / "late" / "encoders" / encoder.encoder
+    whole, report = AutoModelForMaskedLM.from_pretrained(private / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens = AutoTokenizer.from_pretrained(private / "model")("alpha beta", return_tensors="pt")
+    assert whole(**tokens).logits.shape[-1] == 300
+    # the trunk in both exports is the same but for the rounding of bfloat16 on the way down
+    ours, theirs = model.state_dict(), whole.base_model.state_dict()
+    for name in ours:
+        if "tok_embeddings" not in name:
+            assert torch.allclose(ours[name], theirs[name], rtol=2**-8, atol=1e-6)
+    assert json.loads((private / "pinned.json").read_text())["version"] == encoder.version
+
+
+def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = " patient" + secrets.token_hex(12)
+    server, private_bytes = MemoryServer(), []
+    original = Training.hand_in
+
+    def hand_in(self: Training, *arguments: Any, **named: Any) -> Any:
+        for parameter in self.model.private_parameters().values():
+            raw = parameter.detach().numpy().tobytes()
+            private_bytes.append(raw[:64])
+            private_bytes.append(parameter.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes()[:32])
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(Training, "hand_in", hand_in)
+    for encoding in ("float32", "bfloat16", "int8"):
+        settings = decided(stop=StopRule(updates=4), update_rule=UpdateRule(encoding=encoding))
+        with running_master(server := MemoryServer(), tmp_path / encoding / "m", settings) as master:
+            state = master.service._fold.coordinator.state
+            node = Node(server, tmp_path / encoding, "hospital", lines(1, canary))
+            with nodes(node):
+                eventually(lambda: any(e.status == "finished" for e in state.encoders.values()), 60)
+            [encoder] = state.encoders.values()
+        training = node.service._training
+        assert training is not None
+        shared, own = training.model.shared_parameters(), training.model.private_parameters()
+        assert own and not {id(p) for p in shared.values()} & {id(p) for p in own.values()}
+        assert [name for name, _ in encoder.layout] == list(shared)
+        assert sum(p.numel() for p in shared.values()) == encoder.size
+
+        payload = 0
+        for publication in node.broker.left:
+            body = publication.body
+            assert canary.strip().encode() not in body
+            assert not any(piece in body for piece in private_bytes)
+            message = decode(body)
+            if isinstance(message, UpdateChunk):
+                payload += len(message.data)
+            else:
+                # words are cut out of everything that is not numbers: ids and digests are all that is left
+                assert len(body) < 1000
+                assert not {word.encode() for word in WORDS if len(word) > 4} & set(re.findall(rb"[a-z]+", body))
+        manifests = [m for p in node.broker.left if isinstance(m := decode(p.body), UpdateManifest)]
+        # nothing but the shared encoder's numbers fits into what was sent
+        assert manifests and payload == len(manifests) * payload_size(encoder.size, encoding)  # type: ignore[arg-type]
+        assert len(private_bytes) > 4
+
+
+def test_a_node_that_leaves_hands_in_and_comes_back_as_the_same(tmp_path: Path) -> None:
+    server = MemoryServer()
+    with running_master(server, tmp_path / "master") as master:
+        state = master.service._fold.coordinator.state
+        node = Node(server, tmp_path, "a", lines(1))
+        encoder = eventually(lambda: next((e for e in state.encoders.values() if e.updates >= 3), None), 60)
+        node.end()
+        eventually(lambda: not encoder.members["a"].accepted)
+        steps, returns = node.service.figures.steps, encoder.members["a"].returns
+        assert encoder.members["a"].steps == steps, "every step it took was handed in"
+        back = Node(server, tmp_path, "a", lines(1))
+        with nodes(back):
+            eventually(lambda: encoder.members["a"].returns > returns, 30)
+        assert back.service.figures.steps > steps  # the optimiser and the data position went on
+        assert len(encoder.members) == 1
+
+
+def test_a_node_without_samples_of_the_type_refuses_with_the_reason(tmp_path: Path) -> None:
+    server = MemoryServer()
+    settings = decided(architecture={"hidden_size": 16, "num_attention_heads": 2, "sequence_length": 16})
+    with running_master(server, tmp_path / "master", settings) as master:
+        node = Node(server, tmp_path, "a", lines(1), private={"vocabulary": 10})
+        with nodes(node):
+            entry = eventually(
+                lambda: next((e.body for e in master.service._log.entries() if e.body.kind == "ack"), None), 30
+            )
+        assert not entry.accepted and "vocabulary" in entry.reason
+        hand = HandNode(server, "b")
+        instruction = hand.enter()
+        bodies = numbers(instruction)
+        hand.send(hand.manifest(instruction, 0, bodies), bodies)  # the others are served
+        eventually(lambda: master.service._fold.coordinator.state.encoders[instruction.encoder].version == 1)
