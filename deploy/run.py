@@ -16,10 +16,10 @@ from common.signals import stop_on_signals
 from common.topology import Topology
 from deploy.config import Config, load_config
 from deploy.display import MasterDisplay, NodeDisplay, saying
+from node_service.config import NodeConfig
 
 if TYPE_CHECKING:
     from common.broker import Broker
-    from node_service.config import NodeConfig
     from node_service.corpus import Corpus
 
 log = structlog.get_logger()
@@ -56,7 +56,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     config = load_config(file, flags)
     configure_logging(json=config.log.json_lines, level=config.log.level)
     check_node_id(name)
-    node_config = config.nodes[name]
+    node_config = config.nodes.get(name) or NodeConfig()
     corpora = load_corpora(name, node_config)
     topology = Topology(config.broker.namespace)
     broker = connect(config, topology, f"node {name}")

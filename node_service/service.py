@@ -106,6 +106,7 @@ class NodeService:
         self._agent = Agent(self.node, self._state.identity.incarnation, types)
         subscription = self.broker.consume(self.topology.node_inbox(self.node), self._events.put, prefetch=32)
         try:
+            self.figures.note = "waiting for an instruction"
             self._perform(self._agent.join())
             self._send_owed()
             if self.config.get is not None:

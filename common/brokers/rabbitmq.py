@@ -337,7 +337,7 @@ class RabbitMQSubscription:
         if self._closed or not channel.is_open:
             return
         arguments = {} if self._next is None else {"x-stream-offset": stream_offset(self._next)}
-        channel.add_on_cancel_callback(lambda frame: channel.close())
+        channel.add_on_cancel_callback(lambda frame: channel.close() if channel.is_open else None)
         channel.basic_consume(self._queue, self._delivered, arguments=arguments)
 
     def _channel_closed(self, channel: Any, reason: Exception) -> None:

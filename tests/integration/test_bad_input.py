@@ -120,7 +120,7 @@ def test_a_second_master_is_refused(server: MemoryServer, tmp_path: Path) -> Non
 
         broker = connection(server, "second")
         second = MasterService(MasterConfig(state_dir=tmp_path / "two"), decided(), broker, TOPOLOGY)
-        with pytest.raises(LockHeld, match="master.lock is held by another"):
+        with pytest.raises(LockHeld, match=r"master\.lock is held by another"):
             second.run(threading.Event())
         broker.close()
         assert not first.party.wait(0.0)

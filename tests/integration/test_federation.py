@@ -29,7 +29,7 @@ from node_service.service import NodeService
 from node_service.training import Training
 from tests.integration.harness import TOPOLOGY, HandNode, decided, eventually, numbers, running_master
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
 
 class RecordingBroker(MemoryBroker):
@@ -142,7 +142,7 @@ def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
             state = master.service._fold.coordinator.state
             node = Node(server, tmp_path / encoding, "hospital", lines(1, canary))
             with nodes(node):
-                eventually(lambda: any(e.status == "finished" for e in state.encoders.values()), 60)
+                eventually(lambda state=state: any(e.status == "finished" for e in state.encoders.values()), 60)
             [encoder] = state.encoders.values()
         training = node.service._training
         assert training is not None

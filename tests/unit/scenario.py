@@ -44,9 +44,7 @@ class Scenario:
         [effect] = self.apply(Get(sender="operator", encoder_type=encoder_type))
         name = effect.encoder  # type: ignore[union-attr]
         self.apply(
-            Generated(
-                encoder=name, architecture={}, layout=LAYOUT.plain(), layout_digest=LAYOUT.digest, digest=DIGEST
-            )
+            Generated(encoder=name, architecture={}, layout=LAYOUT.plain(), layout_digest=LAYOUT.digest, digest=DIGEST)
         )
         return str(name)
 
@@ -61,7 +59,9 @@ class Scenario:
         manifest = self.manifest(node, encoder, sequence, base, **changes)
         return self.apply(manifest, *self.payload(manifest))
 
-    def manifest(self, node: str, encoder: str, sequence: int, base: int | None = None, **changes: Any) -> UpdateManifest:
+    def manifest(
+        self, node: str, encoder: str, sequence: int, base: int | None = None, **changes: Any
+    ) -> UpdateManifest:
         state = self.coordinator.state.encoders.get(encoder)
         plain: dict[str, Any] = {
             "node": node,

@@ -126,7 +126,7 @@ def test_replay_finds_a_changed_payload(tmp_path: Path) -> None:
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(ValueError, match="version 1 .* is not what the log says"):
+    with pytest.raises(ValueError, match=r"version 1 .* is not what the log says"):
         rebuild(MessageLog(tmp_path, read_only=True), run.encoder)
 
 

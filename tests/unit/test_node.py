@@ -1,4 +1,4 @@
-"""The node's pure parts: update rule, the path of the shared parameters, the protocol agent, and what it keeps on disk."""
+"""The node's pure parts: update rule, path of the shared parameters, protocol agent, and what it keeps on disk."""
 
 from __future__ import annotations
 
@@ -189,9 +189,7 @@ def test_what_is_owed_survives_and_numbers_are_never_given_twice(tmp_path: Path)
     state = LocalState(tmp_path, "n")
     numbers = [state.next_sequence(), state.next_sequence()]
     run = Scenario()
-    manifests = [
-        run.manifest("n", "text-1", number, incarnation=state.identity.incarnation) for number in numbers
-    ]
+    manifests = [run.manifest("n", "text-1", number, incarnation=state.identity.incarnation) for number in numbers]
     for manifest in manifests:
         state.owe(manifest, b"x" * manifest.size)
     again = LocalState(tmp_path, "n")

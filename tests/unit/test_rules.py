@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_balanced_factor_is_one_for_equal_counts_and_falls_with_the_count(re
     assert all(count_factor(node, equal, ones, rule) == pytest.approx(1.0) for node in returns)
     factors = {node: count_factor(node, returns, ones, rule) for node in returns}
     ordered = sorted(returns, key=lambda node: returns[node])
-    assert all(factors[a] >= factors[b] for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(factors[a] >= factors[b] for a, b in itertools.pairwise(ordered))
     assert all(0.25 <= factor <= 4.0 for factor in factors.values())
 
 

@@ -1,0 +1,37 @@
+"""The broker that the tests run against: a private RabbitMQ of their own, or the one that AMQP_URL names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.local_rabbitmq import LocalRabbitMQ
+
+
+@pytest.fixture(scope="session")
+def amqp_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Started on first use, stopped at the end. Without a server program this fails and says what to install."""
+    given = os.environ.get("AMQP_URL")
+    if given:
+        yield given
+        return
+    with LocalRabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def private_rabbitmq(tmp_path: Path) -> Iterator[LocalRabbitMQ]:
+    """A server of one test's own, to be killed, restarted and alarmed."""
+    with LocalRabbitMQ(tmp_path / "rabbitmq") as server:
+        yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run beside brokers and processes on two cores; the tensors are tiny."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,102 @@
+"""What users get wrong: one line that says what and how to mend it, exit code 2 (3 for a broker that is away)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_processes import shared_encoder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text("\n\n".join(f"note {i} about the weather" for i in range(30)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ('[broker]\nurrl = "amqp://x"', "there is no setting 'broker.urrl'; did you mean 'url'?"),
+        ("[stopp]\nversions = 3", "there is no setting 'stopp'; did you mean 'stop'?"),
+        ("[update.when]\nsteps = 0", "update.when.steps: input should be greater than or equal to 1"),
+        ('[rule]\npreset = "fedprox"', "no aggregation rule 'fedprox'; there are: return-count"),
+        ("[rule.weights]\ncoumt = 'none'", "there is no setting 'weights.coumt'; did you mean 'count'?"),
+        ("[broker", "not readable as TOML"),
+    ],
+)
+def test_wrong_configuration(tmp_path: Path, toml: str, words: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(toml)
+    result = shared_encoder("master", "--config", str(file))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert words in result.stderr
+
+
+def test_wrong_environment_and_missing_file(tmp_path: Path) -> None:
+    result = shared_encoder("master", SHARED_ENCODER_BROKRE__URL="x")
+    assert result.returncode == 2 and "SHARED_ENCODER_BROKRE__URL names no section" in result.stderr
+    result = shared_encoder("master", "--config", str(tmp_path / "none.toml"))
+    assert result.returncode == 2 and "no such file" in result.stderr
+
+
+def test_a_broker_that_is_not_there(corpus: Path) -> None:
+    url = "amqp://guest:secret-word@127.0.0.1:1/"
+    environment = {"SHARED_ENCODER_BROKER__CONNECT_TIMEOUT_SECONDS": "0.5"}
+    for command in (["master"], ["node", "n", "--corpus", str(corpus)], ["status"], ["request", "get", "text"]):
+        result = shared_encoder(*command, "--broker", url, **environment)
+        assert result.returncode == 3, result.stderr
+        assert "no broker answers at 127.0.0.1:1" in result.stderr and "Traceback" not in result.stderr
+        assert "secret-word" not in result.stderr + result.stdout
+    result = shared_encoder("status", "--broker", "http://here")
+    assert result.returncode == 2 and "write it as amqp://" in result.stderr
+
+
+def test_a_wrong_password(amqp_url: str) -> None:
+    host = amqp_url.rpartition("@")[2]
+    result = shared_encoder("status", "--broker", f"amqp://guest:secret-word@{host}")
+    assert result.returncode == 2 and "does not let user 'guest' in" in result.stderr, result.stderr
+    assert "secret-word" not in result.stderr
+
+
+def test_no_master_in_this_namespace(amqp_url: str) -> None:
+    result = shared_encoder("status", "--broker", amqp_url, "--namespace", "nobody-here")
+    assert result.returncode == 2 and "no master serves the namespace 'nobody-here'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["n"], "node 'n' has no samples: give --corpus PATH"),
+        (["n", "--corpus", "{dir}/none*.txt"], "no match"),
+        (["n", "--corpus", "{dir}/notes.txt", "--type", "image"], "holds no samples of type image"),
+        (["n/m", "--corpus", "{dir}/notes.txt"], "node id 'n/m'"),
+        (["n", "--corpus", "{dir}/notes.txt", "--type", "txet"], "txet"),
+    ],
+)
+def test_a_node_without_what_it_needs(corpus: Path, arguments: list[str], words: str) -> None:
+    filled = [argument.format(dir=corpus.parent) for argument in arguments]
+    result = shared_encoder("node", *filled, "--broker", "amqp://127.0.0.1:1/")
+    assert (result.returncode, result.stderr.count("Traceback")) == (2, 0), result.stderr
+    assert words in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
+    result = shared_encoder("master", "--verions", "3")
+    assert result.returncode == 2 and "--versions" in result.stderr
+    started = time.monotonic()
+    assert shared_encoder("--help").returncode == 0
+    # not a timing: neither torch nor transformers nor pydantic may be imported to print the help
+    import subprocess
+
+    code = "import deploy.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pika', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert time.monotonic() - started < 60
+    result = shared_encoder("export", "text-1", "--state", str(tmp_path / "none"))
+    assert result.returncode == 2 and "no message log in" in result.stderr
+    result = shared_encoder("evaluate")
+    assert result.returncode == 2 and "give --config FILE" in result.stderr
