@@ -200,14 +200,14 @@ class InnerOptimizer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    lr: Annotated[float, Field(gt=0)] = 5e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    batch_size: Annotated[int, Field(ge=1)] = 16
 
 
 class UpdateRule(BaseModel):

@@ -81,7 +81,9 @@ def master(
     min_nodes: Annotated[
         int | None, typer.Option(metavar="N", help="nodes to wait for before training [default: 1]")
     ] = None,
-    versions: Annotated[int | None, typer.Option(metavar="N", help="stop after N versions [default: 400]")] = None,
+    versions: Annotated[
+        int | None, typer.Option(metavar="N", help="stop after N versions [default: 400, without a limit]")
+    ] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help="stop after N counted updates")] = None,
     seconds: Annotated[float | None, typer.Option(metavar="S", help="stop after S seconds of training")] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when every encoder is finished")] = False,

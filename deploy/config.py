@@ -45,7 +45,7 @@ class Config(BaseSettings):
     encoder: EncoderConfig = EncoderConfig()
     rule: RuleConfig = RuleConfig()
     update: UpdateRule = UpdateRule()
-    stop: StopRule = StopRule(versions=400)
+    stop: StopRule = StopRule()
     nodes: dict[str, NodeConfig] = Field(default_factory=dict)
 
     def settings(self) -> Settings:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from common.config import Section
 from common.messages import EncodingName, UpdateRule
-from master_service.entries import Settings, StopRule
+from master_service.entries import DEFAULT_VERSIONS, Settings, StopRule
 from master_service.rules.model import aggregation_rule
 
 
@@ -56,7 +56,7 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
     return Settings(
         rule=aggregation_rule(rule.preset, changes),
         update_rule=update,
-        stop=stop,
+        stop=stop if stop != StopRule() else StopRule(versions=DEFAULT_VERSIONS),
         min_nodes=encoder.min_nodes,
         generation=encoder.generation,
         source=str(encoder.source) if encoder.source else None,

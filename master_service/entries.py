@@ -24,6 +24,10 @@ class LossPlateau(BaseModel):
     min_change: Annotated[float, Field(ge=0)] = 0.005
 
 
+#: How many versions are made where no limit is given.
+DEFAULT_VERSIONS = 400
+
+
 class StopRule(BaseModel):
     """Ends the training as soon as any given limit is reached; counted from the start of this run of the encoder."""
 
@@ -42,7 +46,7 @@ class Settings(BaseModel):
 
     rule: AggregationRule = AggregationRule()
     update_rule: UpdateRule = UpdateRule()
-    stop: StopRule = StopRule(versions=400)
+    stop: StopRule = StopRule(versions=DEFAULT_VERSIONS)
     min_nodes: Annotated[int, Field(ge=1)] = 1
     publish_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     generation: Literal["fresh", "continue"] = "fresh"

@@ -7,13 +7,13 @@ are reopened with backoff for ever. Declaring is rare and goes through a short c
 
 from __future__ import annotations
 
-import random
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import pika
 import structlog
@@ -29,6 +29,8 @@ from pika.exceptions import (
 
 from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition
 from common.brokers.arguments import queue_arguments, stream_offset, version_of
+from common.brokers.batch import Batch
+from common.brokers.link import Link
 from common.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -41,140 +43,21 @@ from common.errors import (
 from common.topology import Declarations
 
 log = structlog.get_logger()
-T = TypeVar("T")
+# pika logs every failed attempt with a stack; what matters of it is said here, in one line
+logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 _HEARTBEAT_SECONDS = 30
-_BACKOFF_SECONDS = (0.2, 10.0)
+#: What ends a connection.
+FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats; until then it is our own ghost.
 _LOCK_PATIENCE_SECONDS = 2.5 * _HEARTBEAT_SECONDS
 
 
-class _Link:
-    """One connection in a thread of its own: opened, kept, reopened. `on_open` runs in that thread at every opening."""
-
-    def __init__(self, parameters: Any, name: str, on_open: Callable[[], None]) -> None:
-        self.generation = 0
-        self.blocked: str | None = None
-        self.connection: Any = None
-        self._parameters = parameters
-        self._on_open = on_open
-        self._closing = threading.Event()
-        self._opened = threading.Event()
-        self._guard = threading.Lock()
-        self._loop: Any = None
-        self._thread = threading.Thread(target=self._run, name=f"amqp-{name}", daemon=True)
-        self._thread.start()
-
-    @property
-    def connected(self) -> bool:
-        return self._opened.is_set()
-
-    def post(self, action: Callable[[], None]) -> bool:
-        """Run `action` in the link's thread; False if there is no connection now."""
-        with self._guard:
-            if self._loop is None:
-                return False
-            self._loop.add_callback_threadsafe(action)
-            return True
-
-    def call(self, action: Callable[[Future[T]], None], timeout: float) -> T:
-        """Run `action` in the link's thread and wait for the future that it is given. Raises BrokerUnavailable."""
-        future: Future[T] = Future()
-        deadline = time.monotonic() + timeout
-        while not self.post(lambda: action(future)):
-            if not self._opened.wait(max(0.0, deadline - time.monotonic())):
-                raise BrokerUnavailable("the connection to the broker is away")
-        try:
-            return future.result(max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            raise BrokerUnavailable(f"the broker did not answer within {timeout:.0f} s") from None
-
-    def close(self) -> None:
-        self._closing.set()
-        self.post(self._close_connection)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(10.0)
-
-    def _close_connection(self) -> None:
-        if self.connection is not None and self.connection.is_open:
-            self.connection.close()
-
-    def _run(self) -> None:
-        wait = _BACKOFF_SECONDS[0]
-        while not self._closing.is_set():
-            opened_at = time.monotonic()
-            try:
-                self._serve()
-            except (AMQPError, OSError) as error:
-                log.debug("connection lost", problem=repr(error))
-            if self._closing.is_set():
-                return
-            if time.monotonic() - opened_at > 5.0:
-                wait = _BACKOFF_SECONDS[0]
-            self._closing.wait(wait * random.uniform(0.8, 1.2))
-            wait = min(wait * 2, _BACKOFF_SECONDS[1])
-
-    def _serve(self) -> None:
-        """Open a connection and run its loop until it is gone."""
-
-        def opened(connection: Any) -> None:
-            connection.add_on_connection_blocked_callback(blocked)
-            connection.add_on_connection_unblocked_callback(unblocked)
-            self.generation += 1
-            with self._guard:
-                self._loop = connection.ioloop
-            self._on_open()
-            self._opened.set()
-            if self._closing.is_set():
-                connection.close()
-
-        def gone(connection: Any, error: BaseException) -> None:
-            with self._guard:
-                self._loop = None
-            self._opened.clear()
-            self.blocked = None
-            connection.ioloop.stop()
-
-        def blocked(connection: Any, frame: Any) -> None:
-            self.blocked = str(frame.method.reason) or "resource alarm"
-            log.warning("the broker takes no messages for now", reason=self.blocked)
-
-        def unblocked(connection: Any, frame: Any) -> None:
-            self.blocked = None
-            log.info("the broker takes messages again")
-
-        self.connection = pika.SelectConnection(
-            self._parameters, on_open_callback=opened, on_open_error_callback=gone, on_close_callback=gone
-        )
-        try:
-            self.connection.ioloop.start()
-        finally:
-            with self._guard:
-                self._loop = None
-            self._opened.clear()
-            self.connection.ioloop.close()
-
-
-class _Batch:
-    """Publications of one `publish` call. `left` are those without a confirm, in order."""
-
-    def __init__(self, publications: tuple[Publication, ...]) -> None:
-        self.left = dict(enumerate(publications))
-        self.done = threading.Event()
-        self.error: SharedEncoderError | None = None
-        self.progress_at = time.monotonic()
-
-    def settle(self, index: int, error: SharedEncoderError | None = None) -> None:
-        self.left.pop(index, None)
-        self.error = self.error or error
-        self.progress_at = time.monotonic()
-        if not self.left:
-            self.done.set()
-
-    def fail(self, error: SharedEncoderError) -> None:
-        self.error = self.error or error
-        self.left.clear()
-        self.done.set()
+def _connecting(parameters: Any, opened: Callable[[Any], None], gone: Callable[[Any, BaseException], None]) -> Any:
+    """Begin to open a connection; its loop is to be started in the thread that will own it."""
+    return pika.SelectConnection(
+        parameters, on_open_callback=opened, on_open_error_callback=gone, on_close_callback=gone
+    )
 
 
 class _Publisher:
@@ -184,14 +67,14 @@ class _Publisher:
         self.bytes_out = 0
         self._user = parameters.credentials.username
         self._guard = threading.Lock()
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._channel: Any = None
         self._tag = 0
-        self._unconfirmed: dict[int, tuple[_Batch, int]] = {}
-        self.link = _Link(parameters, "publish", self._open_channel)
+        self._unconfirmed: dict[int, tuple[Batch, int]] = {}
+        self.link = Link("publish", partial(_connecting, parameters), FAILURES, self._open_channel)
 
     def publish(self, publications: tuple[Publication, ...], timeout: float) -> None:
-        batch = _Batch(publications)
+        batch = Batch(publications)
         if not publications:
             return
         with self._guard:
@@ -203,7 +86,7 @@ class _Publisher:
                     batch.progress_at = time.monotonic()  # an alarm is waited out, however long
                 elif time.monotonic() - batch.progress_at > timeout:
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
-                elif self.link._closing.is_set():
+                elif self.link.closing.is_set():
                     raise BrokerUnavailable("the connection is closed")
         finally:
             with self._guard:
@@ -227,7 +110,7 @@ class _Publisher:
         for batch in waiting:
             self._send(batch)
 
-    def _send(self, batch: _Batch) -> None:
+    def _send(self, batch: Batch) -> None:
         """Publish what of a batch is unconfirmed; called once per batch and channel."""
         if self._channel is None or not self._channel.is_open:
             return
@@ -394,7 +277,7 @@ class RabbitMQBroker:
         self._bytes_in = 0
         self._server_version: tuple[int, ...] = ()
         self._connect(connect_timeout)
-        self._consumer = _Link(self._parameters, "consume", self._consumer_open)
+        self._consumer = Link("consume", partial(_connecting, self._parameters), FAILURES, self._consumer_open)
         self._publisher = _Publisher(self._parameters)
 
     # --- the protocol ------------------------------------------------------------------------------------------------

@@ -34,18 +34,18 @@ ARCHITECTURE: Architecture = {
     "max_position_embeddings": 512,
     "local_attention": 128,  # tokens that a local layer sees, its own in the middle
     "global_attn_every_n_layers": 3,
-    # ModernBERT's own 160,000 is for 8,192 tokens: at our lengths its slow waves tell no position from another
+    # ModernBERT's 160,000 is for 8,192 tokens; at windows of 32 a lower base trained a little faster (one seed)
     "global_rope_theta": 100.0,
     "local_rope_theta": 100.0,
     "hidden_activation": "gelu",
-    # about 1/sqrt(hidden_size); ModernBERT's 0.02 is for a width of 768 and leaves a narrow trunk's attention flat
+    # near 1/sqrt(hidden_size); with ModernBERT's 0.02, meant for a width of 768, 400 steps got 0.23 nats less far
     "initializer_range": 0.1,
     "norm_eps": 1e-5,
     "norm_bias": False,
     "attention_bias": False,
     "mlp_bias": False,
     "sequence_length": 32,  # tokens of a training window
-    "mask_rate": 0.25,  # share of a window's tokens that are to be predicted; BERT's 0.15 learns less from a step
+    "mask_rate": 0.25,  # share of a window's tokens that are to be predicted; BERT has 0.15
 }
 
 #: The node's own settings: entries of its vocabulary (or "bytes"), and how much of a long text its features see.
@@ -186,7 +186,7 @@ class TextModel(EncoderModel):
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy in nats, mean over the masked positions; 0 if a batch has none (nothing but special tokens).
 
-        The head runs on the masked positions alone: at a vocabulary of 1,024 that halves the cost of a step.
+        The head runs on the masked positions alone: at a vocabulary of 1,024 that saves a third of a step.
         """
         device = self.network.device
         labels = batch["labels"].to(device)
@@ -200,8 +200,8 @@ class TextModel(EncoderModel):
     def features(self, samples: Samples) -> Tensor:
         """Mean over a text's tokens and over the trunk's layers, its input included, float32 (n, hidden_size).
 
-        The mean over layers keeps both the words of the first and the context of the last: on five real corpora a
-        linear probe found 0.546 right on it, 0.535 on the last layer alone.
+        The mean over layers probed a point better than the last layer alone, over five corpora and one seed; joining
+        the layers probed better still, a random encoder's too, at several times the width.
         A text is read as training reads it, in windows of at most `sequence_length` tokens (equal ones, so that none
         is left with a word or two), up to `feature_tokens` tokens in all. Windows of one length go through together:
         there is no padding that could change a feature.

@@ -1,0 +1,134 @@
+"""A connection that is kept: opened in a thread of its own, reopened with backoff for ever. Knows no driver.
+
+What the driver's connections must have: `ioloop` (start, stop, close, add_callback_threadsafe), `is_open`, `close`, and
+callbacks for being blocked and unblocked.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import structlog
+
+from common.errors import BrokerUnavailable
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+#: The first and the longest wait between two attempts to connect, seconds.
+BACKOFF_SECONDS = (0.2, 10.0)
+
+#: Begin to connect: called with what is to be called when the connection is open, and when it is gone.
+Connect = Callable[[Callable[[Any], None], Callable[[Any, BaseException], None]], Any]
+
+
+class Link:
+    """One connection in a thread of its own: opened, kept, reopened. `on_open` runs in that thread at every opening."""
+
+    def __init__(
+        self, name: str, connect: Connect, failures: tuple[type[Exception], ...], on_open: Callable[[], None]
+    ) -> None:
+        self.generation = 0
+        self.blocked: str | None = None
+        self.connection: Any = None
+        self._connect = connect
+        self._failures = failures
+        self._on_open = on_open
+        self.closing = threading.Event()
+        self._opened = threading.Event()
+        self._guard = threading.Lock()
+        self._loop: Any = None
+        self._thread = threading.Thread(target=self._run, name=f"amqp-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        return self._opened.is_set()
+
+    def post(self, action: Callable[[], None]) -> bool:
+        """Run `action` in the link's thread; False if there is no connection now."""
+        with self._guard:
+            if self._loop is None:
+                return False
+            self._loop.add_callback_threadsafe(action)
+            return True
+
+    def call(self, action: Callable[[Future[T]], None], timeout: float) -> T:
+        """Run `action` in the link's thread and wait for the future that it is given. Raises BrokerUnavailable."""
+        future: Future[T] = Future()
+        deadline = time.monotonic() + timeout
+        while not self.post(lambda: action(future)):
+            if not self._opened.wait(max(0.0, deadline - time.monotonic())):
+                raise BrokerUnavailable("the connection to the broker is away")
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise BrokerUnavailable(f"the broker did not answer within {timeout:.0f} s") from None
+
+    def close(self) -> None:
+        self.closing.set()
+        self.post(self._close_connection)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(10.0)
+
+    def _close_connection(self) -> None:
+        if self.connection is not None and self.connection.is_open:
+            self.connection.close()
+
+    def _run(self) -> None:
+        wait = BACKOFF_SECONDS[0]
+        while not self.closing.is_set():
+            opened_at = time.monotonic()
+            try:
+                self._serve()
+            except self._failures as error:
+                log.debug("connection lost", problem=repr(error))
+            if self.closing.is_set():
+                return
+            if time.monotonic() - opened_at > 5.0:
+                wait = BACKOFF_SECONDS[0]
+            self.closing.wait(wait * random.uniform(0.8, 1.2))
+            wait = min(wait * 2, BACKOFF_SECONDS[1])
+
+    def _serve(self) -> None:
+        """Open a connection and run its loop until it is gone."""
+
+        def opened(connection: Any) -> None:
+            connection.add_on_connection_blocked_callback(blocked)
+            connection.add_on_connection_unblocked_callback(unblocked)
+            self.generation += 1
+            with self._guard:
+                self._loop = connection.ioloop
+            self._on_open()
+            self._opened.set()
+            if self.closing.is_set():
+                connection.close()
+
+        def gone(connection: Any, error: BaseException) -> None:
+            with self._guard:
+                self._loop = None
+            self._opened.clear()
+            self.blocked = None
+            connection.ioloop.stop()
+
+        def blocked(connection: Any, frame: Any) -> None:
+            self.blocked = str(frame.method.reason) or "resource alarm"
+            log.warning("the broker takes no messages for now", reason=self.blocked)
+
+        def unblocked(connection: Any, frame: Any) -> None:
+            self.blocked = None
+            log.info("the broker takes messages again")
+
+        self.connection = self._connect(opened, gone)
+        try:
+            self.connection.ioloop.start()
+        finally:
+            with self._guard:
+                self._loop = None
+            self._opened.clear()
+            self.connection.ioloop.close()
