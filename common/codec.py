@@ -25,9 +25,8 @@ def decode(body: bytes) -> Message:
     plain = _unpack(body)
     version = plain.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise Poison(
-            "schema-version", f"this program reads schema version {SCHEMA_VERSION}, the message has {version!r}"
-        )
+        detail = f"this program reads schema version {SCHEMA_VERSION}, the message has {version!r}"
+        raise Poison("schema-version", detail[:200])
     try:
         return _ADAPTER.validate_python(plain)
     except ValidationError as error:
@@ -35,7 +34,7 @@ def decode(body: bytes) -> Message:
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
             raise Poison("unknown-kind", f"no message kind {plain.get('kind')!r}"[:200]) from None
         where = ".".join(str(part) for part in first["loc"])
-        raise Poison("invalid", f"{where}: {first['msg']}") from None
+        raise Poison("invalid", f"{where[:200]}: {first['msg'][:200]}") from None
 
 
 def _unpack(body: bytes) -> dict[str, Any]:

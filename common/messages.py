@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 SCHEMA_VERSION = 1
 
@@ -21,13 +21,18 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 EncodingName = Literal["float32", "bfloat16", "int8"]
-LayoutEntries = Annotated[list[tuple[str, list[Count]]], Field(max_length=100_000)]
+Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
+#: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
+LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fail_fast=True)]
+#: Numbers, words, lists and tables of a bounded depth: what a snapshot can write as JSON, whoever asks for it.
+Architecture = Annotated[dict[str, JsonValue], Field(max_length=256)]
 
 
 class Message(BaseModel):
     """What all messages share."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # messages are kept as JSON too (owed updates, snapshots): a loss that is NaN stays NaN there
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
     schema_version: Literal[1] = 1
 
@@ -55,7 +60,7 @@ class Get(Message):
     kind: Literal["request.get"] = "request.get"
     sender: Id
     encoder_type: Id
-    architecture: dict[str, Any] = Field(default_factory=dict)
+    architecture: Architecture = Field(default_factory=dict)
     fresh: bool = False
 
 
@@ -174,7 +179,7 @@ class Instruction(Message):
     kind: Literal["instruction"] = "instruction"
     encoder: Id
     encoder_type: Id
-    architecture: dict[str, Any]
+    architecture: Architecture
     layout: LayoutEntries
     layout_digest: Digest
 
@@ -306,7 +311,7 @@ class Answer(Message):
     status: str = ""
     version: int = -1
     digest: Digest | None = None
-    architecture: dict[str, Any] | None = None
+    architecture: Architecture | None = None
     layout: LayoutEntries | None = None
     published_at: Seconds = 0.0
     detail: Text = ""

@@ -21,7 +21,7 @@ PAD_ID, MASK_ID, SEPARATOR_ID = range(len(SPECIAL))
 #: The 256 bytes and the special tokens: no text is ever unknown.
 SMALLEST = 256 + len(SPECIAL)
 
-#: Characters that the vocabulary is trained on at most, taken evenly over the corpus, so that time and memory stay bounded.
+#: Characters that the vocabulary is trained on at most, taken evenly over it, to bound time and memory.
 _TRAINED_ON = 20_000_000
 #: Characters given to the tokenizer in one piece: its memory per character is many times the text's.
 _PIECE = 1 << 14

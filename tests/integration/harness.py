@@ -56,10 +56,12 @@ def connection(server: MemoryServer, user: str) -> MemoryBroker:
 class Master:
     """The service in a thread; `service` is for looking, `party` to stop it."""
 
-    def __init__(self, server: MemoryServer, directory: Path, settings: Settings, **config: Any) -> None:
+    def __init__(
+        self, server: MemoryServer, directory: Path, settings: Settings, *, get: str = "text", **config: Any
+    ) -> None:
         self.broker = connection(server, "master")
         master_config = MasterConfig(state_dir=directory, **config)
-        self.service = MasterService(master_config, settings, self.broker, TOPOLOGY, get="text")
+        self.service = MasterService(master_config, settings, self.broker, TOPOLOGY, get=get)
         self.party = ThreadParty("master", self.service.run)
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +62,8 @@ class Node:
         }
         node_config = NodeConfig(**{**plain, **config})
         self.broker = RecordingBroker(server, user=name, dead_letters=TOPOLOGY.dead_letters)
-        self.service = NodeService(name, node_config, {"text": load_corpus(corpus)}, self.broker, TOPOLOGY)
+        [chosen] = node_config.corpus
+        self.service = NodeService(name, node_config, {chosen.type: load_corpus(chosen)}, self.broker, TOPOLOGY)
         self.party = ThreadParty(name, self.service.run)
 
     def end(self) -> None:
@@ -201,3 +203,31 @@ def test_a_node_without_samples_of_the_type_refuses_with_the_reason(tmp_path: Pa
         bodies = numbers(instruction)
         hand.send(hand.manifest(instruction, 0, bodies), bodies)  # the others are served
         eventually(lambda: master.service._fold.coordinator.state.encoders[instruction.encoder].version == 1)
+
+
+def test_images_are_trained_the_same_way(tmp_path: Path) -> None:
+    """Two owners whose pictures differ in size and channels share one trunk."""
+    server = MemoryServer()
+    architecture = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    settings = decided(architecture=architecture, stop=StopRule(updates=6), min_nodes=2)
+    shapes = {"grey": (60, 8, 8), "colour": (60, 12, 12, 3)}
+    with running_master(server, tmp_path / "m", settings, get="image", export_dir=tmp_path / "encoder") as master:
+        made = []
+        for name, shape in shapes.items():
+            np.savez(tmp_path / f"{name}.npz", x_train=np.random.default_rng(0).integers(0, 255, shape, np.uint8))
+            corpus = CorpusConfig(type="image", path=(str(tmp_path / f"{name}.npz"),))
+            config = {"corpus": [corpus], "private": {}}
+            made.append(Node(server, tmp_path, name, [], **config))
+        with nodes(*made):
+            state = master.service._fold.coordinator.state
+            encoder = eventually(lambda: next((e for e in state.encoders.values() if e.status == "finished"), None), 60)
+            for node in made:
+                eventually(lambda node=node: node.party.wait(0.0), 30)
+    assert {name: member.returns > 0 for name, member in encoder.members.items()} == dict.fromkeys(shapes, True)
+    from transformers import AutoModel, ViTMAEForPreTraining
+
+    assert AutoModel.from_pretrained(tmp_path / "encoder").config.model_type == "vit_mae"
+    for name in shapes:
+        directory = tmp_path / name / "encoders" / encoder.encoder / "model"
+        _, report = ViTMAEForPreTraining.from_pretrained(directory, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]

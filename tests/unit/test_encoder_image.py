@@ -39,7 +39,7 @@ def stripes(count: int, *shape: int) -> NDArray[np.uint8]:
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
