@@ -34,7 +34,7 @@ def decode(body: bytes) -> Message:
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
             raise Poison("unknown-kind", f"no message kind {plain.get('kind')!r}"[:200]) from None
         where = ".".join(str(part) for part in first["loc"])
-        raise Poison("invalid", f"{where[:200]}: {first['msg'][:200]}") from None
+        raise Poison("invalid", f"{where}: {first['msg']}") from None
 
 
 def _unpack(body: bytes) -> dict[str, Any]:

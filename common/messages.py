@@ -6,9 +6,10 @@ Evolution: a new field gets a default, an unknown field is ignored, a kind or a 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
@@ -24,8 +25,25 @@ EncodingName = Literal["float32", "bfloat16", "int8"]
 Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
 #: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
 LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fail_fast=True)]
-#: Numbers, words, lists and tables of a bounded depth: what a snapshot can write as JSON, whoever asks for it.
-Architecture = Annotated[dict[str, JsonValue], Field(max_length=256)]
+
+
+def _plain(value: Any, depth: int = 16) -> Any:
+    """What JSON and msgpack both hold. Ends at the first thing that is not, however much follows."""
+    if isinstance(value, dict) and depth > 0:
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError("a key is not a string")
+            _plain(item, depth - 1)
+    elif isinstance(value, list | tuple) and depth > 0:
+        for item in value:
+            _plain(item, depth - 1)
+    elif not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError("not a finite number, a string, a list or a table of these, or nested too deeply")
+    return value
+
+
+#: What an encoder type makes a model from: plain values, because the state that they get into is kept as JSON.
+Architecture = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
 class Message(BaseModel):

@@ -13,6 +13,7 @@ import xxhash
 
 from common.errors import Poison
 from common.messages import ParameterChunk, UpdateChunk, UpdateManifest
+from common.slicing import SLICE, encoded_size
 
 
 def checksum(data: bytes) -> str:
@@ -70,6 +71,8 @@ class UpdateAssembly:
             wanted.attempt,
         ):
             return False
+        if len(chunk.data) > encoded_size(SLICE, wanted.encoding):
+            raise Poison("oversize", f"chunk {chunk.index} of {wanted.update_id} has {len(chunk.data)} bytes")
         if chunk.index < wanted.chunks:
             self._bodies[chunk.index] = chunk.data
         return True

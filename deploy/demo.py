@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from common.errors import UserError
 from common.logging import configure_logging
 from deploy.config import load_config
 from deploy.demo_corpus import write_corpora
-from deploy.display import FederationDisplay, saying
+from deploy.display import FederationDisplay, console, saying
 from deploy.federation import Federation, embedded, over_rabbitmq
 from deploy.run import load_corpora
 
@@ -26,19 +24,21 @@ SPEEDS = {"networking": None, "concurrency": 6.0, "parsing": None, "numeric": 12
 #: The quick demo trains slowly on purpose: the late node's start takes longer than the training of a few steps.
 QUICK_SPEED = 5.0
 
-_SHOWS = """\
-What this shows: one encoder trained by four parties at unequal speeds, one late and one leaving early, each with its
-own vocabulary; only parameter updates left a node. What it does not show: a good encoder. It is tiny and was trained
-for a minute or two; a probe of a barely trained encoder can lie below a random one, and the figures are as they came.
-"alone" trained as many steps as the node did, so the late node and the early leaver compare less training."""
+_SHOWS = (
+    "What this shows: one encoder trained by four parties at unequal speeds, one late and one leaving early, each with "
+    "its own vocabulary; only parameter updates left a node. What it does not show: a good encoder. It is tiny and was "
+    "trained for a minute or two; a probe of a barely trained encoder can lie below a random one, and the figures are "
+    'as they came. "alone" trained as many steps as the node did, so the late node and the early leaver compare less '
+    "training."
+)
 
 
 def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
     """Run everything and write the results into `out`. Raises UserError if `out` holds something else."""
     configure_logging(level="warning")
-    console, started = Console(), time.monotonic()
+    screen, started = console(), time.monotonic()
     _prepare(out)
-    console.print(f"[bold]shared-encoder demo[/bold]: four private corpora, one shared encoder; results go to {out}/")
+    screen.print(f"[bold]shared-encoder demo[/bold]: four private corpora, one shared encoder; results go to {out}/")
     corpora = write_corpora(out / "data")
     file = out / "demo.toml"
     file.write_text(_configuration(out, corpora, quick=quick, broker_url=broker_url))
@@ -51,7 +51,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
     with over_rabbitmq(config, file, out / "logs") if broker_url else embedded(config) as federation:
         report = _train(federation, quick=quick)
     trained = time.monotonic() - started
-    console.print(f"trained in {trained:.0f} s; now the comparison, which trains each domain alone for as many steps")
+    screen.print(f"trained in {trained:.0f} s; now the comparison, which trains each domain alone for as many steps")
 
     from common.encoders import get_encoder_type
     from deploy.evaluation import evaluate_domains, print_table
@@ -63,7 +63,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
         assert node.state_dir is not None
         private = next(node.state_dir.glob("encoders/*/pinned.json"), None)
         if private is None:
-            console.print(f"{name} did not get ready before the training was over: it has no row", highlight=False)
+            screen.print(f"{name} did not get ready before the training was over: it has no row", highlight=False)
             continue
         domains.append(Domain.of(name, load_corpora(name, node)["text"], private.parent))
     _, tensors = get_encoder_type("text").architecture_of(out / "encoder")
@@ -71,8 +71,8 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
     summary = write_report(out, config.master.state_dir, report, figures, time.monotonic() - started)
     print_table(figures)
     print_nodes(summary)
-    console.print(_SHOWS, highlight=False)
-    console.print(
+    screen.print(_SHOWS, highlight=False)
+    screen.print(
         f"\n{time.monotonic() - started:.0f} s in all. Report: {out}/report.json and report.png. The encoder: "
         f"transformers.AutoModel.from_pretrained({str(out / 'encoder')!r})",
         highlight=False,

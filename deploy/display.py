@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 #: Seconds between refreshes of the table, and between plain lines.
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
+#: Columns where output is not to a terminal.
+_PLAIN_WIDTH = 120
+
+
+def console() -> Console:
+    """For results on stdout: as wide as the terminal; wide enough for every table where there is none."""
+    made = Console()
+    return made if made.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.table import Table
 from common.errors import UserError
 from common.logging import configure_logging
 from deploy.config import load_config
-from deploy.display import number, saying
+from deploy.display import console, number, saying
 from deploy.run import load_corpora
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def evaluate_domains(
 
 def print_table(figures: Figures) -> None:
     """Losses (lower is better) and accuracies (higher is better) per domain; the better of alone and shared is bold."""
-    console = Console()
     kinds = list(next(iter(figures.values())))
     for key, title, better in (
         ("loss", "masked loss on held-out samples (nats for text; lower is better)", min),
@@ -130,7 +129,7 @@ def print_table(figures: Figures) -> None:
             if key != "loss":
                 cells.append(number(scores["shared"]["majority"], 3))
             table.add_row(domain, *cells)
-        console.print(table)
+        console().print(table)
 
 
 @contextmanager
@@ -142,9 +141,9 @@ def _progress(total: int) -> Iterator[Any]:
         TextColumn("steps"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
         task = bar.add_task("baselines", total=total)
-        if not console.is_terminal:
-            console.print(f"training the baselines: {total} steps", highlight=False)
+        if not errors.is_terminal:
+            errors.print(f"training the baselines: {total} steps", highlight=False)
         yield lambda text: bar.update(task, advance=1, description=text)

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from common.broker import Broker, Delivery, Publication
 from common.codec import decode, encode
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
@@ -21,7 +19,7 @@ from common.messages import Answer, AskStatus, Continue, Get, Message, StatusRep
 from common.signals import stop_on_signals
 from common.topology import Topology
 from deploy.config import load_config
-from deploy.display import FederationDisplay, federation_tables, saying
+from deploy.display import FederationDisplay, console, federation_tables, saying
 from deploy.run import connect
 
 #: Seconds between two questions while something is waited for.
@@ -228,12 +226,11 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=1))
         return
-    console = Console()
     for table in federation_tables(report):
-        console.print(table)
+        console().print(table)
     if not report["encoders"]:
-        console.print("no encoder yet: ask for one with `shared-encoder request get text`", highlight=False)
-    console.print(
+        console().print("no encoder yet: ask for one with `shared-encoder request get text`", highlight=False)
+    console().print(
         f"rule {report['rule']}, {len(report['nodes'])} node(s) known, {report['dead_letters']} message(s) set aside",
         highlight=False,
     )

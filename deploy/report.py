@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from common.messages import Receipt, UpdateManifest
-from deploy.display import number, size
+from deploy.display import console, number, size
 from deploy.evaluation import Figures
 from master_service.coordinator import Coordinator
 from master_service.effects import Send
@@ -104,9 +103,8 @@ def print_nodes(summary: dict[str, Any]) -> None:
             size(node["bytes_sent"]),
             f"{node['waiting_seconds']:.1f} s",
         )
-    console = Console()
-    console.print(table)
-    console.print(
+    console().print(table)
+    console().print(
         f"{summary['versions']} versions of {summary['updates']} updates; {summary['parameters']:,} shared parameters; "
         f"the master published {size(summary['bytes_published'])} once, for everybody to read",
         highlight=False,

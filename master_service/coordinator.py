@@ -41,7 +41,7 @@ from master_service.rules.buffer import is_ready
 from master_service.rules.weights import count_factor, norm_factor, sample_factor, staleness_factor
 from master_service.state import KEPT_NORMS, Buffered, EncoderState, Member, NodeState, State
 from master_service.stopping import observe_loss, progress, stop_reason
-from master_service.verdicts import accepted, introduced, refusal, refused, settle
+from master_service.verdicts import accepted, introduced, refusal, refused, settle, shortened
 
 
 class Coordinator:
@@ -136,7 +136,8 @@ class Coordinator:
             return [Send(get.sender, _answer(running))]
         if same and not get.fresh:
             return [self._publish(same[-1], entry.at), Send(get.sender, _answer(same[-1]))]
-        name = f"{get.encoder_type}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
+        # an id has at most 64 characters, whatever the type is called
+        name = f"{get.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
         encoder = EncoderState(
             encoder=name,
             encoder_type=get.encoder_type,
@@ -157,7 +158,7 @@ class Coordinator:
         encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
         encoder.best_loss, encoder.versions_without_gain = None, 0
         for member in encoder.members.values():
-            member.accepted = False
+            member.accepted, member.waiting = False, False
         return [
             self._publish(encoder, at),
             Broadcast(encoder.encoder_type, _instruction(encoder)),
@@ -198,7 +199,7 @@ class Coordinator:
     def _generation_failed(self, body: GenerationFailed) -> list[Effect]:
         encoder = self.state.encoders[body.encoder]
         encoder.status, encoder.reason = "failed", body.reason
-        answer = Answer(accepted=False, encoder=body.encoder, status="failed", detail=body.reason)
+        answer = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
         return [Send(asker, answer) for asker in encoder.askers]
 
     # --- nodes come and go -------------------------------------------------------------------------------------------
@@ -306,12 +307,10 @@ class Coordinator:
         member = encoder.members.get(manifest.node) if encoder else None
         if encoder is None or member is None:
             return False
-        key = (manifest.node, manifest.incarnation, manifest.sequence)
-        return (
-            manifest.sequence < member.settled_below
-            or manifest.sequence in member.settled
-            or any((item.node, item.incarnation, item.sequence) == key for item in encoder.buffer)
-        )
+        if _pending(encoder, manifest) is not None:
+            return True
+        settled = manifest.sequence < member.settled_below or manifest.sequence in member.settled
+        return settled and member.incarnation == manifest.incarnation
 
     def _update(self, entry: Entry, manifest: UpdateManifest) -> list[Effect]:
         encoder = self.state.encoders.get(manifest.encoder)
@@ -372,14 +371,12 @@ class Coordinator:
         """Settled once is settled: the stored receipt again; the same id with other bytes is a conflict."""
         member = encoder.members[manifest.node]
         member.duplicates += 1
-        stored = member.settled.get(manifest.sequence)
-        if stored is not None and stored.digest == manifest.digest:
-            return [Send(manifest.node, stored)]
-        pending = next(
-            (item for item in encoder.buffer if (item.node, item.sequence) == (manifest.node, manifest.sequence)), None
-        )
+        pending = _pending(encoder, manifest)
         if pending is not None and pending.digest == manifest.digest:
             return []
+        stored = member.settled.get(manifest.sequence)
+        if pending is None and stored is not None and stored.digest == manifest.digest:
+            return [Send(manifest.node, stored)]
         detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
         return [Send(manifest.node, refused(encoder, manifest, "conflict", detail))]
 
@@ -467,6 +464,12 @@ class Coordinator:
             Conclude(encoder.encoder, encoder.version),
             Broadcast(encoder.encoder_type, _finish(encoder)),
         ]
+
+
+def _pending(encoder: EncoderState, manifest: UpdateManifest) -> Buffered | None:
+    """This update, if it is in the buffer already."""
+    key = (manifest.node, manifest.incarnation, manifest.sequence)
+    return next((item for item in encoder.buffer if (item.node, item.incarnation, item.sequence) == key), None)
 
 
 def _instruction(encoder: EncoderState) -> Instruction:

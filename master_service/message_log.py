@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.messages import Message
@@ -25,15 +25,18 @@ CREATE TABLE IF NOT EXISTS entries (
     body       BLOB NOT NULL,
     facts      TEXT,
     payload    TEXT
-)
+);
+CREATE INDEX IF NOT EXISTS payloads ON entries (payload)
 """
 
 
 class PayloadStore:
     """Immutable files named by the sha256 of what is in them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, uses: Callable[[str], int] = lambda digest: 0) -> None:
+        """`uses` says how many entries of the log name a payload."""
         self._directory = directory
+        self._uses = uses
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
@@ -68,8 +71,9 @@ class PayloadStore:
             raise FileNotFoundError(f"payload {digest} is not in {self._directory}")
 
     def drop(self, digest: str) -> None:
-        """Forget a payload that no version needs."""
-        self.path(digest).unlink(missing_ok=True)
+        """Forget the payload of an entry that is refused, unless another entry with the same bytes needs it."""
+        if self._uses(digest) <= 1:
+            self.path(digest).unlink(missing_ok=True)
 
 
 class MessageLog:
@@ -86,8 +90,8 @@ class MessageLog:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(_SCHEMA)
-        self.payloads = PayloadStore(directory / "payloads")
+            self._db.executescript(_SCHEMA)
+        self.payloads = PayloadStore(directory / "payloads", self._uses)
         last = self._db.execute("SELECT offset, at FROM entries ORDER BY offset DESC LIMIT 1").fetchone()
         self._offset: int = last[0] if last else -1
         self._at: float = last[1] if last else 0.0
@@ -140,6 +144,9 @@ class MessageLog:
 
     def close(self) -> None:
         self._db.close()
+
+    def _uses(self, digest: str) -> int:
+        return int(self._db.execute("SELECT count(*) FROM entries WHERE payload = ?", (digest,)).fetchone()[0])
 
 
 def _sender(body: Message) -> str:

@@ -47,8 +47,12 @@ def write_snapshot(directory: Path, fold: Fold, offset: int) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     _sync(directory)
-    for old in sorted(path for path in directory.iterdir() if path.is_dir())[:-_KEPT]:
-        shutil.rmtree(old)
+    # what a master that died while it wrote has left is no snapshot, and must not push out one that is
+    found = sorted(path for path in directory.iterdir() if path.is_dir())
+    kept = [path for path in found if path.suffix != ".part"][-_KEPT:]
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)
     return final
 
 
@@ -67,6 +71,8 @@ def read_snapshot(directory: Path, payloads: PayloadStore) -> tuple[Fold, int]:
 
 def _read(path: Path, payloads: PayloadStore) -> tuple[Fold, int]:
     manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["offset"] != int(path.name):
+        raise ValueError(f"its manifest names offset {manifest['offset']}")
     for name, digest in manifest["sha256"].items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not match its checksum")

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from common.messages import EncodingName, LayoutEntries, Receipt
 from master_service.entries import Settings
 
-#: Receipts kept per member to answer duplicates with; a node has only a few updates unanswered at a time.
-KEPT_RECEIPTS = 32
+#: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time
+#: (`UpdateRule.max_unanswered`), so what is forgotten is older than any that is still on its way.
+KEPT_RECEIPTS = 64
 #: Norms and losses that the guards and the plateau rule look back on.
 KEPT_NORMS = 64
 
@@ -18,7 +19,8 @@ Status = Literal["generating", "running", "finished", "failed"]
 
 
 class _State(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # a loss may be NaN, and a snapshot must bring it back
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class NodeState(_State):

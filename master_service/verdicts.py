@@ -51,7 +51,7 @@ def refused(encoder: EncoderState | None, manifest: UpdateManifest, reason: str,
         digest=manifest.digest,
         accepted=False,
         reason=reason,
-        detail=detail,
+        detail=shortened(detail),
         version=encoder.version if encoder else 0,
     )
 
@@ -72,13 +72,19 @@ def accepted(encoder: EncoderState, item: Buffered, weight: float, staleness: in
     )
 
 
+def shortened(words: str) -> str:
+    """Words that may quote what somebody sent, cut to what a message takes."""
+    return words if len(words) <= 2000 else words[:1999] + "…"
+
+
 def settle(member: Member, receipt: Receipt) -> None:
     """Remember the receipt to answer duplicates with; of the oldest only that they are settled."""
     member.settled[receipt.sequence] = receipt
     while len(member.settled) > KEPT_RECEIPTS:
         oldest = min(member.settled)
         del member.settled[oldest]
-        member.settled_below = oldest + 1
+        # receipts need not come in order: what waited in a buffer is settled after what was refused meanwhile
+        member.settled_below = max(member.settled_below, oldest + 1)
 
 
 def _layout_detail(encoder: EncoderState, manifest: UpdateManifest) -> str:

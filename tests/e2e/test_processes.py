@@ -132,6 +132,9 @@ def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path:
     assert finished["updates"] == sum(member["returns"] for member in finished["members"].values())
     for node in "abcf":
         assert run.processes[node].wait(30) == 0, run.log(node)
+    asked = shared_encoder("request", "get", "text", "--config", str(run.file), "--out", str(tmp_path / "asked"))
+    assert asked.returncode == 0 and "open it with transformers.AutoModel" in asked.stdout, asked.stderr
+    assert (tmp_path / "asked" / "model.safetensors").exists(), "whoever asks for a finished encoder gets it"
     run.processes["master"].send_signal(signal.SIGINT)
     assert run.processes["master"].wait(30) == 0
     assert "Traceback" not in "".join(run.log(name) for name in run.processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from typing import get_args
 
 import msgpack
@@ -29,7 +30,15 @@ BY_NAME = {
     "layout_digest": DIGEST,
     "layout": LAYOUT,
     "types": st.lists(ID, max_size=3),
-    "architecture": st.dictionaries(st.text(max_size=5), st.integers(-(2**40), 2**40), max_size=3),
+    "architecture": st.dictionaries(
+        st.text(max_size=5),
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=3,
+    ),
     "encoding": st.sampled_from(["float32", "bfloat16", "int8"]),
     "data": st.binary(max_size=64),
     "chunks": st.integers(1, 9),
@@ -59,6 +68,17 @@ def test_a_newer_sender_may_add_fields() -> None:
     assert decode(msgpack.packb({**plain, "added_later": 1})) == Join(node="n", incarnation="i", types=["text"])
 
 
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+GET = {"kind": "request.get", "schema_version": 1, "sender": "s", "encoder_type": "text"}
+UPDATE = {"kind": "update", "schema_version": 1}
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -74,6 +94,20 @@ def test_a_newer_sender_may_add_fields() -> None:
         (msgpack.packb({"schema_version": 1}), "unknown-kind"),
         (msgpack.packb({"kind": "request.join", "schema_version": 1, "node": "a/b", "incarnation": "i"}), "invalid"),
         (msgpack.packb({"kind": "request.join", "schema_version": 1, "node": "a"}), "invalid"),
+        (encode(Join(node="n", incarnation="i"))[:-1], "not-msgpack"),
+        (encode(Join(node="n", incarnation="i")) + b"\x00", "not-msgpack"),
+        (msgpack.packb({"kind": "x" * 10**6, "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": ["ack"], "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": "ack", "schema_version": "1" * 10**6}), "schema-version"),
+        (msgpack.packb({**GET, "sender": 5}), "invalid"),
+        # what an architecture holds gets into the state: only what a snapshot's JSON can hold may come in
+        (msgpack.packb({**GET, "architecture": {"x": b"\xff"}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": [{b"\xff": 1}]}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": msgpack.Timestamp(1)}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": msgpack.ExtType(1, b"")}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": float("nan")}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": nested(300)}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x" * 10**6: b""}}), "invalid"),
         (bytes(MAX_BODY_BYTES + 1), "oversize"),
     ],
 )
@@ -81,6 +115,27 @@ def test_what_is_not_a_message_is_poison_with_a_reason(body: bytes, reason: str)
     with pytest.raises(Poison) as poison:
         decode(body)
     assert poison.value.reason == reason
+    assert len(poison.value.detail) <= 500, "the detail goes into a log line and a header"
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {**UPDATE, "layout": [["w", [-1] * 500_000]]},
+        {**UPDATE, "layout": [["w", [-1] * 16]] * 50_000},
+        {**GET, "architecture": {"x": [b""] * 500_000}},
+        {**GET, "kind": "request.join", "node": "n", "incarnation": "i", "types": [1] * 500_000},
+    ],
+)
+def test_a_small_body_full_of_errors_does_not_fill_the_memory(plain: dict[str, object]) -> None:
+    body = msgpack.packb(plain)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Poison):
+            decode(body)
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=300, deadline=None)

@@ -26,7 +26,7 @@ from common.messages import (
 )
 from master_service.coordinator import Coordinator
 from master_service.effects import Broadcast, Conclude, Generate, Publish, Send, Step
-from master_service.entries import LossPlateau, Presence, StopRule, Tick
+from master_service.entries import GenerationFailed, LossPlateau, Presence, StopRule, Tick
 from master_service.rules.model import aggregation_rule
 from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
 
@@ -234,6 +234,45 @@ def test_equal_nodes_get_the_plain_mean_under_the_default_rule() -> None:
     assert [c.coefficient for c in step.contributions] == pytest.approx([0.2] * 5)
 
 
+@pytest.mark.parametrize(
+    ("preset", "updates", "coefficients"),
+    [
+        # x − Σ cᵢ(x − localᵢ) = (100·local₁ + 300·local₂) / 400: the sample-weighted mean of the local models
+        ("fedavg", [("a", 0, 100), ("b", 0, 300)], [100 / 400, 300 / 400]),
+        # the mean, however many samples
+        ("diloco", [("a", 0, 100), ("b", 0, 300)], [1 / 2, 1 / 2]),
+        # x + α s(τ) (local − x) with α in the outer learning rate and s(3) = (1+3)^-½
+        ("fedasync", [("a", 3, 100)], [1 / 2]),
+        # K = 3 arrivals, each scaled by s(τ), over K
+        ("fedbuff", [("a", 0, 1), ("b", 3, 1), ("a", 8, 1)], [1 / 3, 1 / 2 / 3, 1 / 3 / 3]),
+        # p/q with one return added to each: a ½·6/4 and b ½·6/2, over 4 updates; s(0) and s(3)
+        ("return-count", [("a", 0, 9), ("a", 0, 9), ("a", 3, 9), ("b", 0, 9)], [3 / 16, 3 / 16, 3 / 32, 6 / 16]),
+    ],
+)
+def test_the_presets_by_hand(preset: str, updates: list[tuple[str, int, int]], coefficients: list[float]) -> None:
+    run = Scenario(rule=aggregation_rule(preset))
+    name = run.generate()
+    for node in "ab":
+        run.join(node, name)
+    run.coordinator.state.encoders[name].version = 10
+    for sequence, (node, staleness, samples) in enumerate(updates):
+        effects = run.update(node, name, sequence, base=10 - staleness, samples=samples)
+    [step] = [effect for effect in effects if isinstance(effect, Step)]
+    assert [item.coefficient for item in step.contributions] == pytest.approx(coefficients)
+    assert step.outer.lr == {"fedasync": 0.6, "diloco": 0.7}.get(preset, 1.0)
+    assert [r.weight for r in receipts(effects)] == pytest.approx([c * len(updates) for c in coefficients])
+
+
+def test_an_update_far_beyond_the_usual_norm_is_cut_to_the_bound() -> None:
+    run = Scenario(rule=ARRIVAL)
+    name = run.generate()
+    run.join("a", name)
+    for sequence in range(6):
+        manifest = run.manifest("a", name, sequence)
+        effects = run.apply(manifest, *run.payload(manifest, norm=2.0 if sequence < 5 else 80.0))
+    assert receipts(effects)[0].weight == pytest.approx(10 * 2.0 / 80.0)
+
+
 def test_a_node_that_returns_more_often_weighs_less_each_time() -> None:
     run = Scenario()
     name = run.generate()
@@ -307,6 +346,36 @@ def test_in_any_order_each_update_counts_at_most_once_and_the_fold_is_determinis
     for entry in run.log:
         effects += again.handle(entry)
     assert again.state == run.coordinator.state and effects == run.effects
+
+
+def test_requests_while_the_encoder_is_made_and_when_it_cannot_be_made() -> None:
+    run = Scenario()
+    [generate] = run.apply(Get(sender="one", encoder_type="t" * 64))
+    assert isinstance(generate, Generate)
+    assert run.apply(Get(sender="two", encoder_type="t" * 64)) == []
+    # the name is an id too, however long the type's is; and a reason of any length is told
+    answers = run.apply(GenerationFailed(encoder=generate.encoder, reason="why " * 2000))
+    assert [(e.to, e.message.accepted) for e in answers if isinstance(e, Send)] == [("one", False), ("two", False)]
+    assert isinstance(run.apply(Get(sender="one", encoder_type="t" * 64))[0], Generate), "a failed one may be retried"
+
+
+def test_a_version_that_nobody_waits_for_is_published_every_so_often() -> None:
+    run = Scenario(rule=ARRIVAL, publish_every_seconds=30.0)
+    name = run.generate()
+    run.join("a", name)
+    run.at += 10.0
+    effects = run.update("a", name, 0, wants_version=False)
+    assert not [e for e in effects if isinstance(e, Publish)] and not sent(effects, Notice)
+    assert run.coordinator.deadline() == 1030.0
+    run.at = 1030.0
+    assert [e.version for e in run.apply(Tick()) if isinstance(e, Publish)] == [1]
+    assert run.coordinator.deadline() is None
+    # who asks is told at once, from what is published already
+    fetch = Fetch(node="a", incarnation="first", encoder=name, have_version=0)
+    assert [type(e) for e in run.apply(fetch)] == [Send]
+    # and who has the newest is told of the next, once
+    run.apply(fetch.model_copy(update={"have_version": 1}))
+    assert len(sent(run.update("a", name, 1), Notice)) == 1
 
 
 def test_joining_never_needs_an_order() -> None:

@@ -60,7 +60,7 @@ class Federation:
                 )
                 self.record(body, payload=digest)
 
-    def update(self, node: str, sequence: int) -> None:
+    def update(self, node: str, sequence: int, loss: float = 3.0) -> None:
         bodies = encode_vector(torch.randn(self.layout.size, generator=self.random) * 0.01, "int8")
         payload = b"".join(bodies)
         finite, norm = measure(payload, self.layout.size, "int8")
@@ -75,7 +75,7 @@ class Federation:
             steps=5,
             samples=50,
             seconds=1.0,
-            loss=3.0,
+            loss=loss,
             encoding="int8",
             layout_digest=self.layout.digest,
             size=payload_size(self.layout.size, "int8"),
