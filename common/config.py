@@ -42,6 +42,8 @@ class BrokerConfig(Section):
             password = self.password_file.read_text().strip()
         except OSError as error:
             raise UserError(f"broker.password_file {self.password_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"broker.password_file {self.password_file}: not UTF-8 text") from None
         parts = urlsplit(url)
         user, host = parts.username or "guest", parts.netloc.rpartition("@")[2]
         return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))

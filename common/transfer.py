@@ -55,8 +55,10 @@ def update_chunks(manifest: UpdateManifest, bodies: Sequence[bytes]) -> list[Upd
 class UpdateAssembly:
     """Collects the chunks of one manifest. What belongs to an older attempt is discarded, what is newer is not ours."""
 
-    def __init__(self, manifest: UpdateManifest) -> None:
+    def __init__(self, manifest: UpdateManifest, *, keep: bool = True) -> None:
+        """Without `keep` the chunks are counted and not stored."""
         self.manifest = manifest
+        self._keep = keep
         self._bodies: dict[int, bytes] = {}
 
     def add(self, chunk: UpdateChunk) -> bool:
@@ -74,7 +76,7 @@ class UpdateAssembly:
         if len(chunk.data) > encoded_size(SLICE, wanted.encoding):
             raise Poison("oversize", f"chunk {chunk.index} of {wanted.update_id} has {len(chunk.data)} bytes")
         if chunk.index < wanted.chunks:
-            self._bodies[chunk.index] = chunk.data
+            self._bodies[chunk.index] = chunk.data if self._keep else b""
         return True
 
     @property

@@ -15,6 +15,9 @@ from common.messages import UpdateChunk, UpdateManifest
 from common.topology import Topology
 from common.transfer import UpdateAssembly
 
+#: Chunks in flight while an update is thrown away.
+_DISCARD_PREFETCH = 4
+
 
 class Intake:
     """Fetches the chunks of one manifest; the service's thread hands what was delivered to `add`.
@@ -41,10 +44,10 @@ class Intake:
         self.deadline = deadline
         self._broker = broker
         self._on_poison = on_poison
-        self._assembly = UpdateAssembly(manifest)
+        self._assembly = UpdateAssembly(manifest, keep=wanted)
         self._taken: list[Delivery] = []
         self._subscription: Subscription = broker.consume(
-            topology.chunk_queue(manifest.node), on_delivery, prefetch=manifest.chunks
+            topology.chunk_queue(manifest.node), on_delivery, prefetch=manifest.chunks if wanted else _DISCARD_PREFETCH
         )
 
     def add(self, delivery: Delivery) -> bool:
@@ -57,9 +60,9 @@ class Intake:
         except Poison as poison:
             self._on_poison(delivery, poison)
             return False
-        if taken:
+        if taken and self.wanted:
             self._taken.append(delivery)
-        elif self._is_older(chunk):
+        elif taken or self._is_older(chunk):
             self._broker.ack(delivery)
         return self._assembly.complete
 

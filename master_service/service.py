@@ -213,7 +213,9 @@ class MasterService:
             plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
             self._send(message.sender, StatusReport(report=plain))
         else:
-            self._record(message, message_id=delivery.message_id)  # type: ignore[arg-type]
+            # below the sender's name: nobody can take the id of another's message, or of an update
+            message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
+            self._record(message, message_id=message_id)  # type: ignore[arg-type]
         self.broker.ack(delivery)
 
     def _next_manifest(self) -> None:

@@ -13,7 +13,7 @@ from common.brokers.memory import MemoryServer
 from common.codec import encode
 from common.errors import LockHeld
 from common.layout import Layout
-from common.messages import Join, Receipt, Resend
+from common.messages import Instruction, Join, Receipt, Resend
 from common.transfer import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,
@@ -141,3 +141,18 @@ def test_a_master_that_starts_again_goes_on_where_it_was(server: MemoryServer, t
         assert (receipt.sequence, receipt.accepted, receipt.version, receipt.return_count) == (1, True, 2, 2)
         assert list(master.service._fold.coordinator.state.encoders) == [instruction.encoder]
         assert master.service._fold.coordinator.state.epoch == 2
+
+
+def test_nobody_takes_the_place_of_anothers_update(server: MemoryServer, tmp_path: Path) -> None:
+    """A message id is the sender's to choose; the id of another's update, used first, must not displace it."""
+    with running_master(server, tmp_path):
+        victim, rogue = HandNode(server, "a"), HandNode(server, "b")
+        instruction = victim.enter()
+        bodies = numbers(instruction)
+        manifest = victim.manifest(instruction, 0, bodies)
+        join = encode(Join(node="b", incarnation="i", types=["text"]))
+        taken = f"{manifest.update_id}/{manifest.attempt}"
+        rogue.broker.publish(Publication(TOPOLOGY.request, "b.join", join, message_id=taken))
+        rogue.hear(Instruction)
+        victim.send(manifest, bodies)
+        assert victim.hear(Receipt).accepted
