@@ -67,7 +67,7 @@ def _encoder(state: State, live: Live, name: str, now: float) -> dict[str, Any]:
             "weight": member.weight,
             "last_weight": member.last_weight,
             "staleness": member.last_staleness,
-            "version": said.version if said else member.version,
+            "version": max(said.version, member.version) if said else member.version,
             "steps": max(member.steps, said.steps if said else 0),
             "steps_per_second": said.steps_per_second if said else 0.0,
             "loss": said.loss if said and said.loss is not None else member.loss,

@@ -206,7 +206,9 @@ class Agent:
             # it ended before this node was let in
             self.current = None
             return self._next()
-        self.finishing = finish
+        if self.finishing is not None and self.wanted >= finish.version:
+            return []  # it is on its way: an update refused as finished brings a Finish of its own
+        self.finishing, self.wanted = finish, finish.version
         return [Read(finish.encoder, finish.version, finish.published_at, final=True)]
 
     def _read(self, version: int, published_at: float) -> list[Action]:

@@ -155,6 +155,9 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(rule(version=4)) == [Retune(rule(version=4))]
     assert agent.receive(Introduce(node="n")) == agent.join()
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0, final=True)]
+    assert agent.receive(finish()) == []  # once is enough, unless the reading fails
+    agent.read_failed()
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, final=True)]
     assert not agent.training
     assert agent.version_read("text-1", 5) == [CheckSamples(instruction("text-2"))]
 
