@@ -66,6 +66,17 @@ class BrokerStatus:
     bytes_in: int
 
 
+def dead_letter(exchange: str, delivery: Delivery, reason: str, detail: str) -> Publication:
+    """What is published of a delivery that cannot be processed: its body as it came, and why and where from."""
+    headers = {
+        "x-reason": reason,
+        "x-detail": detail[:500],
+        "x-exchange": delivery.exchange,
+        "x-routing-key": delivery.routing_key,
+    }
+    return Publication(exchange, reason, delivery.body, headers, delivery.message_id)
+
+
 OnDelivery = Callable[[Delivery], None]
 
 

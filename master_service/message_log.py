@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.durable import sync
 from common.messages import Message
 from master_service.entries import Entry, Loggable, UpdateFacts, pack, unpack
 
@@ -56,7 +57,7 @@ class PayloadStore:
             os.fsync(file.fileno())
         beside.rename(path)
         for directory in (path.parent, self._directory):
-            _sync_directory(directory)
+            sync(directory)
         return digest
 
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
@@ -151,11 +152,3 @@ class MessageLog:
 
 def _sender(body: Message) -> str:
     return str(getattr(body, "node", None) or getattr(body, "sender", None) or "master")
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.durable import sync
 from common.layout import Layout
 from common.parameters import ParameterSet
 from master_service.aggregator import Target
@@ -43,10 +43,10 @@ def write_snapshot(directory: Path, fold: Fold, offset: int) -> Path:
     digests = {name: _digest(beside / name) for name in ("state.json", "tensors.safetensors")}
     (beside / "manifest.json").write_text(json.dumps({"offset": offset, "sha256": digests}, indent=1))
     for path in (*beside.iterdir(), beside):
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
-    _sync(directory)
+    sync(directory)
     # what a master that died while it wrote has left is no snapshot, and must not push out one that is
     found = sorted(path for path in directory.iterdir() if path.is_dir())
     kept = [path for path in found if path.suffix != ".part"][-_KEPT:]
@@ -89,11 +89,3 @@ def _read(path: Path, payloads: PayloadStore) -> tuple[Fold, int]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp
+from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
 from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
 from common.topology import Binding, Declarations, Exchange, Queue
 
@@ -171,13 +171,7 @@ class MemoryBroker:
             self._server.changed.notify_all()
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
-        headers = {
-            "x-reason": reason,
-            "x-detail": detail[:500],
-            "x-exchange": delivery.exchange,
-            "x-routing-key": delivery.routing_key,
-        }
-        self.publish(Publication(self._dead_letters, reason, delivery.body, headers, delivery.message_id))
+        self.publish(dead_letter(self._dead_letters, delivery, reason, detail))
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition
+from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
 from common.brokers.arguments import queue_arguments, stream_offset, version_of
 from common.brokers.batch import Batch
 from common.brokers.link import Link
@@ -313,13 +313,7 @@ class RabbitMQBroker:
         self._consumer.post(work)
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
-        headers = {
-            "x-reason": reason,
-            "x-detail": detail[:500],
-            "x-exchange": delivery.exchange,
-            "x-routing-key": delivery.routing_key,
-        }
-        self.publish(Publication(self._dead_letters, reason, delivery.body, headers, delivery.message_id))
+        self.publish(dead_letter(self._dead_letters, delivery, reason, detail))
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:

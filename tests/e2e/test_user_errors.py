@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,14 +87,12 @@ def test_a_node_without_what_it_needs(corpus: Path, arguments: list[str], words:
 def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
     result = shared_encoder("master", "--verions", "3")
     assert result.returncode == 2 and "--versions" in result.stderr
-    started = time.monotonic()
     assert shared_encoder("--help").returncode == 0
-    # not a timing: neither torch nor transformers nor pydantic may be imported to print the help
+    # what makes it quick: none of these is imported to print the help
     import subprocess
 
     code = "import deploy.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pika', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert time.monotonic() - started < 60
     result = shared_encoder("export", "text-1", "--state", str(tmp_path / "none"))
     assert result.returncode == 2 and "no message log in" in result.stderr
     result = shared_encoder("evaluate")
