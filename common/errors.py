@@ -5,9 +5,11 @@ SharedEncoderError
 ├── Refusal            a well-formed update or request that is not accepted: answered with the reason
 ├── Transient          worth trying again
 │   ├── BrokerUnavailable   no connection, or no confirm in time
-│   └── PublishRejected     a bounded queue is full
+│   ├── PublishRejected     a bounded queue is full
+│   └── StorageFull         no room on the disk
 ├── Unroutable         a mandatory publish that no queue took
 ├── LockHeld           somebody else holds the name
+├── Damaged            what is on disk is not what was written there
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
     └── AccessRefused       wrong account or password, or no permission at the broker
 """
@@ -52,6 +54,14 @@ class BrokerUnavailable(Transient):
 
 class PublishRejected(Transient):
     """The broker refused a message because its queue is full (`reject-publish`)."""
+
+
+class StorageFull(Transient):
+    """There is no room on the disk for what must be durable."""
+
+
+class Damaged(SharedEncoderError):
+    """A file or a row does not match its checksum, or is gone; the text names it and says what can be done."""
 
 
 class Unroutable(SharedEncoderError):

@@ -17,7 +17,8 @@ SCHEMA_VERSION = 1
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000)]
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+MAX_COUNT = (1 << 62) - 1
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 #: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
 ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -260,7 +261,9 @@ class Rule(Message):
 class Receipt(Message):
     """The answer to one update: counted in `version` with `weight`, or refused because of `reason`.
 
-    Reasons: finished, unknown-node, unknown-encoder, layout, encoding, size, digest, not-finite, stale, conflict.
+    `previous` is the hash of the receipt issued before this one for the same encoder (see `common.receipts`); empty for
+    the first. Reasons: finished, unknown-node, unknown-encoder, layout, size, digest, not-finite, stale, future,
+    conflict.
     """
 
     kind: Literal["receipt"] = "receipt"
@@ -276,6 +279,7 @@ class Receipt(Message):
     staleness: Count = 0
     weight: float = 0.0
     return_count: Count = 0
+    previous: Digest | Literal[""] = ""
 
 
 class Resend(Message):

@@ -14,16 +14,25 @@ import torch
 from torch import Tensor
 
 from common.encodings import decode_slice
+from common.errors import SharedEncoderError
 from common.layout import Layout
 from common.messages import EncodingName
 from common.parameters import ParameterSet
 from common.slicing import encoded_size, slices
 from master_service.effects import Step
-from master_service.message_log import PayloadStore
+from master_service.payloads import PayloadStore
 from master_service.rules.outer import new_momentum, outer_step
 
 #: Elements summed at once for a norm; a fixed block and a single thread give the same sum everywhere.
 _NORM_BLOCK = 1 << 16
+
+
+class PayloadsLost(SharedEncoderError):
+    """Payloads that a step needs are damaged or missing; `lost` holds their digests."""
+
+    def __init__(self, lost: dict[str, str]) -> None:
+        super().__init__(", ".join(f"payload {digest} is {problem}" for digest, problem in lost.items()))
+        self.lost = list(lost)
 
 
 @dataclass
@@ -42,17 +51,20 @@ class Aggregator:
         self.targets: dict[str, Target] = {}
 
     def begin(self, encoder: str, layout: Layout, digest: str) -> None:
-        """Load version 0 from its payload."""
+        """Load version 0 from its payload. Raises PayloadsLost."""
+        if problem := self._payloads.damage(digest):
+            raise PayloadsLost({digest: problem})
         self.targets[encoder] = Target(ParameterSet.from_bytes(layout, self._payloads.read(digest)))
 
     def step(self, step: Step) -> str:
-        """Compute the next version in place; gives its digest. Raises FileNotFoundError before anything is changed."""
+        """Compute the next version in place; gives its digest. Raises PayloadsLost before anything is changed."""
         target = self.targets[step.encoder]
         size = target.parameters.layout.size
+        problems = {each.payload: self._payloads.damage(each.payload) for each in step.contributions}
+        if lost := {payload: problem for payload, problem in problems.items() if problem is not None}:
+            raise PayloadsLost(lost)
         if target.momentum is None:
             target.momentum = new_momentum(size, step.outer)
-        for contribution in step.contributions:
-            self._payloads.check(contribution.payload)
         positions = [0] * len(step.contributions)
         for start, stop in slices(size):
             gradient = torch.zeros(stop - start)

@@ -5,22 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from common.config import Section
 from common.messages import EncodingName, UpdateRule
+from common.topology import MIB
 from master_service.entries import DEFAULT_VERSIONS, Settings, StopRule
 from master_service.rules.model import aggregation_rule
 
 
 class MasterConfig(Section):
-    """The master's own affairs. Paths are made if they are not there."""
+    """The master's own affairs. Paths are made if they are not there.
+
+    `retention`: keep the payloads of all updates (`all`: every version can be rebuilt), those since the oldest kept
+    snapshot (`since-snapshot`), or as many as fit into a size ("20GiB"). Below `min_free` bytes of free disk nothing is
+    accepted until there is room again.
+    """
 
     state_dir: Path = Path("master-state")
     export_dir: Path | None = None
     presence_timeout_seconds: Annotated[float, Field(gt=0)] = 90.0
     chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 15.0
     encoding: EncodingName = "bfloat16"
+    retention: Literal["all", "since-snapshot"] | ByteSize = "all"
+    min_free: ByteSize = ByteSize(64 * MIB)
+    snapshot_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     exit_when_finished: bool = False
     threads: Annotated[int, Field(ge=1)] = 1
 

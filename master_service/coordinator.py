@@ -7,41 +7,54 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 from __future__ import annotations
 
 import hashlib
-import math
 
 from common.layout import Layout
 from common.messages import (
     Answer,
     Continue,
     Fetch,
-    Finish,
     Get,
-    Instruction,
     InstructionAck,
     Introduce,
     Join,
     Leave,
     Notice,
+    Resend,
     Rule,
     Stop,
     UpdateManifest,
 )
-from master_service.effects import Broadcast, Conclude, Contribution, Effect, Generate, Publish, Refused, Send, Step
+from master_service.answers import answer, finish, instruction
+from master_service.effects import (
+    Broadcast,
+    Conclude,
+    Contribution,
+    Effect,
+    Generate,
+    Publish,
+    Refused,
+    Send,
+    SetAside,
+    Step,
+)
 from master_service.entries import (
     Configured,
     Entry,
     Generated,
     GenerationFailed,
     Presence,
+    Repaired,
+    Skipped,
     Started,
+    StepFailed,
     Tick,
     Versioned,
 )
 from master_service.rules.buffer import is_ready
-from master_service.rules.weights import count_factor, norm_factor, sample_factor, staleness_factor
 from master_service.state import KEPT_NORMS, Buffered, EncoderState, Member, NodeState, State
 from master_service.stopping import observe_loss, progress, stop_reason
-from master_service.verdicts import accepted, introduced, refusal, refused, settle, shortened
+from master_service.verdicts import accepted, count, introduced, issued, pending, refusal, refused, settle, shortened
+from master_service.weighing import weigh
 
 
 class Coordinator:
@@ -58,6 +71,8 @@ class Coordinator:
                 return self._update(entry, body)
             case Versioned():
                 return self._versioned(body, at)
+            case StepFailed():
+                return self._step_failed(body, at)
             case InstructionAck():
                 return self._ack(body, at)
             case Join():
@@ -85,6 +100,10 @@ class Coordinator:
                 return []
             case Started():
                 self.state.epoch = body.epoch
+                return self._restate(at)
+            case Skipped():
+                return [SetAside(body.offset)]
+            case Repaired():
                 return []
         raise AssertionError(f"a {body.kind} does not belong into the log")
 
@@ -107,14 +126,16 @@ class Coordinator:
         encoder = self.state.encoders.get(manifest.encoder)
         return refusal(encoder, manifest, None) is None and not self._known_update(encoder, manifest)
 
-    def restate(self, at: float) -> list[Effect]:
+    def unmade(self) -> list[Generate]:
+        """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
+        return [self._generate(each) for each in self.state.encoders.values() if each.status == "generating"]
+
+    def _restate(self, at: float) -> list[Effect]:
         """What a master that starts again tells everybody: the newest versions and the running instructions."""
         effects: list[Effect] = []
         for encoder in self.state.encoders.values():
             if encoder.status == "running":
-                effects += [self._publish(encoder, at), Broadcast(encoder.encoder_type, _instruction(encoder))]
-            elif encoder.status == "generating":
-                effects.append(self._generate(encoder))
+                effects += [self._publish(encoder, at), Broadcast(encoder.encoder_type, instruction(encoder))]
         return effects
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -133,9 +154,9 @@ class Coordinator:
             if running.status == "generating":
                 running.askers.append(get.sender)
                 return []
-            return [Send(get.sender, _answer(running))]
+            return [Send(get.sender, answer(running))]
         if same and not get.fresh:
-            return [self._publish(same[-1], entry.at), Send(get.sender, _answer(same[-1]))]
+            return [self._publish(same[-1], entry.at), Send(get.sender, answer(same[-1]))]
         # an id has at most 64 characters, whatever the type is called
         name = f"{get.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
         encoder = EncoderState(
@@ -153,7 +174,7 @@ class Coordinator:
         if encoder is None or encoder.status == "failed":
             return [Send(request.sender, Answer(accepted=False, detail=f"no encoder {request.encoder} is known here"))]
         if encoder.status != "finished":
-            return [Send(request.sender, _answer(encoder))]
+            return [Send(request.sender, answer(encoder))]
         encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
         encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
         encoder.best_loss, encoder.versions_without_gain = None, 0
@@ -161,14 +182,14 @@ class Coordinator:
             member.accepted, member.waiting = False, False
         return [
             self._publish(encoder, at),
-            Broadcast(encoder.encoder_type, _instruction(encoder)),
-            Send(request.sender, _answer(encoder)),
+            Broadcast(encoder.encoder_type, instruction(encoder)),
+            Send(request.sender, answer(encoder)),
         ]
 
     def _stop(self, stop: Stop, at: float) -> list[Effect]:
         effects: list[Effect] = []
         for encoder in self.state.encoders.values():
-            if stop.encoder in (None, encoder.encoder) and encoder.status == "running":
+            if stop.encoder in (None, encoder.encoder) and encoder.status in ("running", "generating"):
                 encoder.stop_requested = f"stopped by {stop.sender}"
                 effects += self._advance(encoder, at)
         return effects
@@ -192,8 +213,9 @@ class Coordinator:
         askers, encoder.askers = encoder.askers, []
         return [
             self._publish(encoder, at),
-            Broadcast(encoder.encoder_type, _instruction(encoder)),
-            *(Send(asker, _answer(encoder)) for asker in askers),
+            Broadcast(encoder.encoder_type, instruction(encoder)),
+            *(Send(asker, answer(encoder)) for asker in askers),
+            *self._advance(encoder, at),
         ]
 
     def _generation_failed(self, body: GenerationFailed) -> list[Effect]:
@@ -207,7 +229,7 @@ class Coordinator:
     def _join(self, join: Join) -> list[Effect]:
         self.state.nodes[join.node] = NodeState(node=join.node, incarnation=join.incarnation, types=join.types)
         return [
-            Send(join.node, _instruction(encoder))
+            Send(join.node, instruction(encoder))
             for encoder in self.state.encoders.values()
             if encoder.status == "running" and encoder.encoder_type in join.types
         ]
@@ -292,7 +314,7 @@ class Coordinator:
         if encoder is None or not encoder.layout:
             return []
         if encoder.status == "finished":
-            return [self._publish(encoder, at), Send(fetch.node, _finish(encoder))]
+            return [self._publish(encoder, at), Send(fetch.node, finish(encoder))]
         member = encoder.members.get(fetch.node)
         if member is None:
             return [Send(fetch.node, Introduce(node=fetch.node))]
@@ -307,7 +329,7 @@ class Coordinator:
         member = encoder.members.get(manifest.node) if encoder else None
         if encoder is None or member is None:
             return False
-        if _pending(encoder, manifest) is not None:
+        if pending(encoder, manifest) is not None:
             return True
         settled = manifest.sequence < member.settled_below or manifest.sequence in member.settled
         return settled and member.incarnation == manifest.incarnation
@@ -327,14 +349,14 @@ class Coordinator:
         dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
         if problem is not None or encoder is None or entry.facts is None or entry.payload is None:
             reason, detail = problem or ("payload", "the update came without its payload")
-            receipt = refused(encoder, manifest, reason, detail)
+            receipt = issued(encoder, refused(encoder, manifest, reason, detail))
             effects: list[Effect] = [*dropped, Send(manifest.node, receipt)]
             if introduced(encoder, manifest) is not None and encoder is not None:
                 member = encoder.members[manifest.node]
                 member.refused += 1
                 settle(member, receipt)
                 if encoder.status == "finished":
-                    effects.append(Send(manifest.node, _finish(encoder)))
+                    effects.append(Send(manifest.node, finish(encoder)))
                 elif manifest.base_version < encoder.version:
                     effects += self._notify(encoder, [member], entry.at)
             elif reason == "unknown-node":
@@ -352,17 +374,16 @@ class Coordinator:
                 payload=entry.payload,
                 encoding=manifest.encoding,
                 base_version=manifest.base_version,
+                attempt=manifest.attempt,
+                steps=manifest.steps,
                 samples=manifest.samples,
+                seconds=manifest.seconds,
+                size=manifest.size,
                 norm=entry.facts.norm,
                 loss=manifest.loss,
             )
         )
-        encoder.updates += 1
-        member.returns += 1
-        member.steps += manifest.steps
-        member.samples_seen += manifest.samples
-        member.seconds += manifest.seconds
-        member.payload_bytes += manifest.size
+        count(encoder, encoder.buffer[-1], 1)
         member.loss, member.version = manifest.loss, manifest.base_version
         member.waiting = member.waiting or manifest.wants_version
         return self._advance(encoder, entry.at)
@@ -371,73 +392,83 @@ class Coordinator:
         """Settled once is settled: the stored receipt again; the same id with other bytes is a conflict."""
         member = encoder.members[manifest.node]
         member.duplicates += 1
-        pending = _pending(encoder, manifest)
-        if pending is not None and pending.digest == manifest.digest:
+        waiting = pending(encoder, manifest)
+        if waiting is not None and waiting.digest == manifest.digest:
             return []
         stored = member.settled.get(manifest.sequence)
-        if pending is None and stored is not None and stored.digest == manifest.digest:
+        if waiting is None and stored is not None and stored.digest == manifest.digest:
             return [Send(manifest.node, stored)]
         detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
-        return [Send(manifest.node, refused(encoder, manifest, "conflict", detail))]
+        return [Send(manifest.node, issued(encoder, refused(encoder, manifest, "conflict", detail)))]
 
     def _advance(self, encoder: EncoderState, at: float) -> list[Effect]:
         """Step if the buffer is ready or has waited its grace time; finish if the stop rule holds."""
         settings = self.state.settings
-        if encoder.status != "running":
+        if encoder.status != "running" or encoder.stepping:
             return []
         ending = stop_reason(encoder, settings.stop, at)
         waiting = [item.node for item in encoder.buffer]
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
         grace_over = bool(waiting) and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
         if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), settings.rule.buffer)):
-            return self._step(encoder)
+            return [self._step(encoder)]
         if ending:
             return self._finish(encoder, ending, at)
         if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
             return [self._publish(encoder, at)]
         return []
 
-    def _step(self, encoder: EncoderState) -> list[Effect]:
-        """Weigh the buffer as a whole, now that the counts of all of it are known, and answer its updates."""
+    def _step(self, encoder: EncoderState) -> Step:
+        """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
         rule = self.state.settings.rule
-        items, encoder.buffer = encoder.buffer, []
-        counted = encoder.active() | {item.node: encoder.members[item.node] for item in items}
-        returns = {node: member.returns for node, member in counted.items()}
-        samples = {node: member.samples for node, member in counted.items()}
-        divisor = math.fsum(sample_factor(item.samples, rule.weights) for item in items)
-        encoder.version += 1
-        contributions, receipts = [], []
-        for item in items:
-            member = encoder.members[item.node]
-            staleness = encoder.version - 1 - item.base_version
-            weight = (
-                sample_factor(item.samples, rule.weights)
-                * staleness_factor(staleness, rule.weights)
-                * count_factor(item.node, returns, samples, rule.weights)
-                * norm_factor(item.norm, encoder.norms, rule.guards.norm_clip)
-                / divisor
-                * len(items)
-            )
-            contributions.append(Contribution(item.payload, item.encoding, weight / len(items)))
-            receipt = accepted(encoder, item, weight, staleness, member.returns)
-            member.weight += weight
-            member.last_weight, member.last_staleness = weight, staleness
-            if member.incarnation == item.incarnation:
-                settle(member, receipt)
-            receipts.append(Send(item.node, receipt))
-        encoder.norms = (encoder.norms + [item.norm for item in items])[-KEPT_NORMS:]
-        observe_loss(encoder, [item.loss for item in items], self.state.settings.stop)
-        return [Step(encoder.encoder, encoder.version, tuple(contributions), rule.outer), *receipts]
+        encoder.stepping = weigh(encoder, rule)
+        encoder.buffer = []
+        contributions = tuple(
+            Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
+            for weighed in encoder.stepping
+        )
+        return Step(encoder.encoder, encoder.version + 1, contributions, rule.outer)
 
     def _versioned(self, body: Versioned, at: float) -> list[Effect]:
-        """A version is computed: tell those who wait, and see whether it was the last."""
+        """A version is computed: its updates are answered, who waits is told, and it may have been the last."""
         encoder = self.state.encoders[body.encoder]
-        encoder.digest = body.digest
+        counted, encoder.stepping = encoder.stepping, []
+        encoder.version, encoder.digest = body.version, body.digest
+        effects: list[Effect] = []
+        for weighed in counted:
+            item, member = weighed.item, encoder.members[weighed.item.node]
+            receipt = issued(encoder, accepted(encoder, item, weighed.weight, weighed.staleness, member.returns))
+            member.weight += weighed.weight
+            member.last_weight, member.last_staleness = weighed.weight, weighed.staleness
+            if member.incarnation == item.incarnation:
+                settle(member, receipt)
+            effects.append(Send(item.node, receipt))
+        encoder.norms = (encoder.norms + [weighed.item.norm for weighed in counted])[-KEPT_NORMS:]
+        observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)
         ending = stop_reason(encoder, self.state.settings.stop, at)
         if ending:
-            return self._finish(encoder, ending, at)
+            return effects + self._finish(encoder, ending, at)
         waiting = [member for member in encoder.members.values() if member.waiting]
-        return self._notify(encoder, waiting, at) if waiting else self._advance(encoder, at)
+        return effects + (self._notify(encoder, waiting, at) if waiting else self._advance(encoder, at))
+
+    def _step_failed(self, body: StepFailed, at: float) -> list[Effect]:
+        """Payloads were lost: their updates do not count, and their nodes, which have no receipt, send them again."""
+        encoder = self.state.encoders[body.encoder]
+        items, encoder.stepping = [weighed.item for weighed in encoder.stepping], []
+        encoder.buffer = [item for item in items if item.payload not in body.lost] + encoder.buffer
+        effects: list[Effect] = []
+        for item in items:
+            if item.payload in body.lost:
+                count(encoder, item, -1)
+                resend = Resend(
+                    encoder=encoder.encoder,
+                    node=item.node,
+                    incarnation=item.incarnation,
+                    sequence=item.sequence,
+                    attempt=item.attempt + 1,
+                )
+                effects.append(Send(item.node, resend))
+        return effects + self._advance(encoder, at)
 
     def _notify(self, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
         effects: list[Effect] = [self._publish(encoder, at)] if encoder.published_version < encoder.version else []
@@ -462,46 +493,5 @@ class Coordinator:
         return [
             self._publish(encoder, at),
             Conclude(encoder.encoder, encoder.version),
-            Broadcast(encoder.encoder_type, _finish(encoder)),
+            Broadcast(encoder.encoder_type, finish(encoder)),
         ]
-
-
-def _pending(encoder: EncoderState, manifest: UpdateManifest) -> Buffered | None:
-    """This update, if it is in the buffer already."""
-    key = (manifest.node, manifest.incarnation, manifest.sequence)
-    return next((item for item in encoder.buffer if (item.node, item.incarnation, item.sequence) == key), None)
-
-
-def _instruction(encoder: EncoderState) -> Instruction:
-    return Instruction(
-        encoder=encoder.encoder,
-        encoder_type=encoder.encoder_type,
-        architecture=encoder.architecture,
-        layout=encoder.layout,
-        layout_digest=encoder.layout_digest,
-    )
-
-
-def _finish(encoder: EncoderState) -> Finish:
-    return Finish(
-        encoder=encoder.encoder,
-        encoder_type=encoder.encoder_type,
-        version=encoder.version,
-        digest=encoder.digest,
-        published_at=0.0,
-        reason=encoder.reason,
-    )
-
-
-def _answer(encoder: EncoderState) -> Answer:
-    return Answer(
-        accepted=True,
-        encoder=encoder.encoder,
-        encoder_type=encoder.encoder_type,
-        status=encoder.status,
-        version=encoder.version,
-        digest=encoder.digest or None,
-        architecture=encoder.architecture,
-        layout=encoder.layout,
-        detail=encoder.reason,
-    )

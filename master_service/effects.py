@@ -48,7 +48,7 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Compute the next version; answered by a Versioned entry."""
+    """Compute the next version; answered by a Versioned entry, or a StepFailed if payloads are damaged."""
 
     encoder: str
     version: int
@@ -80,4 +80,11 @@ class Refused:
     payload: str
 
 
-Effect = Send | Broadcast | Generate | Step | Publish | Conclude | Refused
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """The entry at `offset` is skipped: its message goes to the dead letters."""
+
+    offset: int
+
+
+Effect = Send | Broadcast | Generate | Step | Publish | Conclude | Refused | SetAside

@@ -8,10 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from common.messages import Digest, Id, LayoutEntries, Message, ToMaster, UpdateRule
+from common.messages import (
+    Continue,
+    Digest,
+    Fetch,
+    Get,
+    Id,
+    InstructionAck,
+    Join,
+    LayoutEntries,
+    Leave,
+    Message,
+    Stop,
+    UpdateManifest,
+    UpdateRule,
+)
 from master_service.rules.model import AggregationRule
 
 
@@ -98,6 +111,33 @@ class Versioned(Message):
     digest: Digest
 
 
+class StepFailed(Message):
+    """A version could not be computed, because payloads of its updates are damaged or missing; they do not count and
+    are asked for again."""
+
+    kind: Literal["step-failed"] = "step-failed"
+    encoder: Id
+    version: int
+    lost: list[Digest]
+
+
+class Skipped(Message):
+    """The entry at `offset` killed the master twice: it has no effect, here and in every replay."""
+
+    kind: Literal["skipped"] = "skipped"
+    offset: int
+
+
+class Repaired(Message):
+    """The ledger was damaged; rows between `last_whole` and this one may be lost. The state is that of `resumed_at`:
+    the last whole row, or a snapshot that is newer."""
+
+    kind: Literal["repaired"] = "repaired"
+    last_whole: int
+    resumed_at: int
+    problem: str
+
+
 class Presence(Message):
     """A node gave no sign of life for the presence timeout, or gives one again."""
 
@@ -112,8 +152,12 @@ class Tick(Message):
     kind: Literal["tick"] = "tick"
 
 
-Record = Configured | Started | Generated | GenerationFailed | Versioned | Presence | Tick
-Loggable = ToMaster | Record
+Record = (
+    Configured | Started | Generated | GenerationFailed | Versioned | StepFailed | Skipped | Repaired | Presence | Tick
+)
+#: What nodes and observers say that is decided upon.
+Said = Join | Get | Continue | Fetch | Leave | Stop | InstructionAck | UpdateManifest
+Loggable = Said | Record
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 
 
@@ -130,7 +174,10 @@ class UpdateFacts(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of the message log. `at` is seconds since 1970, never smaller than that of the row before."""
+    """One row of the message log. `at` is seconds since 1970, never smaller than that of the row before.
+
+    `skipped`: a later row says that this one has no effect.
+    """
 
     offset: int
     message_id: str
@@ -138,14 +185,14 @@ class Entry:
     body: Loggable
     facts: UpdateFacts | None = None
     payload: str | None = None
+    skipped: bool = False
 
 
-def pack(body: Message) -> bytes:
-    """The row's body as msgpack."""
-    packed: bytes = msgpack.packb(body.model_dump(mode="python"), use_bin_type=True)
-    return packed
+def pack(body: Message) -> str:
+    """The row's body as JSON; numbers that are not finite as NaN and Infinity."""
+    return body.model_dump_json()
 
 
-def unpack(body: bytes) -> Loggable:
+def unpack(body: str) -> Loggable:
     """The typed body of a row."""
-    return _ADAPTER.validate_python(msgpack.unpackb(body, raw=False))
+    return _ADAPTER.validate_json(body)

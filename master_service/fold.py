@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from common.errors import Damaged
 from common.layout import Layout
-from common.parameters import ParameterSet
-from master_service.aggregator import Aggregator
+from master_service.aggregator import Aggregator, PayloadsLost
 from master_service.coordinator import Coordinator
 from master_service.effects import Effect, Step
-from master_service.entries import Entry, Generated, Versioned
-from master_service.message_log import MessageLog, PayloadStore
+from master_service.entries import Entry, Generated, Repaired, StepFailed, Versioned
+from master_service.payloads import PayloadStore
 from master_service.state import State
 
 
@@ -30,53 +30,70 @@ class Check:
 
 
 class Fold:
-    """Applies entries. Steps are computed at once; `unlogged` holds versions whose Versioned entry is not there yet."""
+    """Applies entries, each once and without a gap. `offset` is that of the newest that was applied.
 
-    def __init__(self, payloads: PayloadStore, state: State | None = None) -> None:
+    `pending` holds the steps that were decided and have no outcome in the log yet.
+    """
+
+    def __init__(self, payloads: PayloadStore, state: State | None = None, offset: int = -1) -> None:
+        self.offset = offset
         self.coordinator = Coordinator(state)
         self.aggregator = Aggregator(payloads)
-        self.unlogged: dict[str, Versioned] = {}
+        self.pending: dict[str, Step] = {}
+        self._computed: dict[str, Versioned] = {}
 
     def apply(self, entry: Entry) -> list[Effect]:
-        """Fold one entry. Of the effects that remain for the shell a Step is done: its version is to be logged."""
-        if isinstance(entry.body, Generated):
-            self.aggregator.begin(entry.body.encoder, Layout(entry.body.layout), entry.body.digest)
-        if isinstance(entry.body, Versioned):
-            self.unlogged.pop(entry.body.encoder, None)
+        """Fold one entry; the effects are for the shell. Raises Damaged if entries are missing before this one."""
+        body = entry.body
+        resumed = isinstance(body, Repaired) and body.resumed_at == self.offset
+        if entry.offset != self.offset + 1 and not resumed:
+            raise Damaged(f"the log has no rows {self.offset + 1} to {entry.offset - 1}: {_why(entry)}")
+        if isinstance(body, Generated) and not entry.skipped:
+            self.aggregator.begin(body.encoder, Layout(body.layout), body.digest)
+        if isinstance(body, Versioned | StepFailed):
+            step = self.pending.pop(body.encoder, None)
+            computed = self._computed.pop(body.encoder, None)
+            if isinstance(body, Versioned) and step is not None and computed is None:
+                self.aggregator.step(step)
+        self.offset = entry.offset
+        if entry.skipped:
+            return []
         effects = self.coordinator.handle(entry)
-        for effect in effects:
-            if isinstance(effect, Step):
-                digest = self.aggregator.step(effect)
-                self.unlogged[effect.encoder] = Versioned(encoder=effect.encoder, version=effect.version, digest=digest)
+        self.pending |= {effect.encoder: effect for effect in effects if isinstance(effect, Step)}
         return effects
+
+    def compute(self, encoder: str) -> Versioned | StepFailed:
+        """The outcome of an encoder's pending step, to be logged. Computed once; if it fails nothing is changed."""
+        step = self.pending[encoder]
+        if encoder not in self._computed:
+            try:
+                digest = self.aggregator.step(step)
+            except PayloadsLost as error:
+                return StepFailed(encoder=encoder, version=step.version, lost=error.lost)
+            self._computed[encoder] = Versioned(encoder=encoder, version=step.version, digest=digest)
+        return self._computed[encoder]
+
+    def check(self, body: Versioned) -> Check:
+        """Compute the version that the log names next, and compare. Raises PayloadsLost."""
+        outcome = self.compute(body.encoder) if body.encoder in self.pending else None
+        if isinstance(outcome, StepFailed):
+            raise PayloadsLost(dict.fromkeys(outcome.lost, "damaged or missing"))
+        same = outcome is not None and outcome.version == body.version
+        return Check(body.encoder, body.version, body.digest, outcome.digest if outcome is not None and same else "")
 
     def replay(self, entries: Iterable[Entry]) -> Iterator[Check]:
         """Fold a log from where this fold stands; yields every version with the digest that was logged for it."""
         for entry in entries:
             body = entry.body
             if isinstance(body, Versioned):
-                mine = self.unlogged.get(body.encoder)
-                computed = mine.digest if mine is not None and mine.version == body.version else ""
-                yield Check(body.encoder, body.version, body.digest, computed)
+                yield self.check(body)
             self.apply(entry)
             if isinstance(body, Generated):
                 target = self.aggregator.targets[body.encoder]
                 yield Check(body.encoder, 0, body.digest, target.parameters.digest())
 
 
-def rebuild(log: MessageLog, encoder: str, version: int | None = None) -> ParameterSet:
-    """Compute a version (the newest by default) of an encoder from the log alone.
-
-    Raises KeyError if the log does not hold it, ValueError at the first version that is not what was published.
-    """
-    fold, newest = Fold(log.payloads), -1
-    for check in fold.replay(log.entries()):
-        if not check.identical:
-            raise ValueError(f"version {check.version} of {check.encoder} is not what the log says")
-        if check.encoder == encoder:
-            newest = check.version
-            if newest == version:
-                return fold.aggregator.targets[encoder].parameters
-    if newest < 0 or version is not None:
-        raise KeyError(f"version {'0' if version is None else version} of {encoder} is not in the log")
-    return fold.aggregator.targets[encoder].parameters
+def _why(entry: Entry) -> str:
+    if isinstance(entry.body, Repaired):
+        return f"they were lost when the ledger was repaired ({entry.body.problem})"
+    return "the ledger is damaged"

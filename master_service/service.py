@@ -3,74 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import queue
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import structlog
 import torch
 
-from common.broker import Broker, Delivery, Publication
-from common.codec import decode, encode
-from common.encodings import encode_vector
-from common.errors import BrokerUnavailable, Poison, PublishRejected, SharedEncoderError, Unroutable, UserError
+from common.broker import Broker, Delivery
+from common.codec import decode
+from common.errors import BrokerUnavailable, Damaged, Poison, UserError
 from common.messages import (
     Alive,
-    Answer,
     AskStatus,
-    Finish,
     Get,
     Introduce,
     Message,
-    Notice,
     Resend,
-    Rule,
     StatusReport,
-    UpdateChunk,
     UpdateManifest,
 )
+from common.parameters import ParameterSet
+from common.steps import reached
 from common.topology import Topology
-from common.versions import publish_version
-from master_service.aggregator import measure
+from master_service.aggregator import PayloadsLost, measure
 from master_service.config import MasterConfig
-from master_service.effects import Broadcast, Conclude, Effect, Generate, Publish, Refused, Send, Step
+from master_service.effects import Broadcast, Conclude, Effect, Generate, Publish, Refused, Send, SetAside, Step
 from master_service.entries import (
     Configured,
+    Entry,
     Generated,
     GenerationFailed,
     Loggable,
     Presence,
+    Record,
     Settings,
+    Skipped,
     Started,
+    StepFailed,
     Tick,
     UpdateFacts,
+    Versioned,
 )
+from master_service.fingerprint import fingerprint
 from master_service.generation import generate
+from master_service.inbox import identity, understood
 from master_service.intake import Intake
-from master_service.message_log import MessageLog
+from master_service.journal import Journal
+from master_service.publisher import Publisher
 from master_service.registry import export_encoder
-from master_service.snapshot import read_snapshot, write_snapshot
 from master_service.status import Live, report
 
 log = structlog.get_logger()
 
-#: Kinds that a node or an observer may send to the master's inbox and that are decided upon.
-_DECIDED = (
-    "request.join",
-    "request.get",
-    "request.update",
-    "request.fetch",
-    "request.leave",
-    "request.stop",
-    "ack",
-)
 _POLL_SECONDS = 0.25
+#: Between two looks whether there is room on the disk again.
+_ROOM_SECONDS = 0.5
 #: How long the chunks of an update that does not count are waited for; they were there before its manifest.
 _DISCARD_SECONDS = 1.0
 
@@ -79,7 +70,8 @@ _DISCARD_SECONDS = 1.0
 class MasterService:
     """Runs until stopped, or until all encoders are finished if so configured.
 
-    `on_change` is called in the service's thread whenever something happened that is worth showing.
+    Made: the state directory is locked and the newest snapshot read. Raises LockHeld, which names the holder, or
+    Damaged. `on_change` is called in the service's thread whenever something happened that is worth showing.
     """
 
     config: MasterConfig
@@ -93,30 +85,44 @@ class MasterService:
 
     def __post_init__(self) -> None:
         self._events: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._held: deque[Delivery] = deque()
         self._manifests: deque[Delivery] = deque()
         self._intake: Intake | None = None
-        self._hints: dict[str, float] = {}
         self._lost = threading.Event()
-        self._log = MessageLog(self.config.state_dir)
-        self._fold, self._folded = read_snapshot(self._snapshots, self._log.payloads)
+        self._stop = threading.Event()
+        self._journal = Journal(self.config, self.clock, self._wait_for_room)
+        self._fold = self._journal.fold
+        self._publisher = Publisher(self.broker, self.topology, self.config.encoding, self._ended)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set. Raises LockHeld if another master serves this namespace."""
+        """Serve until `stop` is set.
+
+        Raises LockHeld if another master serves this namespace, BrokerUnavailable once its lock is lost, Damaged if the
+        state directory cannot be recovered from, StorageFull if it is stopped while the disk is full.
+        """
         torch.set_num_threads(self.config.threads)
         self._stop = stop
-        self.broker.lock(self.topology.master_lock, self._lost.set)
-        self.broker.declare(self.topology.master())
-        self._recover()
+        try:
+            self.broker.lock(self.topology.master_lock, self._lost.set)
+            self.broker.declare(self.topology.master())
+            self._recover()
+            self._serve()
+            # only here: after an error the state in memory may be half of an entry, and the log is the truth
+            self._journal.snapshot()
+        finally:
+            self._journal.close()
+
+    def _serve(self) -> None:
         subscriptions = [
             self.broker.consume(self.topology.master_inbox, self._events.put, prefetch=64),
             self.broker.consume(self.topology.master_updates, self._events.put, prefetch=4),
         ]
-        if self.get is not None:
-            self._record(Get(sender="master", encoder_type=self.get))
         try:
-            while not stop.is_set() and not self._done():
+            if self.get is not None:
+                self._record(Get(sender="master", encoder_type=self.get))
+            while not self._stop.is_set() and not self._done():
                 self._turn()
                 if self._lost.is_set():
                     raise BrokerUnavailable("the lock of this namespace was lost; another master may be serving it now")
@@ -125,25 +131,51 @@ class MasterService:
                 subscription.close()
             if self._intake is not None:
                 self._intake.close()
-            self._snapshot()
-            self._log.close()
 
     def _recover(self) -> None:
-        """Fold what the log holds after the snapshot, log what was computed but not logged, and tell everybody."""
-        checks = self._fold.replay(self._log.entries(self._folded))
-        bad = next((check for check in checks if not check.identical), None)
-        if bad is not None:
-            raise SharedEncoderError(
-                f"version {bad.version} of {bad.encoder} comes out different from the log: "
-                "the state directory is damaged or another torch version computed it"
-            )
-        for versioned in list(self._fold.unlogged.values()):
-            self._record(versioned)
-        state = self._fold.coordinator.state
-        self._record(Started(epoch=state.epoch + 1, fingerprint=fingerprint()))
+        """Fold what the log holds after the snapshot, repeat what may not have left, and tell everybody."""
+        journal, fold = self._journal, self._fold
+        again, last = journal.carried_out, journal.log.last_offset
+        if last > again and self._kills(journal.log.entry(last)):
+            log.error("a message has killed the master twice; it is skipped and set aside", offset=last)
+            journal.append(Skipped(offset=last))
+        try:
+            for entry in journal.log.entries(fold.offset):
+                effects = self._refold(entry)
+                if entry.offset > again:
+                    self._send_out(effects)
+        except PayloadsLost as error:
+            raise Damaged(
+                f"{error}, in {self.config.state_dir / 'payloads'}: a version that was published was made of it; "
+                "restore it from a backup of the state directory"
+            ) from None
+        journal.carried_out = fold.offset
+        with journal.attempts.at(_row(fold.offset)):
+            outcomes = [_Outcome(fold.compute(encoder)) for encoder in fold.pending]
+            outcomes += [_generated(effect) for effect in fold.coordinator.unmade()]
+        self._record_all(outcomes)
+        state = fold.coordinator.state
+        # later than every epoch before, also when rows of the log were lost
+        self._record(Started(epoch=max(state.epoch + 1, int(self.clock())), fingerprint=fingerprint()))
         if state.settings != self.settings:
             self._record(Configured(settings=self.settings))
-        self._carry_out(self._fold.coordinator.restate(self.clock()))
+
+    def _kills(self, entry: Entry) -> bool:
+        """Whether an entry has killed the master often enough. The master's own records are never skipped."""
+        fatal = self._journal.attempts.fatal(_row(entry.offset))
+        return fatal and not isinstance(entry.body, Record) and not entry.skipped
+
+    def _refold(self, entry: Entry) -> list[Effect]:
+        """Fold an entry of the log once more. Raises Damaged if a version does not come out as it was logged."""
+        with self._journal.attempts.at(_row(entry.offset)):
+            check = self._fold.check(entry.body) if isinstance(entry.body, Versioned) else None
+            effects = self._fold.apply(entry)
+        if check is not None and not check.identical:
+            raise Damaged(
+                f"version {check.version} of {check.encoder} comes out different from the log: "
+                f"{self.config.state_dir} is damaged, or another torch or processor computed it; see `log verify`"
+            )
+        return effects
 
     def _done(self) -> bool:
         encoders = self._fold.coordinator.state.encoders.values()
@@ -153,10 +185,14 @@ class MasterService:
             and all(encoder.status in ("finished", "failed") for encoder in encoders)
         )
 
+    def _ended(self, seconds: float) -> bool:
+        """Wait; whether the service is to end."""
+        return self._stop.wait(seconds) or self._lost.is_set()
+
     def _turn(self) -> None:
         """Wait for one delivery or for a deadline, and handle it."""
         with contextlib.suppress(queue.Empty):
-            self._receive(self._events.get(timeout=_POLL_SECONDS))
+            self._receive(self._held.popleft() if self._held else self._events.get(timeout=_POLL_SECONDS))
         now = self.clock()
         deadline = self._fold.coordinator.deadline()
         if deadline is not None and now >= deadline:
@@ -165,6 +201,7 @@ class MasterService:
             self._record(Presence(node=node, present=present))
         if self._intake is not None and time.monotonic() > self._intake.deadline:
             self._chunks_missing(self._intake)
+        self._journal.snapshot(due_after=self.config.snapshot_every_seconds)
         self.on_change(self)
 
     # --- what comes in -----------------------------------------------------------------------------------------------
@@ -177,9 +214,12 @@ class MasterService:
             return
         if delivery.queue not in (self.topology.master_inbox, self.topology.master_updates):
             return  # a chunk of an intake that has ended: it went back to its queue when that closed
+        what = identity(delivery)
         try:
-            message = decode(delivery.body)
-            self._verify_sender(delivery, message)
+            if delivery.redelivered and self._journal.attempts.fatal(what):
+                raise Poison("kills", "the master died of it twice")
+            with self._journal.attempts.at(what):
+                message = understood(delivery, self.topology)
         except Poison as poison:
             self._dead_letter(delivery, poison)
             return
@@ -189,34 +229,30 @@ class MasterService:
         else:
             self._handle_message(delivery, message)
 
-    def _verify_sender(self, delivery: Delivery, message: Message) -> None:
-        """The routing key names the sender; what is in the message must not claim another."""
-        claimed = getattr(message, "node", None) or getattr(message, "sender", None)
-        if claimed != delivery.routing_key.partition(".")[0]:
-            raise Poison("sender", f"a message of {claimed!r} came with the routing key {delivery.routing_key!r}")
-        kind = getattr(message, "kind", "")
-        if (kind == "update") != (delivery.queue == self.topology.master_updates) or isinstance(message, UpdateChunk):
-            raise Poison("unexpected-kind", f"a message of kind {kind!r} does not belong into {delivery.queue}")
-        if kind not in (*_DECIDED, "update", "request.alive", "request.status"):
-            raise Poison("unexpected-kind", f"a message of kind {kind!r} is not for the master")
-
     def _handle_message(self, delivery: Delivery, message: Message) -> None:
         node = getattr(message, "node", None)
         if node is not None:
             self.live.seen(node, self.clock())
+        if not self._answer(message):
+            # below the sender's name: nobody can take the id of another's message, or of an update
+            message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
+            self._record(message, message_id=message_id)  # type: ignore[arg-type]
+        reached("before ack")
+        self.broker.ack(delivery)
+        reached("after ack")
+
+    def _answer(self, message: Message) -> bool:
+        """What is shown and not decided upon needs no log, and goes on while the disk is full."""
         if isinstance(message, Alive):
             self.live.alive(message)
             known = self._fold.coordinator.state.nodes.get(message.node)
             if known is None or known.incarnation != message.incarnation:
-                self._send(message.node, Introduce(node=message.node))
+                self._publisher.send(message.node, Introduce(node=message.node))
         elif isinstance(message, AskStatus):
-            plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
-            self._send(message.sender, StatusReport(report=plain))
+            self._publisher.send(message.sender, StatusReport(report=self.report()))
         else:
-            # below the sender's name: nobody can take the id of another's message, or of an update
-            message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
-            self._record(message, message_id=message_id)  # type: ignore[arg-type]
-        self.broker.ack(delivery)
+            return False
+        return True
 
     def _next_manifest(self) -> None:
         """Begin with the next update, if none is being fetched."""
@@ -242,16 +278,20 @@ class MasterService:
     def _take_update(self, intake: Intake) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = intake.manifest
+        delivery_id = f"{manifest.update_id}/{manifest.attempt}"
         if intake.wanted:
             payload = intake.payload()
             size = self._fold.coordinator.state.encoders[manifest.encoder].size
-            finite, norm = measure(payload, size, manifest.encoding)
-            digest = self._log.payloads.write(payload)
+            with self._journal.attempts.at(identity(intake.delivery)):
+                finite, norm = measure(payload, size, manifest.encoding)
+            digest = self._journal.write_payload(payload)
             facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-            self._record(manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest)
+            self._record(manifest, message_id=delivery_id, facts=facts, payload=digest)
         else:
-            self._record(manifest, message_id=_delivery_id(manifest))
+            self._record(manifest, message_id=delivery_id)
+        reached("before ack of an update")
         intake.settle()
+        reached("after ack of an update")
         self._end_intake(intake)
 
     def _chunks_missing(self, intake: Intake) -> None:
@@ -272,7 +312,7 @@ class MasterService:
             sequence=manifest.sequence,
             attempt=manifest.attempt + 1,
         )
-        self._send(manifest.node, resend)
+        self._publisher.send(manifest.node, resend)
         self.broker.ack(intake.delivery)
         self._end_intake(intake)
 
@@ -283,8 +323,7 @@ class MasterService:
 
     def _dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         self.live.poison += 1
-        log.warning("message set aside", queue=delivery.queue, reason=poison.reason, detail=poison.detail)
-        self._persist(lambda: self.broker.dead_letter(delivery, poison.reason, poison.detail))
+        self._publisher.dead_letter(delivery, poison)
 
     # --- what is decided ---------------------------------------------------------------------------------------------
 
@@ -298,138 +337,108 @@ class MasterService:
     ) -> None:
         """Append to the log, fold, and carry out what follows. A message id that is in the log already has no effect,
         except that an update is answered again."""
-        entry = self._log.append(
-            body, message_id=message_id or uuid.uuid4().hex, at=self.clock(), facts=facts, payload=payload
-        )
+        journal = self._journal
+        entry = journal.append(body, message_id=message_id, facts=facts, payload=payload)
         if entry is None:
             if not isinstance(body, UpdateManifest):
                 return
             # the log has it, its answer may not have left: recorded as one more delivery of the same update
-            entry = self._log.append(body, message_id=uuid.uuid4().hex, at=self.clock())
+            entry = journal.append(body)
             assert entry is not None
-        self._folded = entry.offset
-        self._carry_out(self._fold.apply(entry))
+        with journal.attempts.at(_row(entry.offset)):
+            effects = self._fold.apply(entry)
+            reached("during fold")
+            outcomes = []
+            for effect in effects:
+                if isinstance(effect, Step):
+                    outcomes.append(_Outcome(self._fold.compute(effect.encoder)))
+                elif isinstance(effect, Generate):
+                    outcomes.append(_generated(effect))
+        self._send_out(effects)
+        journal.carried_out = entry.offset
+        self._record_all(outcomes)
 
-    def _carry_out(self, effects: list[Effect]) -> None:
-        """In order; what a computed version leads to comes after everything that was decided before it."""
-        later: list[Loggable] = []
+    def _record_all(self, outcomes: list[_Outcome]) -> None:
+        """What was computed because of an entry: logged after everything else that the entry led to."""
+        for outcome in outcomes:
+            body, payload = outcome.body, None
+            if outcome.parameters is not None:
+                payload = self._journal.write_payload(outcome.parameters.to_bytes())
+            if isinstance(body, StepFailed):
+                log.error("payloads are damaged; their nodes are asked to send again", lost=body.lost)
+            self._record(body, payload=payload)
+
+    def _send_out(self, effects: list[Effect]) -> None:
+        """In order. Steps and generations are not sent: their outcomes are logged."""
         for effect in effects:
             match effect:
                 case Send():
-                    self._send(effect.to, effect.message)
+                    self._publisher.send(effect.to, effect.message)
                 case Broadcast():
-                    self._publish_message(self.topology.instruction, effect.encoder_type, effect.message)
+                    self._publisher.broadcast(effect.encoder_type, effect.message)
                 case Publish():
-                    self._publish_version(effect)
-                case Step():
-                    later.append(self._fold.unlogged[effect.encoder])
-                case Generate():
-                    later.append(self._generate(effect))
+                    parameters = self._fold.aggregator.targets[effect.encoder].parameters
+                    self._publisher.version(effect, self._fold.coordinator.state.epoch, parameters)
                 case Conclude():
                     self._export(effect)
                 case Refused():
-                    self._log.payloads.drop(effect.payload)
-        for body in later:
-            payload = body.digest if isinstance(body, Generated) else None
-            self._record(body, payload=payload)
-
-    def _generate(self, effect: Generate) -> Loggable:
-        log.info("making the encoder", encoder=effect.encoder, generation=effect.generation)
-        try:
-            architecture, parameters = generate(effect)
-        except UserError as error:
-            log.error("the encoder could not be made", encoder=effect.encoder, problem=str(error))
-            return GenerationFailed(encoder=effect.encoder, reason=str(error))
-        digest = self._log.payloads.write(parameters.to_bytes())
-        return Generated(
-            encoder=effect.encoder,
-            architecture=architecture,
-            layout=parameters.layout.plain(),
-            layout_digest=parameters.layout.digest,
-            digest=digest,
-        )
-
-    def _publish_version(self, effect: Publish) -> None:
-        state = self._fold.coordinator.state
-        parameters = self._fold.aggregator.targets[effect.encoder].parameters
-        bodies = encode_vector(parameters.vector, self.config.encoding)
-        self.live.bytes_published += sum(len(body) for body in bodies)
-
-        def write() -> None:
-            self._hints[effect.encoder] = publish_version(
-                self.broker,
-                self.topology,
-                encoder=effect.encoder,
-                epoch=state.epoch,
-                version=effect.version,
-                encoding=self.config.encoding,
-                layout_digest=parameters.layout.digest,
-                bodies=bodies,
-                progress=effect.progress,
-            )
-
-        self._persist(write)
+                    self._journal.drop_refused(effect.payload)
+                case SetAside():
+                    self.live.poison += 1
+                    message = self._journal.log.entry(effect.offset).body
+                    self._publisher.dead_message(message, "kills", f"row {effect.offset} killed the master twice")
 
     def _export(self, effect: Conclude) -> None:
         encoder = self._fold.coordinator.state.encoders[effect.encoder]
         directory = self.config.export_dir or self.config.state_dir / "encoders" / effect.encoder
+        reached("before export")
         export_encoder(directory, encoder, self._fold.aggregator.targets[effect.encoder].parameters)
         log.info("encoder finished", encoder=effect.encoder, version=effect.version, directory=str(directory))
 
-    # --- what goes out -----------------------------------------------------------------------------------------------
-
-    def _send(self, to: str, message: Message) -> None:
-        exchange = self.topology.rule if isinstance(message, Rule) else self.topology.receipt
-        self._publish_message(exchange, to, message)
-
-    def _publish_message(self, exchange: str, key: str, message: Message) -> None:
-        if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
-            message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
-        publication = Publication(exchange, key, encode(message), message_id=uuid.uuid4().hex)
-
-        def send() -> None:
-            try:
-                self.broker.publish(publication)
-            except Unroutable:
-                # nobody listens (yet); a node that joins later is told everything then
-                log.debug("nobody takes this", exchange=exchange, key=key)
-
-        self._persist(send)
-
-    def _persist(self, action: Callable[[], None]) -> None:
-        """Try until the broker takes it: what was decided must leave. Gives up only when the service is stopped."""
-        while True:
-            try:
-                return action()
-            except (BrokerUnavailable, PublishRejected) as error:
-                log.warning("the broker does not take messages, trying again", problem=str(error))
-                if self._stop.wait(1.0) or self._lost.is_set():
-                    raise
-
-    # --- disk --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _snapshots(self) -> Path:
-        return self.config.state_dir / "snapshots"
-
-    def _snapshot(self) -> None:
-        if not self._fold.unlogged:
-            write_snapshot(self._snapshots, self._fold, self._folded)
+    def _wait_for_room(self) -> bool:
+        """The disk is full: answer who asks for the status; everything else waits, not acked. False at the end."""
+        until = time.monotonic() + _ROOM_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty, Poison):
+                delivery = self._events.get(timeout=left)
+                inbox = delivery.queue == self.topology.master_inbox
+                if inbox and self._answer(understood(delivery, self.topology)):
+                    self.broker.ack(delivery)
+                else:
+                    self._held.append(delivery)
+        self.on_change(self)
+        return not self._ended(0.0)
 
     def report(self) -> dict[str, object]:
-        """What `status` shows."""
-        return report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
+        """What `status` shows. Times in seconds, sizes in bytes."""
+        plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
+        return plain | {"bytes_published": self._publisher.bytes_out} | self._journal.report()
 
 
-def fingerprint() -> dict[str, str]:
-    """What the bits of a computation depend on; replay elsewhere can say why they differ."""
-    return {
-        "torch": str(torch.__version__),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step or a generation led to; version 0 comes with its parameters."""
+
+    body: Versioned | StepFailed | Generated | GenerationFailed
+    parameters: ParameterSet | None = None
 
 
-def _delivery_id(manifest: UpdateManifest) -> str:
-    return f"{manifest.update_id}/{manifest.attempt}"
+def _generated(effect: Generate) -> _Outcome:
+    log.info("making the encoder", encoder=effect.encoder, generation=effect.generation)
+    try:
+        architecture, parameters = generate(effect)
+    except UserError as error:
+        log.error("the encoder could not be made", encoder=effect.encoder, problem=str(error))
+        return _Outcome(GenerationFailed(encoder=effect.encoder, reason=str(error)))
+    body = Generated(
+        encoder=effect.encoder,
+        architecture=architecture,
+        layout=parameters.layout.plain(),
+        layout_digest=parameters.layout.digest,
+        digest=parameters.digest(),
+    )
+    return _Outcome(body, parameters)
+
+
+def _row(offset: int) -> str:
+    return f"row {offset}"

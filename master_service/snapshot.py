@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -16,20 +18,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.durable import sync
+from common.errors import Damaged
 from common.layout import Layout
 from common.parameters import ParameterSet
+from common.steps import reached
 from master_service.aggregator import Target
 from master_service.fold import Fold
-from master_service.message_log import PayloadStore
+from master_service.message_log import MessageLog, repair_hint
+from master_service.payloads import PayloadStore
 from master_service.state import State
 
 _KEPT = 2
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
-def write_snapshot(directory: Path, fold: Fold, offset: int) -> Path:
-    """Write a snapshot of `fold`, which has folded the log up to and including `offset`."""
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a snapshot says of itself. `buffered`: payloads of updates that wait for a version; `checksum`: that of the
+    log's row at `offset`."""
+
+    offset: int
+    checksum: str
+    buffered: tuple[str, ...]
+    sha256: dict[str, str]
+
+
+def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
+    """Write a snapshot of `fold`; `checksum` is that of the log's row at its offset."""
     directory.mkdir(parents=True, exist_ok=True)
-    final, beside = directory / f"{offset:012d}", directory / f"{offset:012d}.part"
+    final, beside = directory / f"{fold.offset:012d}", directory / f"{fold.offset:012d}.part"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     tensors: dict[str, torch.Tensor] = {}
@@ -38,15 +55,22 @@ def write_snapshot(directory: Path, fold: Fold, offset: int) -> Path:
         if target.momentum is not None:
             tensors[f"{encoder}/momentum"] = target.momentum
     save_file(tensors, beside / "tensors.safetensors")
-    state = fold.coordinator.state.model_dump_json()
-    (beside / "state.json").write_text(state)
-    digests = {name: _digest(beside / name) for name in ("state.json", "tensors.safetensors")}
-    (beside / "manifest.json").write_text(json.dumps({"offset": offset, "sha256": digests}, indent=1))
+    state = fold.coordinator.state
+    (beside / "state.json").write_text(state.model_dump_json())
+    manifest = {
+        "offset": fold.offset,
+        "checksum": checksum,
+        "buffered": [item.payload for encoder in state.encoders.values() for item in encoder.buffer],
+        "sha256": {name: _digest(beside / name) for name in ("state.json", "tensors.safetensors")},
+    }
+    (beside / "manifest.json").write_text(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1))
     for path in (*beside.iterdir(), beside):
         sync(path)
+    reached("during snapshot")
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     sync(directory)
+    reached("after snapshot")
     # what a master that died while it wrote has left is no snapshot, and must not push out one that is
     found = sorted(path for path in directory.iterdir() if path.is_dir())
     kept = [path for path in found if path.suffix != ".part"][-_KEPT:]
@@ -56,34 +80,70 @@ def write_snapshot(directory: Path, fold: Fold, offset: int) -> Path:
     return final
 
 
-def read_snapshot(directory: Path, payloads: PayloadStore) -> tuple[Fold, int]:
-    """The newest whole snapshot as a fold and its offset; an empty fold and -1 if there is none."""
-    found = sorted((path for path in directory.glob("*") if path.suffix != ".part"), reverse=True)
-    for path in found:
+def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False) -> Fold:
+    """The newest whole snapshot (or the oldest) as a fold; an empty fold if there is none.
+
+    Raises Damaged if the log does not hold, or no longer holds, the rows that the snapshot was made of.
+    """
+    for path in sorted(_snapshots(directory), reverse=not oldest):
         try:
-            return _read(path, payloads)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            structlog.get_logger().warning(
-                "snapshot damaged, taking the one before", path=str(path), problem=str(error)
+            manifest, fold = _read(path, log.payloads)
+        except _DAMAGE as error:
+            structlog.get_logger().warning("snapshot damaged, taking another", path=str(path), problem=str(error))
+            continue
+        if manifest.offset > log.last_offset:
+            raise Damaged(
+                f"the ledger in {log.directory} ends at row {log.last_offset}, but the snapshot {path} was made of row "
+                f"{manifest.offset}: rows are lost; {repair_hint(log.directory)}"
             )
-    return Fold(payloads), -1
+        if log.checksum(manifest.offset) != manifest.checksum:
+            raise Damaged(f"the snapshot {path} was made of another ledger; {repair_hint(log.directory)}")
+        return fold
+    return Fold(log.payloads)
 
 
-def _read(path: Path, payloads: PayloadStore) -> tuple[Fold, int]:
-    manifest = json.loads((path / "manifest.json").read_text())
-    if manifest["offset"] != int(path.name):
-        raise ValueError(f"its manifest names offset {manifest['offset']}")
-    for name, digest in manifest["sha256"].items():
+def kept_snapshots(directory: Path) -> list[Manifest]:
+    """The manifests of the snapshots that a start may use, oldest first; of those that cannot be read none."""
+    found = []
+    for path in sorted(_snapshots(directory)):
+        try:
+            found.append(_manifest(path))
+        except _DAMAGE:
+            continue  # a start skips it too
+    return found
+
+
+def _snapshots(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("*") if path.suffix != ".part"]
+
+
+def _manifest(path: Path) -> Manifest:
+    plain = json.loads((path / "manifest.json").read_text())
+    if plain.pop("seal") != _seal(plain):
+        raise ValueError("its manifest does not match its checksum")
+    manifest = Manifest(int(plain["offset"]), str(plain["checksum"]), tuple(plain["buffered"]), dict(plain["sha256"]))
+    if manifest.offset != int(path.name):
+        raise ValueError(f"its manifest names offset {manifest.offset}")
+    return manifest
+
+
+def _read(path: Path, payloads: PayloadStore) -> tuple[Manifest, Fold]:
+    manifest = _manifest(path)
+    for name, digest in manifest.sha256.items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
     state = State.model_validate_json((path / "state.json").read_text())
     tensors = load_file(path / "tensors.safetensors")
-    fold = Fold(payloads, state)
+    fold = Fold(payloads, state, manifest.offset)
     for name, encoder in state.encoders.items():
         if encoder.layout:
             parameters = ParameterSet(Layout(encoder.layout), tensors[f"{name}/target"])
             fold.aggregator.targets[name] = Target(parameters, tensors.get(f"{name}/momentum"))
-    return fold, int(manifest["offset"])
+    return manifest, fold
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

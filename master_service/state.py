@@ -74,13 +74,30 @@ class Buffered(_State):
     payload: str
     encoding: EncodingName
     base_version: int
+    attempt: int
+    steps: int
     samples: int
+    seconds: float
+    size: int
     norm: float
     loss: float
 
 
+class Weighed(_State):
+    """An update of the version that is being computed. `coefficient` is its share of the step, `weight` is for people:
+    the coefficient times the number of updates."""
+
+    item: Buffered
+    weight: float
+    coefficient: float
+    staleness: int
+
+
 class EncoderState(_State):
-    """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another."""
+    """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
+
+    `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
+    """
 
     encoder: str
     encoder_type: str
@@ -96,6 +113,8 @@ class EncoderState(_State):
     started: bool = False
     buffer: list[Buffered] = Field(default_factory=list)
     buffer_since: float = 0.0
+    stepping: list[Weighed] = Field(default_factory=list)
+    last_receipt: str = ""
     updates: int = 0
     published_version: int = -1
     published_at: float = 0.0

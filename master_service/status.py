@@ -20,7 +20,6 @@ class Live:
     absent: set[str] = field(default_factory=set)
     said: dict[str, Alive] = field(default_factory=dict)
     poison: int = 0
-    bytes_published: int = 0
 
     def seen(self, node: str, at: float) -> None:
         self.last_seen[node] = at
@@ -46,7 +45,6 @@ def report(state: State, live: Live, broker: BrokerStatus, now: float) -> dict[s
         "epoch": state.epoch,
         "rule": state.settings.rule.preset,
         "dead_letters": live.poison,
-        "bytes_published": live.bytes_published,
         "broker": {"connected": broker.connected, "blocked": broker.blocked, "reconnects": broker.reconnects},
         "nodes": sorted(state.nodes),
         "encoders": {name: _encoder(state, live, name, now) for name in state.encoders},

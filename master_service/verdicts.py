@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from common.layout import Layout
-from common.messages import Receipt, UpdateManifest
+from common.messages import MAX_COUNT, Receipt, UpdateManifest
+from common.receipts import receipt_hash
 from common.slicing import payload_size, slice_count
 from master_service.entries import UpdateFacts
 from master_service.state import KEPT_RECEIPTS, Buffered, EncoderState, Member
@@ -85,6 +88,33 @@ def settle(member: Member, receipt: Receipt) -> None:
         del member.settled[oldest]
         # receipts need not come in order: what waited in a buffer is settled after what was refused meanwhile
         member.settled_below = max(member.settled_below, oldest + 1)
+
+
+def pending(encoder: EncoderState, manifest: UpdateManifest) -> Buffered | None:
+    """This update, if it is in the buffer already."""
+    key = (manifest.node, manifest.incarnation, manifest.sequence)
+    waiting = [*encoder.buffer, *(weighed.item for weighed in encoder.stepping)]
+    return next((item for item in waiting if (item.node, item.incarnation, item.sequence) == key), None)
+
+
+def count(encoder: EncoderState, item: Buffered, sign: Literal[1, -1]) -> None:
+    """Count an accepted update, or take that back. Sums stop at what a message can carry."""
+    member = encoder.members[item.node]
+    encoder.updates += sign
+    member.returns += sign
+    member.steps = min(MAX_COUNT, member.steps + sign * item.steps)
+    member.samples_seen = min(MAX_COUNT, member.samples_seen + sign * item.samples)
+    member.payload_bytes = min(MAX_COUNT, member.payload_bytes + sign * item.size)
+    member.seconds += sign * item.seconds
+
+
+def issued(encoder: EncoderState | None, receipt: Receipt) -> Receipt:
+    """The receipt with its place in the encoder's chain."""
+    if encoder is None:
+        return receipt
+    receipt = receipt.model_copy(update={"previous": encoder.last_receipt})
+    encoder.last_receipt = receipt_hash(receipt)
+    return receipt
 
 
 def _layout_detail(encoder: EncoderState, manifest: UpdateManifest) -> str:

@@ -21,8 +21,8 @@ from common.messages import UpdateChunk, UpdateManifest, UpdateRule
 from common.slicing import payload_size
 from deploy.parties import ThreadParty
 from master_service.entries import StopRule
-from master_service.fold import rebuild
 from master_service.message_log import MessageLog
+from master_service.replay import rebuild
 from master_service.rules.model import aggregation_rule
 from node_service.config import NodeConfig
 from node_service.corpus import CorpusConfig, load_corpus
@@ -105,7 +105,7 @@ def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> Non
         assert sum(member.returns for member in encoder.members.values()) == encoder.updates == 30
         digest = encoder.digest
     # the log alone makes the same encoder, and the export opens with what everybody uses
-    assert rebuild(MessageLog(tmp_path / "master", read_only=True), encoder.encoder).digest() == digest
+    assert rebuild(MessageLog(tmp_path / "master", read_only=True), encoder.encoder)[1].digest() == digest
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
     model, report = AutoModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
@@ -195,7 +195,7 @@ def test_a_node_without_samples_of_the_type_refuses_with_the_reason(tmp_path: Pa
         node = Node(server, tmp_path, "a", lines(1), private={"vocabulary": 10})
         with nodes(node):
             entry = eventually(
-                lambda: next((e.body for e in master.service._log.entries() if e.body.kind == "ack"), None), 30
+                lambda: next((e.body for e in master.service._journal.log.entries() if e.body.kind == "ack"), None), 30
             )
         assert not entry.accepted and "vocabulary" in entry.reason
         hand = HandNode(server, "b")

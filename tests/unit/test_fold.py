@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from common.encodings import encode_vector
+from common.errors import Damaged
 from common.layout import Layout
 from common.messages import Get, InstructionAck, Join, UpdateManifest
 from common.parameters import ParameterSet
 from common.slicing import payload_size, slice_count
 from common.transfer import payload_digest
-from master_service.aggregator import Aggregator, Target, measure
+from master_service.aggregator import Aggregator, PayloadsLost, Target, measure
 from master_service.effects import Contribution, Generate, Step
 from master_service.entries import Configured, Generated, Loggable, Settings, Started, UpdateFacts
-from master_service.fold import Fold, rebuild
-from master_service.message_log import MessageLog, PayloadStore
+from master_service.fold import Fold
+from master_service.message_log import MessageLog
+from master_service.payloads import PayloadStore
+from master_service.replay import rebuild
 from master_service.rules.model import OuterOptimizer, aggregation_rule
 from master_service.snapshot import read_snapshot, write_snapshot
 
@@ -47,7 +50,7 @@ class Federation:
         assert entry is not None
         for effect in self.fold.apply(entry):
             if isinstance(effect, Step):
-                self.record(self.fold.unlogged[effect.encoder])
+                self.record(self.fold.compute(effect.encoder))
             if isinstance(effect, Generate):
                 start = ParameterSet(self.layout, torch.randn(self.layout.size, generator=self.random))
                 digest = self.log.payloads.write(start.to_bytes())
@@ -89,6 +92,10 @@ class Federation:
         return self.fold.coordinator.state.encoders[self.encoder]
 
 
+def snapshot(run: Federation) -> Path:
+    return write_snapshot(run.directory / "snapshots", run.fold, run.log.checksum(run.fold.offset) or "")
+
+
 @pytest.mark.parametrize("preset", ["return-count", "fedavg", "fedasync", "diloco"])
 def test_the_log_alone_rebuilds_every_version_bit_for_bit(tmp_path: Path, preset: str) -> None:
     run = Federation(tmp_path, preset)
@@ -100,19 +107,19 @@ def test_the_log_alone_rebuilds_every_version_bit_for_bit(tmp_path: Path, preset
         run.update(node, sequence)
         digests[run.state.version] = run.state.digest
         if sequence == snapshot_after:
-            write_snapshot(tmp_path / "snapshots", run.fold, run.log.last_offset)
+            snapshot(run)
     assert run.state.version >= 3
     reader = MessageLog(tmp_path, read_only=True)
     for version, digest in digests.items():
-        assert rebuild(reader, run.encoder, version).digest() == digest
-    assert rebuild(reader, run.encoder).digest() == run.state.digest
+        assert rebuild(reader, run.encoder, version)[1].digest() == digest
+    assert rebuild(reader, run.encoder)[1].digest() == run.state.digest
     with pytest.raises(KeyError):
         rebuild(reader, run.encoder, run.state.version + 1)
 
     # a snapshot and the log after it lead to the same state and the same bits
-    fold, offset = read_snapshot(tmp_path / "snapshots", reader.payloads)
-    assert 0 < offset < reader.last_offset
-    assert all(check.identical for check in fold.replay(reader.entries(offset)))
+    fold = read_snapshot(tmp_path / "snapshots", reader)
+    assert 0 < fold.offset < reader.last_offset
+    assert all(check.identical for check in fold.replay(reader.entries(fold.offset)))
     assert fold.coordinator.state == run.fold.coordinator.state
     assert fold.aggregator.targets[run.encoder].parameters.digest() == run.state.digest
 
@@ -126,7 +133,7 @@ def test_replay_finds_a_changed_payload(tmp_path: Path) -> None:
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"version 1 .* is not what the log says"):
+    with pytest.raises(Damaged, match=rf"row \d+ cannot be replayed: payload {path} is damaged"):
         rebuild(MessageLog(tmp_path, read_only=True), run.encoder)
 
 
@@ -135,16 +142,16 @@ def test_a_damaged_snapshot_is_skipped_for_the_one_before(tmp_path: Path) -> Non
     places = []
     for sequence in range(3):
         run.update("a", sequence)
-        places.append(write_snapshot(tmp_path / "snapshots", run.fold, run.log.last_offset))
+        places.append(snapshot(run))
     assert not places[0].exists()  # the newest two are kept
     tensors = places[2] / "tensors.safetensors"
     damaged = bytearray(tensors.read_bytes())
     damaged[-1] ^= 1
     tensors.write_bytes(damaged)
-    fold, offset = read_snapshot(tmp_path / "snapshots", run.log.payloads)
-    assert offset == int(places[1].name)
+    fold = read_snapshot(tmp_path / "snapshots", run.log)
+    assert fold.offset == int(places[1].name)
     (places[1] / "state.json").unlink()
-    assert read_snapshot(tmp_path / "snapshots", run.log.payloads)[1] == -1
+    assert read_snapshot(tmp_path / "snapshots", run.log).offset == -1
     assert fold.coordinator.state.encoders[run.encoder].version == 2
 
 
@@ -189,7 +196,7 @@ def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half
     assert torch.allclose(aggregator.targets["e"].parameters.vector.double(), start.double() - 0.7 * mean, atol=1e-6)
     before = aggregator.targets["e"].parameters.digest()
     gone = Step("e", 2, (contributions[0], Contribution("f" * 64, "float32", 0.5)), OuterOptimizer())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(PayloadsLost, match="f" * 64):
         aggregator.step(gone)
     assert aggregator.targets["e"].parameters.digest() == before
 

@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.messages import Get, Message, ToMaster, UpdateManifest
+from common.messages import Get, Message, UpdateManifest
 from master_service.entries import (
     Configured,
     Entry,
@@ -19,8 +18,12 @@ from master_service.entries import (
     LossPlateau,
     Presence,
     Record,
+    Repaired,
+    Said,
     Settings,
+    Skipped,
     Started,
+    StepFailed,
     StopRule,
     Tick,
     UpdateFacts,
@@ -45,8 +48,11 @@ RECORDS: list[Any] = [
     Generated(encoder="e", architecture={"a": None}, layout=LAYOUT.plain(), layout_digest=LAYOUT.digest, digest=DIGEST),
     GenerationFailed(encoder="e", reason="x" * 5000),
     Versioned(encoder="e", version=4, digest=DIGEST),
+    StepFailed(encoder="e", version=5, lost=[DIGEST]),
+    Skipped(offset=4),
     Presence(node="n", present=False),
     Tick(),
+    Repaired(last_whole=3, resumed_at=9, problem="it was cut"),
 ]
 
 
@@ -62,7 +68,7 @@ def test_every_record_of_the_masters_own_comes_back(tmp_path: Path) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(get_args(ToMaster)).flatmap(instances))
+@given(st.sampled_from(get_args(Said)).flatmap(instances))
 def test_every_message_of_a_node_comes_back(message: Message) -> None:
     assert unpack(pack(message)) == message
 
@@ -79,15 +85,23 @@ def test_facts_and_numbers_that_are_not_numbers_come_back(tmp_path: Path) -> Non
     assert math.isnan(UpdateManifest.model_validate_json(manifest.model_dump_json()).loss)
 
 
-def test_a_payload_is_dropped_only_when_no_other_entry_needs_its_bytes(tmp_path: Path) -> None:
+def test_a_payload_is_dropped_only_when_no_later_entry_needs_its_bytes_and_the_reason_is_kept(tmp_path: Path) -> None:
     log = MessageLog(tmp_path)
-    shared, alone = log.payloads.write(b"the same"), log.payloads.write(b"another")
-    assert log.payloads.write(b"the same") == shared
-    for index, payload in enumerate((shared, shared, alone)):
+    shared, alone = log.write_payload(b"the same"), log.write_payload(b"another")
+    assert log.write_payload(b"the same") == shared
+    for index, payload in enumerate((shared, alone, shared)):
         log.append(Get(sender="s", encoder_type="text"), message_id=str(index), at=0.0, payload=payload)
-    for payload in (shared, alone):
-        log.payloads.drop(payload)
+    assert log.uses(shared) == 2 and log.drop([shared, alone], "retention 5", 9.0, up_to=1) == len(b"another")
     assert log.payloads.read(shared, 4, 3) == b"sam"
-    with pytest.raises(FileNotFoundError, match=alone):
-        log.payloads.check(alone)
+    assert log.payloads.damage(alone) == "missing" and log.dropped() == {alone: "retention 5"}
+    log.write_payload(b"another")
+    assert log.dropped() == {} and log.payloads.damage(alone) is None
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_damaged_payload_is_known_by_its_name_and_can_be_written_again(tmp_path: Path) -> None:
+    log = MessageLog(tmp_path)
+    payload = log.write_payload(b"whole")
+    log.payloads.path(payload).write_bytes(b"torn")
+    assert log.payloads.damage(payload) == "damaged"
+    assert log.write_payload(b"whole") == payload and log.payloads.damage(payload) is None

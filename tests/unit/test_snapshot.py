@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from master_service.snapshot import read_snapshot, write_snapshot
-from tests.unit.test_fold import Federation
+from master_service.snapshot import read_snapshot
+from tests.unit.test_fold import Federation, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +21,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
     run = Federation(directory, "diloco", size=3)
     for sequence, node in enumerate("abc"):
         run.update(node, sequence)
-    write_snapshot(directory / "snapshots", run.fold, run.log.last_offset)
+    snapshot(run)
     run.update("a", 3, loss=math.nan)
-    write_snapshot(directory / "snapshots", run.fold, run.log.last_offset)
+    snapshot(run)
     return run, directory / "snapshots"
 
 
 def test_what_is_read_is_what_was_written_and_goes_on_alike(run: tuple[Federation, Path]) -> None:
     federation, snapshots = run
-    fold, offset = read_snapshot(snapshots, federation.log.payloads)
-    assert offset == federation.log.last_offset
+    fold = read_snapshot(snapshots, federation.log)
+    assert fold.offset == federation.log.last_offset
     assert fold.coordinator.state.model_dump_json() == federation.fold.coordinator.state.model_dump_json()
     [item] = fold.coordinator.state.encoders[federation.encoder].buffer
     assert math.isnan(item.loss)
@@ -56,8 +56,8 @@ def test_no_damage_of_one_byte_and_no_cut_is_taken_for_a_snapshot(
     else:
         del content[position:]
     (newest / name).write_bytes(content)
-    fold, offset = read_snapshot(tmp_path, federation.log.payloads)
-    if offset != int(older.name):  # white space in the manifest may be damaged without harm
+    fold = read_snapshot(tmp_path, federation.log)
+    if (offset := fold.offset) != int(older.name):  # white space in the manifest may be damaged without harm
         assert name == "manifest.json" and offset == federation.log.last_offset
         state = federation.fold.coordinator.state
         assert fold.coordinator.state.model_dump_json() == state.model_dump_json()
@@ -70,8 +70,8 @@ def test_an_offset_that_is_not_its_own_is_damage(run: tuple[Federation, Path], t
     manifest = newest / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"offset": {int(newest.name)}', f'"offset": {int(older.name)}'))
     (older / "state.json").unlink()
-    fold, offset = read_snapshot(tmp_path / "copy", federation.log.payloads)
-    assert offset == -1 and not fold.coordinator.state.encoders
+    fold = read_snapshot(tmp_path / "copy", federation.log)
+    assert fold.offset == -1 and not fold.coordinator.state.encoders
 
 
 def test_what_a_dead_master_left_half_written_pushes_out_no_snapshot(tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_what_a_dead_master_left_half_written_pushes_out_no_snapshot(tmp_path: P
     for sequence in range(4):
         run.update("a", sequence)
         offsets.append(run.log.last_offset)
-        write_snapshot(snapshots, run.fold, run.log.last_offset)
+        snapshot(run)
         (snapshots / f"{run.log.last_offset + 1:012d}.part").mkdir()
-        assert read_snapshot(snapshots, run.log.payloads)[1] == run.log.last_offset
-    write_snapshot(snapshots, run.fold, offsets[-1])  # once more at the same offset
+        assert read_snapshot(snapshots, run.log).offset == run.log.last_offset
+    snapshot(run)  # once more at the same offset
     assert sorted(path.name for path in snapshots.iterdir()) == [f"{offset:012d}" for offset in offsets[-2:]]

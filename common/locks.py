@@ -1,0 +1,43 @@
+"""Who holds a lock, in words, and the lock on a state directory. The broker's locks are in `brokers/`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from common.errors import LockHeld
+
+
+def this_process() -> str:
+    """What a refused second one is told of the holder: process, host, and since when (UTC)."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
+
+
+class DirectoryLock:
+    """One process at a time works in a directory. Held until `close` or until the process ends, however it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises LockHeld, which names the holder."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "lock"
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._handle, 500).decode(errors="replace").strip() or "another process"
+            os.close(self._handle)
+            raise LockHeld(
+                f"{directory} is in use by {holder}; stop that one, or use another directory with --state"
+            ) from None
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, this_process().encode())
+
+    def close(self) -> None:
+        """Let go; a second call has no effect."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1

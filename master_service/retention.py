@@ -1,0 +1,35 @@
+"""Which payloads the message log keeps. Rows are never dropped, and neither is what a start might need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from master_service.message_log import MessageLog
+from master_service.snapshot import kept_snapshots
+
+#: Keep all payloads, only those after the oldest snapshot that is kept, or as many as fit into so many bytes.
+Retention = Literal["all", "since-snapshot"] | int
+
+
+def prune(log: MessageLog, snapshots: Path, retention: Retention, at: float) -> int:
+    """Drop payloads of updates by the policy, oldest first; gives the bytes freed.
+
+    What a master that starts from the oldest kept snapshot would read is always kept, also when it is over the budget.
+    """
+    kept = kept_snapshots(snapshots)
+    if retention == "all" or len(kept) < 2:
+        return 0  # with one snapshot alone, its damage would leave nothing to start from
+    floor = min(each.offset for each in kept)
+    needed = {payload for each in kept for payload in each.buffered}
+    candidates = [payload for payload in log.update_payloads(floor) if payload not in needed]
+    if not isinstance(retention, str):
+        over = sum(map(log.payloads.size, log.payloads.stored())) - retention
+        chosen = []
+        for payload in candidates:
+            if over <= 0:
+                break
+            over -= log.payloads.size(payload)
+            chosen.append(payload)
+        candidates = chosen
+    return log.drop(candidates, f"retention {retention}", at, up_to=floor)
