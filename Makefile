@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# of `make faults`: how many faults, and the seed of the random choices (the time if not given)
+N ?= 100
+SEED ?=
 
-.PHONY: demo test lint clean rabbitmq
+.PHONY: demo test faults lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
 
 test: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -24,20 +24,21 @@ class Attempts:
         self._log = log
         self._handle = os.open(directory / "handling", os.O_RDWR | os.O_CREAT, 0o644)
         died_of = os.read(self._handle, _SIZE).decode(errors="replace").strip()
-        if died_of:
-            log.count_death(died_of)
-            self._mark("")
+        for what in died_of.splitlines():
+            log.count_death(what)
+        self._mark()
 
     @contextmanager
-    def at(self, what: str) -> Iterator[None]:
-        """Work on something that could kill this process, or raise what nobody expects. Not for waiting."""
-        self._mark(what)
+    def at(self, *what: str) -> Iterator[None]:
+        """Work on something (by all names that it has) that could kill this process, or raise what nobody expects. Not
+        for waiting."""
+        self._mark(*what)
         try:
             yield
         except SharedEncoderError:
-            self._mark("")  # raised on purpose
+            self._mark()  # raised on purpose
             raise
-        self._mark("")
+        self._mark()
 
     def fatal(self, what: str) -> bool:
         """Whether this has killed the master often enough."""
@@ -46,5 +47,5 @@ class Attempts:
     def close(self) -> None:
         os.close(self._handle)
 
-    def _mark(self, what: str) -> None:
-        os.pwrite(self._handle, what.encode()[:_SIZE].ljust(_SIZE), 0)
+    def _mark(self, *what: str) -> None:
+        os.pwrite(self._handle, "\n".join(what).encode()[:_SIZE].ljust(_SIZE), 0)

@@ -236,7 +236,7 @@ class MasterService:
         if not self._answer(message):
             # below the sender's name: nobody can take the id of another's message, or of an update
             message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
-            self._record(message, message_id=message_id)  # type: ignore[arg-type]
+            self._record(message, message_id=message_id, delivery=identity(delivery))  # type: ignore[arg-type]
         reached("before ack")
         self.broker.ack(delivery)
         reached("after ack")
@@ -278,17 +278,17 @@ class MasterService:
     def _take_update(self, intake: Intake) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = intake.manifest
-        delivery_id = f"{manifest.update_id}/{manifest.attempt}"
+        delivery_id, delivered = f"{manifest.update_id}/{manifest.attempt}", identity(intake.delivery)
         if intake.wanted:
             payload = intake.payload()
             size = self._fold.coordinator.state.encoders[manifest.encoder].size
-            with self._journal.attempts.at(identity(intake.delivery)):
+            with self._journal.attempts.at(delivered):
                 finite, norm = measure(payload, size, manifest.encoding)
             digest = self._journal.write_payload(payload)
             facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-            self._record(manifest, message_id=delivery_id, facts=facts, payload=digest)
+            self._record(manifest, message_id=delivery_id, facts=facts, payload=digest, delivery=delivered)
         else:
-            self._record(manifest, message_id=delivery_id)
+            self._record(manifest, message_id=delivery_id, delivery=delivered)
         reached("before ack of an update")
         intake.settle()
         reached("after ack of an update")
@@ -334,6 +334,7 @@ class MasterService:
         message_id: str | None = None,
         facts: UpdateFacts | None = None,
         payload: str | None = None,
+        delivery: str = "",
     ) -> None:
         """Append to the log, fold, and carry out what follows. A message id that is in the log already has no effect,
         except that an update is answered again."""
@@ -345,7 +346,7 @@ class MasterService:
             # the log has it, its answer may not have left: recorded as one more delivery of the same update
             entry = journal.append(body)
             assert entry is not None
-        with journal.attempts.at(_row(entry.offset)):
+        with journal.attempts.at(_row(entry.offset), delivery):
             effects = self._fold.apply(entry)
             reached("during fold")
             outcomes = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ class HandNode:
 
     def say(self, key: str, message: Message | bytes, exchange: str = TOPOLOGY.request) -> None:
         body = message if isinstance(message, bytes) else encode(message)
-        self.broker.publish(Publication(exchange, f"{self.name}{key}", body))
+        self.broker.publish(Publication(exchange, f"{self.name}{key}", body, message_id=uuid.uuid4().hex))
 
     def hear(self, kind: type[M], seconds: float = 20.0) -> M:
         """The next message of this kind; others are dropped."""

@@ -1,0 +1,220 @@
+"""The fault harness: real master and nodes over a private RabbitMQ, killed at labelled steps at random under a seed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from common.brokers import open_broker
+from common.errors import SharedEncoderError
+from common.messages import Stop
+from common.topology import Topology
+from deploy.local_rabbitmq import LocalRabbitMQ
+from deploy.observe import Observer
+from tests.faults.audit import Findings, examine
+from tests.faults.victim import Victim, live
+
+#: Where a master dies, and how often the step is reached before it does, at most.
+MASTER_STEPS = {
+    "before append": 30,
+    "after append": 30,
+    "during fold": 30,
+    "payload before rename": 12,
+    "before send": 30,
+    "after send": 30,
+    "before publish": 8,
+    "after publish": 8,
+    "before snapshot": 2,
+    "during snapshot": 2,
+    "after snapshot": 2,
+    "before ack": 6,
+    "after ack": 6,
+    "before ack of an update": 12,
+    "after ack of an update": 12,
+}
+NODE_STEPS = {
+    "node before owe": 12,
+    "node after owe": 12,
+    "node before checkpoint": 4,
+    "node during checkpoint": 4,
+    "node after checkpoint": 4,
+    "node before receipt": 12,
+    "node after receipt": 12,
+    "node before ack": 25,
+    "node after ack": 25,
+}
+#: A step that is not reached within so many seconds is not waited for: the process is killed where it is.
+_PATIENCE_SECONDS = 6.0
+#: RabbitMQ 3 writes a fresh queue's declaration to disk a moment later; killed within it, the queue is broken.
+_SETTLED_SECONDS = 8.0
+
+
+class Arena:
+    """One broker, one master, some nodes. Ends with `finish`, which gives what the examination found."""
+
+    def __init__(self, directory: Path, seed: int, *, nodes: int = 3, preset: str = "return-count") -> None:
+        self.random = random.Random(seed)
+        self.directory = directory
+        self.namespace = f"faults-{seed}"
+        self.topology = Topology(self.namespace)
+        self.rabbitmq = LocalRabbitMQ(directory / "rabbitmq")
+        self.nodes = [chr(ord("a") + index) for index in range(nodes)]
+        self.kills = 0
+        self.restarts = 0
+        self.by_step: dict[str, int] = {}
+        self._preset = preset
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.faults.victim"])
+        self._processes: dict[str, ForkServerProcess] = {}
+        self._plans: dict[str, tuple[str, int] | None] = {}
+        self._since: dict[str, float] = {}
+        self._broker_since = 0.0
+        self._former = 0
+
+    def __enter__(self) -> Arena:
+        self.rabbitmq.start()
+        self._broker_since = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.join()
+        self.rabbitmq.stop()
+
+    def run(self, faults: int, on_fault: Callable[[Arena, str], None] = lambda arena, what: None) -> None:
+        """Start everybody and inject so many faults."""
+        for role in ["master", *self.nodes]:
+            self._start(role, self._plan(role))
+        while self.kills + self.restarts < faults:
+            time.sleep(0.02)
+            for role, process in list(self._processes.items()):
+                if process.exitcode is not None:
+                    what = self._died(role, process)
+                elif self._plans[role] is not None and time.monotonic() - self._since[role] > _PATIENCE_SECONDS:
+                    process.kill()
+                    process.join()
+                    what = self._died(role, process, anywhere=True)
+                else:
+                    continue
+                on_fault(self, what)
+                if role != "master":
+                    what = self._maltreat(role)
+                self._start(role, self._plan(role))
+            if self.random.random() < 0.0015 and time.monotonic() - self._broker_since > _SETTLED_SECONDS:
+                on_fault(self, self._restart_broker())
+
+    def finish(self, seconds: float = 60.0) -> Findings:
+        """No more faults: everybody is there, the training ends, what is owed is answered; then all is examined."""
+        for role in ["master", *self.nodes]:
+            self._end(role)
+        self._start("master", self.random.choice([None, ("before export", 1)]))
+        for role in self.nodes:
+            self._start(role, None)
+        time.sleep(2.0)
+        broker = open_broker(
+            self.rabbitmq.url, client_name="arena", dead_letters=self.topology.dead_letters, connect_timeout=30.0
+        )
+        observer = Observer(broker, self.topology)
+        observer.say(Stop(sender=observer.name))
+        exports = self.directory / "master" / "encoders"
+        self._wait(lambda: bool(list(exports.glob("*/model.safetensors"))), seconds, "the export")
+        self._wait(lambda: not any(self._owed()), seconds, "an answer to every update")
+        for role in [*self.nodes, "master"]:
+            self._end(role)
+        observer.close()
+        broker.close()
+        return examine(self.directory / "master", [self.directory / "nodes" / name for name in self._states()])
+
+    # --- processes ---------------------------------------------------------------------------------------------------
+
+    def _plan(self, role: str) -> tuple[str, int]:
+        steps = MASTER_STEPS if role == "master" else NODE_STEPS
+        label = self.random.choice(list(steps))
+        return label, self.random.randint(1, steps[label])
+
+    def _start(self, role: str, plan: tuple[str, int] | None) -> None:
+        directory = self.directory / "master" if role == "master" else self.directory / "nodes" / role
+        directory.mkdir(parents=True, exist_ok=True)
+        victim = Victim(
+            role, self.rabbitmq.url, self.namespace, directory, self.directory / f"{role}.log", plan, self._preset
+        )
+        process = self._context.Process(target=live, args=(victim,), name=role)
+        process.start()
+        self._processes[role], self._plans[role], self._since[role] = process, plan, time.monotonic()
+
+    def _died(self, role: str, process: ForkServerProcess, *, anywhere: bool = False) -> str:
+        """Count the death. Raises AssertionError if it is not the one that was planned."""
+        if process.exitcode == -9:
+            self.kills += 1
+            plan = self._plans[role]
+            step = "anywhere" if anywhere or plan is None else plan[0]
+            self.by_step[step] = self.by_step.get(step, 0) + 1
+            return f"{role} killed: {step}"
+        words = (self.directory / f"{role}.log").read_text(errors="replace")[-3000:]
+        raise AssertionError(f"{role} ended by itself with {process.exitcode}:\n{words}")
+
+    def _maltreat(self, role: str) -> str:
+        """Now and then a node loses its state directory, or gets one back from a backup."""
+        state, backup = self.directory / "nodes" / role, self.directory / "backups" / role
+        chance = self.random.random()
+        if chance < 0.05:
+            self._former += 1
+            state.rename(state.with_name(f"{role}-{self._former}.former"))
+            return f"{role} lost its state"
+        if chance < 0.10 and backup.exists():
+            self._former += 1
+            state.rename(state.with_name(f"{role}-{self._former}.former"))
+            shutil.copytree(backup, state)
+            return f"{role} restored from a backup"
+        if chance < 0.25:
+            shutil.rmtree(backup, ignore_errors=True)
+            shutil.copytree(state, backup)
+        return f"{role} as it was"
+
+    def _restart_broker(self) -> str:
+        self.restarts += 1
+        if self.random.random() < 0.5:
+            self.rabbitmq.kill()
+        else:
+            self.rabbitmq.stop()
+        self.rabbitmq.start()
+        self._broker_since = time.monotonic()
+        return "broker restarted"
+
+    def _end(self, role: str) -> None:
+        """Ask it to end; it may have been killed by its plan meanwhile."""
+        process = self._processes.pop(role, None)
+        if process is None:
+            return
+        process.terminate()
+        process.join(40.0)
+        if process.exitcode == -9:
+            self.kills += 1
+        elif process.exitcode not in (0, -15):  # -15: it had not begun to listen for signals
+            words = (self.directory / f"{role}.log").read_text(errors="replace")[-3000:]
+            raise AssertionError(f"{role} did not end cleanly ({process.exitcode}):\n{words}")
+
+    def _wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            for role, process in list(self._processes.items()):
+                if process.exitcode is not None:
+                    self._died(role, process)
+                    self._start(role, None)
+            if time.monotonic() > deadline:
+                raise SharedEncoderError(f"{what} did not come within {seconds:.0f} s; see {self.directory}")
+            time.sleep(0.05)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def _states(self) -> list[str]:
+        return sorted(path.name for path in (self.directory / "nodes").iterdir())
+
+    def _owed(self) -> list[Path]:
+        return [path for role in self.nodes for path in (self.directory / "nodes" / role / "owed").glob("*.json")]

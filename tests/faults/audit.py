@@ -1,0 +1,128 @@
+"""What a log says was counted, against what the nodes have receipts for: nothing lost, nothing doubled, equal bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.messages import Receipt, UpdateManifest
+from common.receipts import receipt_hash
+from master_service.coordinator import Coordinator
+from master_service.effects import Send
+from master_service.entries import Versioned
+from master_service.message_log import MessageLog
+from master_service.replay import Refold, origin, verify
+
+#: encoder, node, incarnation, sequence
+UpdateId = tuple[str, str, str, int]
+
+
+@dataclass
+class Findings:
+    """`problems` says in words what is wrong; everything is well if it is empty."""
+
+    sent: int = 0
+    accepted: int = 0
+    refused: int = 0
+    duplicates: int = 0
+    skipped: int = 0
+    lost: int = 0
+    doubled: int = 0
+    versions: int = 0
+    digest: str = ""
+    equal: bool = True
+    problems: list[str] = field(default_factory=list)
+
+
+def examine(master: Path, nodes: Iterable[Path]) -> Findings:
+    """Examine the state directories of a master and of nodes (present and former) after everything has ended."""
+    found = Findings()
+    log = MessageLog(master, read_only=True)
+    held, owed = _held(nodes)
+    found.sent = len(held.keys() | owed)
+    found.accepted = sum(any(receipt.accepted for receipt in receipts) for receipts in held.values())
+    found.refused = len(held) - found.accepted
+
+    counted, issued, coordinator = _decided(log)
+    doubled = [update for update, times in Counter(update for update, *_ in counted).items() if times > 1]
+    found.doubled = len(doubled)
+    found.problems += [f"counted twice: {update}" for update in doubled]
+    where = {update: (version, weight) for update, version, weight in counted}
+    for update, receipts in held.items():
+        for receipt in receipts:
+            if receipt.accepted and where.get(update) != (receipt.version, receipt.weight):
+                found.lost += 1
+                found.problems.append(f"receipted in version {receipt.version} and not there: {update}")
+            elif not receipt.accepted and update in where and receipt.reason != "conflict":
+                found.problems.append(f"refused ({receipt.reason}) and counted: {update}")
+            if receipt_hash(receipt) not in issued:
+                found.problems.append(f"a receipt that the log does not lead to: {receipt}")
+    for update in owed - held.keys():
+        found.lost += 1
+        found.problems.append(f"sent and never answered: {update}")
+
+    for encoder in coordinator.state.encoders.values():
+        per_node = Counter(update[1] for update in where if update[0] == encoder.encoder)
+        per_node.update(item.node for item in encoder.buffer)
+        for node, member in encoder.members.items():
+            found.duplicates += member.duplicates
+            if member.returns != per_node[node]:
+                found.problems.append(f"{node}: return count {member.returns}, counted {per_node[node]}")
+        if encoder.updates != sum(per_node.values()):
+            found.problems.append(f"{encoder.updates} updates, counted {sum(per_node.values())}")
+        found.versions += encoder.version
+        found.digest = encoder.digest
+
+    for _, check in verify(log, origin(log).fold):
+        if check is not None and not check.identical:
+            found.problems.append(f"replay: version {check.version} is not what was published")
+    refold = Refold(log)
+    for entry in refold.run():
+        found.skipped += entry.skipped
+    for name, encoder in coordinator.state.encoders.items():
+        again = refold.fold.coordinator.state.encoders[name]
+        if (again.version, again.digest) != (encoder.version, encoder.digest):
+            found.problems.append(f"an uninterrupted master makes {again.version} {again.digest} of {name}")
+    found.equal = not any("replay" in problem or "uninterrupted" in problem for problem in found.problems)
+    log.close()
+    return found
+
+
+def _decided(log: MessageLog) -> tuple[list[tuple[UpdateId, int, float]], set[str], Coordinator]:
+    """By the rows alone: every counted update with its version and weight, every receipt's hash, the last state."""
+    coordinator = Coordinator()
+    counted: list[tuple[UpdateId, int, float]] = []
+    issued: set[str] = set()
+    for entry in log.entries():
+        if entry.skipped:
+            continue
+        if isinstance(entry.body, Versioned):
+            for weighed in coordinator.state.encoders[entry.body.encoder].stepping:
+                item = weighed.item
+                update = (entry.body.encoder, item.node, item.incarnation, item.sequence)
+                counted.append((update, entry.body.version, weighed.weight))
+        for effect in coordinator.handle(entry):
+            if isinstance(effect, Send) and isinstance(effect.message, Receipt):
+                issued.add(receipt_hash(effect.message))
+    return counted, issued, coordinator
+
+
+def _held(nodes: Iterable[Path]) -> tuple[dict[UpdateId, list[Receipt]], set[UpdateId]]:
+    """The receipts that nodes hold, and the updates that living nodes still owe."""
+    held: dict[UpdateId, list[Receipt]] = {}
+    owed: set[UpdateId] = set()
+    for directory in nodes:
+        path = directory / "receipts.jsonl"
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for line in lines[:-1]:
+            receipt = Receipt.model_validate_json(line)
+            update = (receipt.encoder, receipt.node, receipt.incarnation, receipt.sequence)
+            if receipt not in held.setdefault(update, []):
+                held[update].append(receipt)
+        if directory.suffix != ".former":
+            for file in (directory / "owed").glob("*.json"):
+                manifest = UpdateManifest.model_validate_json(file.read_text())
+                owed.add((manifest.encoder, manifest.node, manifest.incarnation, manifest.sequence))
+    return held, owed

@@ -1,0 +1,564 @@
+"""Interleavings of a federation with whatever can go wrong between its parties, and what must be true after each.
+
+A plan is a list of actions: progress of single parties, and faults. After the last one the storm is over: everything
+is started, delivered and waited for; then `World.check` holds the receipts, the counts and the log against each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from common.broker import Publication
+from common.brokers.memory import MemoryServer, MemorySubscription
+from common.codec import decode, encode
+from common.errors import BrokerUnavailable
+from common.messages import Answer, Continue, Get, ParameterChunk, Receipt, ReturnWhen, Stop, UpdateManifest, UpdateRule
+from common.receipts import receipt_hash
+from master_service.effects import Send
+from master_service.entries import Settings, StopRule, Versioned
+from master_service.fold import Fold
+from master_service.replay import Refold
+from master_service.rules.model import aggregation_rule
+from tests.faults.simulated import (
+    TOPOLOGY,
+    WORLD,
+    Killed,
+    MasterDisk,
+    MemoryLog,
+    NodeDisk,
+    SimMaster,
+    SimNode,
+    Wire,
+    WorldLike,
+    demand,
+    token_fold,
+)
+
+Act = tuple[Any, ...]
+RULES = ("return-count", "fedasync", "fedbuff", "fedavg")
+FAULTS = ("lost", "half", "unconfirmed", "twice")
+STOPS = (StopRule(versions=400), StopRule(updates=6), StopRule(versions=3), StopRule(seconds=90.0))
+NODES = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`nodes` are there; those from `present` on are started only by an action. `warm`: all present ones are training
+    when the actions begin."""
+
+    rule: str = "fedasync"
+    nodes: int = 1
+    present: int = 1
+    min_nodes: int = 1
+    stop: int = 0
+    warm: bool = True
+    actions: tuple[Act, ...] = ()
+
+    def settings(self, rule: str | None = None) -> Settings:
+        changes = {"buffer": {"grace_seconds": 30.0}}
+        return Settings(
+            rule=aggregation_rule(rule or self.rule, changes),
+            update_rule=UpdateRule(when=ReturnWhen(steps=10)),
+            stop=STOPS[self.stop],
+            min_nodes=min(self.min_nodes, self.nodes),
+            publish_every_seconds=40.0,
+        )
+
+
+class World(WorldLike):
+    """The broker, the master, the nodes and an operator."""
+
+    def __init__(self, plan: Plan) -> None:
+        WORLD[:] = [self]
+        self.plan = plan
+        self.now = 1000.0
+        self.server = MemoryServer(clock=self.clock)
+        self.disk = MasterDisk()
+        self.seen: Counter[str] = Counter()
+        self.confirmed: list[Publication] = []
+        self.asked_again: set[str] = set()
+        self.heard: list[Receipt] = []
+        self.trail: dict[str, UpdateManifest] = {}
+        self.tokens = itertools.count()
+        self.kill_in = -1
+        self._ids = itertools.count()
+        self._incarnations = itertools.count()
+        #: Incarnations whose state was once replaced by an older copy: their numbers may be used twice.
+        self.restored: set[str] = set()
+        self.answers: Counter[str] = Counter()
+        self.settings = plan.settings()
+        self.operator = Wire(self, "operator")
+        self.operator.declare(TOPOLOGY.observer("operator"))
+        self.operator_outbox: list[Publication] = []
+        self.master: SimMaster | None = None
+        self._start_master()
+        disks = {name: NodeDisk(self.incarnation(name)) for name in NODES[: plan.nodes]}
+        self.nodes = {name: SimNode(self, name, disk) for name, disk in disks.items()}
+        self.backups: dict[str, NodeDisk] = {}
+        for index, node in enumerate(self.nodes.values()):
+            node.alive = index < plan.present
+            if node.alive:
+                node.start()
+        if plan.warm:
+            self.run(200)
+
+    # --- what the parties need ---------------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        return self.now
+
+    def message_id(self) -> str:
+        return f"m{next(self._ids)}"
+
+    def incarnation(self, node: str) -> str:
+        return f"{node}{next(self._incarnations)}"
+
+    def stream(self, encoder: str) -> list[ParameterChunk]:
+        name = TOPOLOGY.stream(encoder)
+        subscription = MemorySubscription(self.server, name, lambda delivery: None, 1 << 30, 0)
+        chunks = []
+        while (delivery := subscription.take()) is not None:
+            chunk = decode(delivery.body)
+            assert isinstance(chunk, ParameterChunk)
+            chunks.append(chunk)
+        return chunks
+
+    def settled(self, node: SimNode, owed: UpdateManifest, receipt: Receipt) -> None:
+        if owed.incarnation not in self.restored:
+            demand(owed.digest == receipt.digest, f"{owed.update_id} was settled by the receipt of another update")
+
+    # --- actions -----------------------------------------------------------------------------------------------------
+
+    def act(self, action: Act) -> None:
+        kind, *rest = action
+        getattr(self, f"do_{kind}")(*rest)
+
+    def do_run(self, steps: int) -> None:
+        self.run(steps)
+
+    def do_take(self, name: str) -> None:
+        """One message of a queue to the master."""
+        master = self.master
+        if master is not None and (master.prefetch(name) or master.busy()):
+            self._master(master.turn)
+
+    def do_prefetch(self, name: str) -> None:
+        if self.master is not None:
+            self.master.prefetch(name)
+
+    def do_chunks_missing(self) -> None:
+        if self.master is not None:
+            self._master(self.master.chunks_missing)
+
+    def do_hear(self, node: int) -> None:
+        self._node(node, SimNode.hear)
+
+    def do_send(self, node: int) -> None:
+        self._node(node, SimNode.flush)
+
+    def do_read(self, node: int) -> None:
+        self._node(node, SimNode.read)
+
+    def do_train(self, node: int) -> None:
+        self._node(node, SimNode.train)
+
+    def do_alive(self, node: int) -> None:
+        self._node(node, SimNode.say_alive)
+
+    def do_ask(self, node: int) -> None:
+        self._node(node, SimNode.ask)
+
+    def do_leave(self, node: int) -> None:
+        self._node(node, SimNode.leave)
+
+    def do_later(self, seconds: float) -> None:
+        self.now += seconds
+        if self.master is not None:
+            self._master(self.master.turn)
+
+    def do_fault(self, who: str | int, fault: str) -> None:
+        """What becomes of the next publish of a party."""
+        self._wire(who).faults.append(fault)
+
+    def do_channel(self, who: str | int) -> None:
+        self._wire(who).reopen()
+
+    def do_kill_master(self, steps: int) -> None:
+        """Now, or at a labelled step to come."""
+        if steps == 0:
+            self._master_died()
+        else:
+            self.kill_in = steps
+
+    def do_stop_master(self) -> None:
+        if self.master is not None:
+            master = self.master
+            self._master(master.stop)
+            self._master_died()
+
+    def do_start_master(self, snapshot: bool = True) -> None:
+        if self.master is None:
+            self._start_master(snapshot)
+
+    def do_restart_master(self, snapshot: bool = True) -> None:
+        self._master_died()
+        self._start_master(snapshot)
+
+    def do_snapshot(self) -> None:
+        if self.master is not None:
+            self._master(self.master.snapshot)
+
+    def do_settings(self, rule: str) -> None:
+        """Another rule, from the next start of the master on."""
+        self.settings = self.plan.settings(rule)
+
+    def do_kill_node(self, node: int, steps: int) -> None:
+        party = self._pick(node)
+        if not party.alive:
+            return
+        if steps == 0:
+            party.kill()
+        else:
+            party.kill_in = steps
+
+    def do_start_node(self, node: int) -> None:
+        party = self._pick(node)
+        if not party.alive:
+            self._begin(party.name, party.disk)
+
+    def do_restart_node(self, node: int) -> None:
+        party = self._pick(node)
+        party.kill()
+        self._begin(party.name, party.disk)
+
+    def do_wipe(self, node: int) -> None:
+        """The state directory is lost."""
+        party = self._pick(node)
+        party.kill()
+        self._begin(party.name, NodeDisk(self.incarnation(party.name)))
+
+    def do_backup(self, node: int) -> None:
+        party = self._pick(node)
+        self.backups[party.name] = party.disk.copy()
+
+    def do_restore(self, node: int) -> None:
+        """The state directory is replaced by an older copy."""
+        party = self._pick(node)
+        copy = self.backups.get(party.name)
+        if copy is not None:
+            self.seen["restored"] += 1
+            self.restored.add(copy.incarnation)
+            party.kill()
+            self._begin(party.name, copy.copy())
+
+    def do_operator(self, what: str) -> None:
+        encoders = [entry.body.encoder for entry, _, _ in self.disk.rows if entry.body.kind == "generated"]  # type: ignore[union-attr]
+        message: Any
+        match what:
+            case "stop":
+                message = Stop(sender="operator")
+            case "continue":
+                message = Continue(sender="operator", encoder=encoders[-1] if encoders else "none")
+            case _:
+                message = Get(sender="operator", encoder_type="image" if what == "image" else "text")
+        key = f"operator.{message.kind.removeprefix('request.')}"
+        self.operator_outbox.append(Publication(TOPOLOGY.request, key, encode(message), message_id=self.message_id()))
+
+    # --- progress ----------------------------------------------------------------------------------------------------
+
+    def run(self, steps: int) -> bool:
+        """So many rounds in which everybody does one thing, if there is one to do; whether there still was."""
+        return all(self.round() for _ in range(steps))
+
+    def round(self) -> bool:
+        busy = self._operator_speaks()
+        for index in range(len(self.nodes)):
+            for does in (SimNode.flush, SimNode.hear, SimNode.read):
+                busy = self._node(index, does) or busy
+        master = self.master
+        if master is not None:
+            for name in ("inbox", "updates", "chunks"):
+                if self.master is master and (master.prefetch(name) or master.busy()):
+                    self._master(master.turn)
+                    busy = True
+        return busy
+
+    def quiesce(self) -> None:
+        """The storm is over: nothing fails any more, everybody is there, and time passes."""
+        self.kill_in = -1
+        self.operator.faults.clear()
+        if self.master is None:
+            self._start_master()
+        demand(self.master is not None, "the master does not start")
+        assert self.master is not None
+        self.master.wire.faults.clear()
+        for index, node in enumerate(self.nodes.values()):
+            node.kill_in = -1
+            node.wire.faults.clear()
+            self.do_start_node(index)
+        for _ in range(12):
+            self.settle_down()
+            if self.quiet():
+                break
+            self.now += 16.0
+            for node in self.nodes.values():
+                node.say_alive()
+                node.ask()
+            if self.master.intake():
+                self.master.chunks_missing()
+        demand(self.quiet(), f"updates are never answered: {self.unanswered()}")
+
+    def settle_down(self) -> None:
+        demand(not self.run(1000), "messages go back and forth for ever")
+
+    def quiet(self) -> bool:
+        """Whether all that nodes owe is answered, and all who could be let in are."""
+        assert self.master is not None
+        state = self.master.fold.coordinator.state
+        running = {each.encoder for each in state.encoders.values() if each.status == "running"}
+        for node in self.nodes.values():
+            current = node.agent.current
+            if node.disk.owed or node.agent.unanswered or (running and current is None):
+                return False
+            if current is not None and current.encoder not in running:
+                return False
+            if current is not None and state.encoders[current.encoder].started and not node.may_train():
+                return False
+        return True
+
+    def unanswered(self) -> dict[str, Any]:
+        return {
+            node.name: (sorted(node.disk.owed), sorted(node.agent.unanswered), node.agent.current and node.version)
+            for node in self.nodes.values()
+        }
+
+    # --- what must be true -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """After `quiesce`: nothing lost, nothing doubled, and everybody says the same."""
+        reference, receipts = self._reference()
+        assert self.master is not None
+        live = self.master.fold
+        demand(
+            live.coordinator.state.model_dump_json() == reference.coordinator.state.model_dump_json(),
+            "the state after all crashes is not the fold of the log",
+        )
+        counted = self._counted(reference)
+        self._check_counts(reference, counted)
+        self._check_receipts(reference, receipts, counted)
+        self._check_nodes(counted)
+        self._check_broker(reference)
+        self._check_refold(reference)
+
+    def _reference(self) -> tuple[Fold, list[Receipt]]:
+        """The log folded from the start without a crash: every version must come out as it was logged."""
+        fold, issued = token_fold(self.disk), []
+        for entry in MemoryLog(self.disk).entries():
+            if isinstance(entry.body, Versioned):
+                demand(fold.check(entry.body).identical, f"version {entry.body.version} does not come out as logged")
+            effects = fold.apply(entry)
+            issued += [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Receipt)]
+        demand(not fold.pending, "a version that was decided was never made")
+        return fold, issued
+
+    def _counted(self, fold: Fold) -> dict[str, tuple[str, int, float]]:
+        """Every update in the versions by its digest: (encoder, version, weight). None is there twice."""
+        found: dict[str, tuple[str, int, float]] = {}
+        tokens: Any = fold.aggregator
+        for encoder, target in tokens.targets.items():
+            for step in target.steps:
+                for contribution in step.contributions:
+                    demand(contribution.payload not in found, "an update is counted twice")
+                    weight = contribution.coefficient * len(step.contributions)
+                    found[contribution.payload] = (encoder, step.version, weight)
+        return found
+
+    def _check_counts(self, fold: Fold, counted: dict[str, tuple[str, int, float]]) -> None:
+        """Return counts and totals are what is in the versions and in the buffers, no more and no less."""
+        returns: Counter[tuple[str, str]] = Counter()
+        for digest, (encoder, _, _) in counted.items():
+            returns[encoder, self.trail[digest].node] += 1
+        for encoder in fold.coordinator.state.encoders.values():
+            waiting = [item.digest for item in encoder.buffer]
+            demand(not counted.keys() & set(waiting) and len(waiting) == len(set(waiting)), "counted, and waits too")
+            for item in encoder.buffer:
+                returns[encoder.encoder, item.node] += 1
+            for member in encoder.members.values():
+                expected = returns.pop((encoder.encoder, member.node), 0)
+                demand(member.returns == expected, f"{member.node} returned {expected}, counted {member.returns}")
+            total = sum(member.returns for member in encoder.members.values())
+            demand(encoder.updates == total, f"{total} updates, counted {encoder.updates}")
+            demand(encoder.status == "running" or not encoder.buffer, "accepted and forgotten")
+        demand(not +returns, "an update of nobody is counted")
+
+    def _check_receipts(self, fold: Fold, receipts: list[Receipt], counted: dict[str, tuple[str, int, float]]) -> None:
+        """The chain is whole, every receipt that a node got is in it, and says what the versions say."""
+        last: dict[str, str] = {}
+        chain: set[str] = set()
+        for receipt in receipts:
+            found = receipt_hash(receipt)
+            if found in chain:
+                continue  # the stored one again
+            demand(receipt.previous == last.get(receipt.encoder, ""), "the chain of receipts is broken")
+            last[receipt.encoder] = found
+            chain.add(found)
+        for encoder in fold.coordinator.state.encoders.values():
+            demand(encoder.last_receipt == last.get(encoder.encoder, ""), "the chain of receipts has another end")
+        held = [receipt for node in self.nodes.values() for receipt in node.disk.receipts.values()]
+        for receipt in [*self.heard, *held]:
+            demand(receipt_hash(receipt) in chain, f"a receipt was never issued: {receipt}")
+            where = counted.get(receipt.digest)
+            if receipt.accepted:
+                demand(where is not None, f"accepted and not counted: {receipt}")
+                assert where is not None
+                demand(where[:2] == (receipt.encoder, receipt.version), f"counted in {where}: {receipt}")
+                demand(abs(where[2] - receipt.weight) < 1e-12, f"weighed {where[2]}: {receipt}")
+            else:
+                demand(where is None, f"refused and counted in {where}: {receipt}")
+
+    def _check_nodes(self, counted: dict[str, tuple[str, int, float]]) -> None:
+        """What a state directory that was never lost has handed in is answered."""
+        answered = {receipt.digest for receipt in self.heard}
+        for node in self.nodes.values():
+            mine = node.disk.incarnation
+            if mine in self.restored:
+                continue
+            for digest, manifest in self.trail.items():
+                if manifest.incarnation == mine:
+                    demand(digest in answered, f"{manifest.update_id} was never answered")
+
+    def _check_broker(self, fold: Fold) -> None:
+        """What was confirmed to a sender is in the log; operators are answered; the stream tells no other version."""
+        inbox = {TOPOLOGY.ack, TOPOLOGY.request}
+        for publication in self.confirmed:
+            if publication.exchange in inbox and not publication.routing_key.endswith(".alive"):
+                name = f"{publication.routing_key}:{publication.message_id}"
+                demand(name in self.disk.ids, f"{name} was confirmed and is not in the log")
+        asked = sum(
+            p.exchange == TOPOLOGY.request and p.routing_key in ("operator.get", "operator.update")
+            for p in self.confirmed
+        )
+        skipped = sum(self.disk.rows[n][0].body.kind in ("request.get", "request.update") for n in self.disk.skipped)
+        told = sum(isinstance(decode(body), Answer) for body in self._bodies(TOPOLOGY.node_inbox("operator")))
+        demand(told + skipped >= asked, f"the operator asked {asked} times and was answered {told} times")
+        dead = [m.publication.routing_key for m in self.server.queue(TOPOLOGY.dead_letters).ready]
+        demand(set(dead) <= {"kills"}, f"set aside: {dead}")
+        tokens: Any = fold.aggregator
+        for encoder, target in tokens.targets.items():
+            digests = target.digests
+            for chunk in self.stream(encoder):
+                half = digests[chunk.version][32 * chunk.index :][:32]
+                demand(chunk.data.decode() == half, f"the stream holds another version {chunk.version}")
+
+    def _check_refold(self, fold: Fold) -> None:
+        """Decided anew without its outcomes, the log leads to the same versions and the same state."""
+        log: Any = MemoryLog(self.disk)
+        refold = Refold(log)
+        refold.fold = token_fold(self.disk)
+        for _ in refold.run():
+            pass
+        tokens: Any = refold.fold.aggregator
+        logged: Any = fold.aggregator
+        demand(tokens.saved() == logged.saved(), "the log decided anew leads to other versions")
+        if not self.disk.skipped:
+            again, first = refold.fold.coordinator.state, fold.coordinator.state
+            demand(again.model_dump_json() == first.model_dump_json(), "the log decided anew leads to another state")
+
+    def probe(self) -> None:
+        """Nobody was left behind: whoever trains hands in once more, and is counted."""
+        assert self.master is not None
+        for attempt in range(3):
+            handed: dict[str, tuple[str, str]] = {}
+            for node in self.nodes.values():
+                manifest = node.train()
+                if manifest is not None:
+                    handed[node.name] = (manifest.digest, manifest.incarnation)
+            self.quiesce()
+            state = self.master.fold.coordinator.state
+            accepted = {receipt.digest: receipt for receipt in self.heard}
+            refused = {
+                name: accepted[digest].reason
+                for name, (digest, _) in handed.items()
+                if not accepted[digest].accepted and accepted[digest].reason != "finished"
+            }
+            if not refused:
+                return
+            for name, reason in refused.items():
+                again = reason == "conflict" and handed[name][1] in self.restored and attempt < 2
+                demand(again, f"{name} is refused: {reason} {state.nodes[name]}")
+
+    # --- parties -----------------------------------------------------------------------------------------------------
+
+    def _bodies(self, queue: str) -> list[bytes]:
+        return [message.publication.body for message in self.server.queue(queue).ready]
+
+    def _pick(self, index: int) -> SimNode:
+        return list(self.nodes.values())[index % len(self.nodes)]
+
+    def _wire(self, who: str | int) -> Wire:
+        if who == "operator":
+            return self.operator
+        if who == "master":
+            return self.master.wire if self.master is not None else Wire(self, "nobody")
+        assert isinstance(who, int)
+        return self._pick(who).wire
+
+    def _node(self, index: int, does: Callable[[SimNode], Any]) -> bool:
+        node = self._pick(index)
+        if not node.alive:
+            return False
+        try:
+            return bool(does(node))
+        except Killed:
+            node.kill()
+            return True
+
+    def _begin(self, name: str, disk: NodeDisk) -> None:
+        self.nodes[name] = node = SimNode(self, name, disk)
+        node.start()
+
+    def _master(self, does: Callable[[], None]) -> None:
+        try:
+            does()
+        except Killed:
+            self._master_died()
+
+    def _master_died(self) -> None:
+        if self.master is not None:
+            self.master.wire.close()
+            self.master, self.kill_in = None, -1
+
+    def _start_master(self, snapshot: bool = True) -> None:
+        if not snapshot:
+            self.disk.snapshots = []
+        try:
+            self.master = SimMaster(self, self.settings)
+            self.master.start()
+        except Killed:
+            self._master_died()
+
+    def _operator_speaks(self) -> bool:
+        if not self.operator_outbox:
+            return False
+        try:
+            self.operator.publish(self.operator_outbox[0])
+        except BrokerUnavailable:
+            return True
+        self.operator_outbox.pop(0)
+        return True
+
+
+def weather(plan: Plan) -> World:
+    """Live through a plan and check everything. Raises Violation."""
+    world = World(plan)
+    for action in plan.actions:
+        world.act(action)
+    world.quiesce()
+    world.check()
+    world.probe()
+    world.check()
+    return world

@@ -1,0 +1,30 @@
+"""The short version of `make faults`: processes over RabbitMQ, killed with -9 at labelled steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import line
+from tests.faults.arena import MASTER_STEPS, NODE_STEPS, Arena
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("preset", ["return-count", "fedavg"])
+def test_nothing_is_lost_and_nothing_counted_twice_whoever_dies(tmp_path: Path, preset: str) -> None:
+    with Arena(tmp_path, seed=20261124, preset=preset) as arena:
+        arena.run(16)
+        found = arena.finish()
+    assert found.problems == [], line(arena, found)
+    assert (found.lost, found.doubled, found.equal) == (0, 0, True)
+    assert arena.kills >= 16 and found.accepted > 10 and found.versions > 3
+
+
+def test_every_labelled_step_of_the_code_is_one_that_the_harness_kills_at() -> None:
+    root = Path(__file__).resolve().parents[2]
+    labels = set()
+    for folder in ("common", "master_service", "node_service"):
+        for path in (root / folder).rglob("*.py"):
+            labels |= {part.split('"')[0] for part in path.read_text().split('reached("')[1:]}
+    assert labels == {*MASTER_STEPS, *NODE_STEPS, "before export"}

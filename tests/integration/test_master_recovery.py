@@ -1,0 +1,349 @@
+"""The master's promises, one by one, over the embedded broker: what dies is taken up, what is damaged is named."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.broker import Delivery, Publication
+from common.brokers.memory import MemoryServer
+from common.codec import encode
+from common.errors import BrokerUnavailable, Damaged, LockHeld
+from common.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport
+from common.receipts import receipt_hash
+from master_service import service as service_module
+from master_service.config import MasterConfig
+from master_service.coordinator import Coordinator
+from master_service.entries import Entry, StopRule
+from master_service.message_log import MessageLog
+from master_service.publisher import Publisher
+from master_service.replay import origin, rebuild, verify
+from master_service.rules.model import aggregation_rule
+from master_service.service import MasterService
+from master_service.storage import Storage
+from tests.integration.harness import (
+    TOPOLOGY,
+    HandNode,
+    Master,
+    connection,
+    decided,
+    drained,
+    eventually,
+    numbers,
+    running_master,
+)
+
+COHORT = decided(rule=aggregation_rule("fedavg"))
+
+
+class Bang(RuntimeError):
+    """Dies as a bug would."""
+
+
+@pytest.fixture
+def server() -> MemoryServer:
+    return MemoryServer()
+
+
+@contextmanager
+def dying_master(server: MemoryServer, directory: Path, settings: Any = None, **config: Any) -> Iterator[Master]:
+    """A master that is expected to die of a Bang while the block runs."""
+    master = Master(server, directory, settings or decided(), **config)
+    eventually(lambda: TOPOLOGY.master_inbox in server._queues)
+    yield master
+    with pytest.raises(Bang):
+        master.party.wait(20.0)
+    master.broker.close()
+
+
+def test_a_second_master_on_the_same_state_directory_is_told_who_has_it(server: MemoryServer, tmp_path: Path) -> None:
+    with running_master(server, tmp_path):
+        broker = connection(MemoryServer(), "second")  # another broker does not help
+        with pytest.raises(LockHeld, match=rf"{tmp_path} is in use by process {os.getpid()} on .* since .* UTC"):
+            MasterService(MasterConfig(state_dir=tmp_path), decided(), broker, TOPOLOGY)
+    with running_master(server, tmp_path):
+        pass  # and free again when the first has ended
+    broker.close()
+
+
+def test_a_master_that_loses_its_lock_stops_and_decides_nothing_more(server: MemoryServer, tmp_path: Path) -> None:
+    master = Master(server, tmp_path, decided())
+    node = HandNode(server, "a")
+    instruction = node.enter()
+    master.service._lost.set()
+    with pytest.raises(BrokerUnavailable, match="lock of this namespace was lost"):
+        master.party.wait(20.0)
+    master.broker.close()
+    bodies = numbers(instruction)
+    node.send(node.manifest(instruction, 0, bodies), bodies)
+    with running_master(server, tmp_path):
+        assert node.hear(Receipt).accepted, "the next one takes what the first left"
+
+
+def test_sends_that_did_not_leave_are_repeated_at_the_next_start(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Publisher.send
+
+    def send(self: Publisher, to: str, message: Message) -> None:
+        if isinstance(message, Receipt):
+            raise Bang
+        original(self, to, message)
+
+    node = HandNode(server, "a")
+    with monkeypatch.context() as patch, dying_master(server, tmp_path):
+        patch.setattr(Publisher, "send", send)
+        instruction = node.enter()
+        bodies = numbers(instruction)
+        node.send(node.manifest(instruction, 0, bodies), bodies)
+    with running_master(server, tmp_path) as master:
+        receipt = node.hear(Receipt)  # the node did not ask again
+        assert receipt.accepted and receipt.version == 1
+        member = master.service._fold.coordinator.state.encoders[instruction.encoder].members["a"]
+        eventually(lambda: member.duplicates == 1)  # its manifest was not acked and came once more
+        assert member.returns == 1
+        assert node.hear(Receipt) == receipt, "and is answered by the same receipt"
+
+
+def test_a_master_that_dies_before_the_export_exports_at_the_next_start(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bang(*_: Any) -> None:
+        raise Bang
+
+    settings = decided(stop=StopRule(updates=1))
+    node = HandNode(server, "a")
+    with monkeypatch.context() as patch, dying_master(server, tmp_path / "m", settings):
+        patch.setattr(service_module, "export_encoder", bang)
+        instruction = node.enter()
+        bodies = numbers(instruction)
+        node.send(node.manifest(instruction, 0, bodies), bodies)
+    with running_master(server, tmp_path / "m", settings, export_dir=tmp_path / "encoder"):
+        eventually(lambda: (tmp_path / "encoder" / "model.safetensors").exists())
+
+
+def test_a_message_that_kills_the_master_twice_is_skipped_and_set_aside(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Coordinator.handle
+
+    def handle(self: Coordinator, entry: Entry) -> Any:
+        if isinstance(entry.body, Join) and entry.body.node == "killer":
+            raise Bang
+        return original(self, entry)
+
+    monkeypatch.setattr(Coordinator, "handle", handle)
+    killer, node = HandNode(server, "killer"), HandNode(server, "a")
+    with dying_master(server, tmp_path):
+        killer.say(".join", Join(node="killer", incarnation="i", types=["text"]))
+    with dying_master(server, tmp_path):
+        pass
+    with running_master(server, tmp_path) as master:
+        assert node.enter().encoder_type == "text"
+        assert master.service.live.poison == 1
+        [letter] = drained(server, TOPOLOGY.dead_letters)
+        assert letter.headers["x-reason"] == "kills" and b"killer" in letter.body
+    monkeypatch.setattr(Coordinator, "handle", original)
+    log = MessageLog(tmp_path, read_only=True)
+    [skipped] = [entry for entry in log.entries() if entry.skipped]
+    assert isinstance(skipped.body, Join) and skipped.body.node == "killer"
+    fold = origin(log).fold
+    assert all(check is None or check.identical for _, check in verify(log, fold))
+    assert "killer" not in fold.coordinator.state.nodes, "replay honours the skip"
+
+
+def test_bytes_that_kill_the_master_before_they_are_a_row_are_set_aside_too(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = service_module.understood
+
+    def understood(delivery: Delivery, topology: Any) -> Message:
+        if b"killer" in delivery.body:
+            raise Bang
+        return original(delivery, topology)
+
+    monkeypatch.setattr(service_module, "understood", understood)
+    killer = HandNode(server, "killer")
+    with dying_master(server, tmp_path):
+        killer.say(".join", Join(node="killer", incarnation="i", types=["text"]))
+    with dying_master(server, tmp_path):
+        pass
+    with running_master(server, tmp_path):
+        assert HandNode(server, "a").enter()
+        [letter] = drained(server, TOPOLOGY.dead_letters)
+        assert letter.headers["x-reason"] == "kills"
+
+
+def test_an_update_whose_payload_is_damaged_before_it_counts_is_asked_for_again(
+    server: MemoryServer, tmp_path: Path
+) -> None:
+    with running_master(server, tmp_path, COHORT) as master:
+        a, b = HandNode(server, "a"), HandNode(server, "b")
+        instruction = a.enter()
+        b.enter()
+        good, other = numbers(instruction, 0.001), numbers(instruction, 0.002)
+        manifest = a.manifest(instruction, 0, good)
+        a.send(manifest, good)
+        state = master.service._fold.coordinator.state.encoders[instruction.encoder]
+        [waiting] = eventually(lambda: list(state.buffer))
+        file = master.service._journal.log.payloads.path(waiting.payload)
+        torn = file.read_bytes()[:-100]
+        file.write_bytes(torn)
+        b.send(b.manifest(instruction, 0, other), other)
+        resend = a.hear(Resend)
+        assert (resend.sequence, resend.attempt, state.version, state.updates) == (0, 1, 0, 1)
+        a.send(manifest.model_copy(update={"attempt": 1}), good)
+        receipts = [b.hear(Receipt), a.hear(Receipt)]  # in the order in which they count
+        assert [(r.accepted, r.version, r.return_count) for r in receipts] == [(True, 1, 1)] * 2
+        assert receipts[1].previous == receipt_hash(receipts[0]) and receipts[0].previous == ""
+        digest = eventually(lambda: state.digest)
+    _, parameters = rebuild(MessageLog(tmp_path, read_only=True), instruction.encoder)
+    assert parameters.digest() == digest
+
+
+def test_damage_of_what_a_published_version_was_made_of_is_named(server: MemoryServer, tmp_path: Path) -> None:
+    with running_master(server, tmp_path):
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        bodies = numbers(instruction)
+        manifest = node.manifest(instruction, 0, bodies)
+        node.send(manifest, bodies)
+        assert node.hear(Receipt).accepted
+    log = MessageLog(tmp_path, read_only=True)
+    log.payloads.path(manifest.digest).write_bytes(b"torn")
+    with running_master(server, tmp_path):
+        pass  # the snapshot does not need it any more
+    for snapshot in (tmp_path / "snapshots").iterdir():
+        (snapshot / "state.json").write_text("{}")
+    master = Master(server, tmp_path, decided())
+    with pytest.raises(Damaged, match=rf"payload {manifest.digest} is damaged.* restore it from a backup"):
+        master.party.wait(20.0)
+    master.broker.close()
+
+
+@pytest.mark.parametrize("how", ["no room", "sqlite says full"])
+def test_a_full_disk_stops_acceptance_and_goes_on_when_there_is_room(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with running_master(server, tmp_path) as master:
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        bodies = numbers(instruction)
+        journal = master.service._journal
+        rows = eventually(lambda: journal.log.last_offset)
+        if how == "no room":
+            monkeypatch.setattr(Storage, "free_bytes", lambda self: 1000)
+        else:
+            journal.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            [(pages,)] = journal.log._db.execute("PRAGMA page_count")
+            journal.log._db.execute(f"PRAGMA max_page_count = {pages}")
+            with pytest.raises(sqlite3.OperationalError, match="full"):
+                journal.log._db.execute("INSERT INTO deaths VALUES (hex(zeroblob(100000)), 1)")
+        count = 40 if how == "sqlite says full" else 1
+        for sequence in range(count):  # enough to fill what is left of the last page
+            node.send(node.manifest(instruction, sequence, bodies), bodies)
+        eventually(lambda: journal.storage.short)
+        # it says so to who asks, and nothing that is not durable is acked
+        observer = HandNode(server, "observer")
+        observer.say(".status", AskStatus(sender="observer"))
+        disk = observer.hear(StatusReport).report["disk"]
+        assert disk["short"] and disk["needed_bytes"] > 0
+        if how == "no room":
+            assert journal.log.last_offset == rows and node.inbox.empty()
+            monkeypatch.undo()
+        else:
+            journal.log._db.execute("PRAGMA max_page_count = 1000000")
+        heard = [node.hear(Receipt) for _ in range(count)]
+        assert all(receipt.accepted for receipt in heard)
+        assert [receipt.sequence for receipt in heard] == list(range(count))
+        eventually(lambda: not journal.storage.short)
+
+
+def test_a_disk_that_is_really_full(server: MemoryServer, tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        with running_master(server, place / "m", min_free=0) as master:
+            node = HandNode(server, "a")
+            instruction = node.enter()
+            filler = place / "filler"
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(bytes(4096))
+            bodies = numbers(instruction)
+            node.send(node.manifest(instruction, 0, bodies), bodies)
+            eventually(lambda: master.service._journal.storage.short)
+            assert node.inbox.empty()
+            filler.unlink()
+            assert node.hear(Receipt).accepted
+        log = MessageLog(place / "m", read_only=True)
+        assert all(check is None or check.identical for _, check in verify(log, origin(log).fold))
+        log.close()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_snapshots_are_written_while_serving_and_retention_drops_what_no_start_needs(
+    server: MemoryServer, tmp_path: Path
+) -> None:
+    with running_master(server, tmp_path, retention="since-snapshot", snapshot_every_seconds=0.05) as master:
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        digests = []
+        for sequence in range(6):
+            bodies = numbers(instruction, 0.001 * (sequence + 1))
+            manifest = node.manifest(instruction, sequence, bodies, base_version=sequence)
+            node.send(manifest, bodies)
+            digests.append(manifest.digest)
+            assert node.hear(Receipt).accepted
+            log = master.service._journal.log
+            eventually(lambda log=log: (tmp_path / "snapshots" / f"{log.last_offset:012d}").exists())
+        eventually(lambda: not log.payloads.has(digests[3]))
+        assert log.payloads.has(digests[5]), "what came after the older snapshot stays"
+        state = master.service._fold.coordinator.state.encoders[instruction.encoder]
+        digest = state.digest
+    # the newest snapshot is damaged: the older one and the log after it are enough
+    newest = max((tmp_path / "snapshots").iterdir())
+    (newest / "tensors.safetensors").write_bytes(b"damaged")
+    with running_master(server, tmp_path, retention="since-snapshot") as master:
+        eventually(lambda: master.service._fold.offset > int(newest.name))
+        assert master.service._fold.coordinator.state.encoders[instruction.encoder].digest == digest
+    reader = MessageLog(tmp_path, read_only=True)
+    begin = origin(reader)
+    assert begin.fold.offset > 0 and "payloads were dropped by retention" in begin.left_out
+    with pytest.raises(KeyError, match=r"version 1 of .* is not in the log.*dropped by retention"):
+        rebuild(reader, instruction.encoder, 1)
+    assert rebuild(reader, instruction.encoder)[1].digest() == digest
+
+
+def test_rows_that_a_snapshot_was_made_of_are_missed(server: MemoryServer, tmp_path: Path) -> None:
+    with running_master(server, tmp_path):
+        HandNode(server, "a").enter()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:
+        ledger.execute("DELETE FROM entries WHERE offset >= (SELECT max(offset) FROM entries)")
+    with pytest.raises(Damaged, match=r"rows are lost; .*`shared-encoder log repair"):
+        MasterService(MasterConfig(state_dir=tmp_path), decided(), connection(server, "master"), TOPOLOGY)
+
+
+def test_a_request_twice_is_one(server: MemoryServer, tmp_path: Path) -> None:
+    """The broker delivers again what was appended and not acked: the row is there, nothing follows a second time."""
+    with running_master(server, tmp_path) as master:
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        state = master.service._fold.coordinator.state
+        body = Get(sender="a", encoder_type="text", fresh=True)
+        for _ in range(2):
+            node.broker.publish(Publication(TOPOLOGY.request, "a.get", encode(body), message_id="the-same"))
+        node.enter()
+        assert list(state.encoders) == [instruction.encoder]
+        rows = [entry for entry in master.service._journal.log.entries() if entry.body == body]
+        assert len(rows) == 1
