@@ -6,8 +6,10 @@ ARGS ?=
 # of `make faults`: how many faults, and the seed of the random choices (the time if not given)
 N ?= 100
 SEED ?=
+# of `make soak`
+MINUTES ?= 30
 
-.PHONY: demo test faults lint clean rabbitmq
+.PHONY: demo test faults soak lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
@@ -17,6 +19,9 @@ test: $(VENV)/.installed-dev rabbitmq
 
 faults: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+soak: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -410,7 +410,8 @@ class Coordinator:
         waiting = [item.node for item in encoder.buffer]
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
         grace_over = bool(waiting) and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
-        if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), settings.rule.buffer)):
+        rule, most = settings.rule.buffer, settings.update_rule.max_unanswered
+        if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), rule, most)):
             return [self._step(encoder)]
         if ending:
             return self._finish(encoder, ending, at)

@@ -15,7 +15,8 @@ class PayloadStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        if directory.exists():
+            sync(directory)  # a folder that was made in it just before a power cut
 
     def path(self, digest: str) -> Path:
         return self._directory / digest[:2] / digest
@@ -26,7 +27,9 @@ class PayloadStore:
         path = self.path(digest)
         if path.exists() and self.damage(digest) is None:
             return digest
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            sync(self._directory)
         beside = path.with_suffix(".part")
         with beside.open("wb") as file:
             file.write(payload)
@@ -34,8 +37,7 @@ class PayloadStore:
             os.fsync(file.fileno())
         reached("payload before rename")
         beside.replace(path)
-        for directory in (path.parent, self._directory):
-            sync(directory)
+        sync(path.parent)
         return digest
 
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:

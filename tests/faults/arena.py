@@ -57,7 +57,15 @@ _SETTLED_SECONDS = 8.0
 class Arena:
     """One broker, one master, some nodes. Ends with `finish`, which gives what the examination found."""
 
-    def __init__(self, directory: Path, seed: int, *, nodes: int = 3, preset: str = "return-count") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        seed: int,
+        *,
+        nodes: int = 3,
+        preset: str = "return-count",
+        steps_per_second: float = 40.0,
+    ) -> None:
         self.random = random.Random(seed)
         self.directory = directory
         self.namespace = f"faults-{seed}"
@@ -68,6 +76,7 @@ class Arena:
         self.restarts = 0
         self.by_step: dict[str, int] = {}
         self._preset = preset
+        self._steps_per_second = steps_per_second
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.victim"])
         self._processes: dict[str, ForkServerProcess] = {}
@@ -107,7 +116,7 @@ class Arena:
                     what = self._maltreat(role)
                 self._start(role, self._plan(role))
             if self.random.random() < 0.0015 and time.monotonic() - self._broker_since > _SETTLED_SECONDS:
-                on_fault(self, self._restart_broker())
+                on_fault(self, self.restart_broker())
 
     def finish(self, seconds: float = 60.0) -> Findings:
         """No more faults: everybody is there, the training ends, what is owed is answered; then all is examined."""
@@ -131,6 +140,31 @@ class Arena:
         broker.close()
         return examine(self.directory / "master", [self.directory / "nodes" / name for name in self._states()])
 
+    def start(self, role: str) -> None:
+        """Start a process that is not to die by itself."""
+        self._start(role, None)
+
+    def kill(self, role: str) -> None:
+        """SIGKILL, wherever it is."""
+        process = self._processes.pop(role)
+        process.kill()
+        process.join()
+        self._died(role, process)
+
+    def leave(self, role: str) -> None:
+        """SIGTERM: a node hands in and says goodbye, a master writes a snapshot."""
+        self._end(role)
+
+    def running(self, role: str) -> bool:
+        """Whether it is there. Raises AssertionError if it ended by itself."""
+        process = self._processes.get(role)
+        if process is not None and process.exitcode is not None:
+            self._died(role, process)
+        return process is not None
+
+    def pid(self, role: str) -> int:
+        return self._processes[role].pid or 0
+
     # --- processes ---------------------------------------------------------------------------------------------------
 
     def _plan(self, role: str) -> tuple[str, int]:
@@ -141,8 +175,9 @@ class Arena:
     def _start(self, role: str, plan: tuple[str, int] | None) -> None:
         directory = self.directory / "master" if role == "master" else self.directory / "nodes" / role
         directory.mkdir(parents=True, exist_ok=True)
+        log = self.directory / f"{role}.log"
         victim = Victim(
-            role, self.rabbitmq.url, self.namespace, directory, self.directory / f"{role}.log", plan, self._preset
+            role, self.rabbitmq.url, self.namespace, directory, log, plan, self._preset, self._steps_per_second
         )
         process = self._context.Process(target=live, args=(victim,), name=role)
         process.start()
@@ -177,7 +212,7 @@ class Arena:
             shutil.copytree(state, backup)
         return f"{role} as it was"
 
-    def _restart_broker(self) -> str:
+    def restart_broker(self) -> str:
         self.restarts += 1
         if self.random.random() < 0.5:
             self.rabbitmq.kill()

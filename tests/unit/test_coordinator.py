@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common.layout import Layout
 from common.messages import (
+    MAX_COUNT,
     Answer,
     Continue,
     Fetch,
@@ -21,12 +22,24 @@ from common.messages import (
     Leave,
     Notice,
     Receipt,
+    Resend,
     Rule,
     Stop,
 )
+from common.receipts import receipt_hash
 from master_service.coordinator import Coordinator
 from master_service.effects import Broadcast, Conclude, Generate, Publish, Send, Step
-from master_service.entries import GenerationFailed, LossPlateau, Presence, StopRule, Tick
+from master_service.entries import (
+    Entry,
+    Generated,
+    GenerationFailed,
+    LossPlateau,
+    Presence,
+    Started,
+    StepFailed,
+    StopRule,
+    Tick,
+)
 from master_service.rules.model import aggregation_rule
 from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
 
@@ -395,3 +408,85 @@ def test_joining_never_needs_an_order() -> None:
     assert sent(run.effects, Introduce, "x")
     assert not sent(run.effects, Answer, "x")[0].accepted
     assert LAYOUT.size == run.coordinator.state.encoders[name].size
+
+
+def test_receipts_are_a_chain_per_encoder_in_the_order_in_which_they_were_issued() -> None:
+    run = Scenario(rule=COHORT)
+    name = run.generate()
+    run.join("a", name)
+    run.join("b", name)
+    run.update("a", name, 0)
+    run.update("b", name, 0)
+    run.update("a", name, 1, size=1)  # refused
+    run.update("stranger", name, 0)
+    again = receipts(run.update("a", name, 0, attempt=1), "a")
+    issued = receipts(run.effects)[:-1]
+    assert [receipt.reason for receipt in issued] == ["", "", "size", "unknown-node"]
+    assert issued[0].previous == ""
+    assert [receipt.previous for receipt in issued[1:]] == [receipt_hash(receipt) for receipt in issued[:-1]]
+    assert again == [issued[0]], "a receipt that is sent again takes no new place in the chain"
+    heavier = issued[0].model_copy(update={"weight": issued[0].weight + 1e-12})
+    assert receipt_hash(heavier) != issued[1].previous
+
+
+def test_a_step_that_fails_counts_nothing_of_what_was_lost_and_asks_for_it_again() -> None:
+    run = Scenario(rule=COHORT)
+    name = run.generate()
+    run.join("a", name)
+    run.join("b", name)
+    run.update("a", name, 0)
+    manifest = run.manifest("b", name, 0)
+    facts, payload = run.payload(manifest)
+    entry = Entry(len(run.log), "b0", run.at, manifest, facts, payload)
+    [step] = run.coordinator.handle(entry)  # not answered yet: its payload is found damaged
+    run.log.append(entry)
+    assert isinstance(step, Step) and step.version == 1
+    state = run.coordinator.state.encoders[name]
+    assert (state.version, state.updates, len(state.stepping)) == (0, 2, 2)
+    effects = run.apply(StepFailed(encoder=name, version=1, lost=[payload]))
+    [resend] = sent(effects, Resend, "b")
+    assert (resend.sequence, resend.attempt) == (0, 1) and receipts(effects) == []
+    assert (state.version, state.updates, state.members["b"].returns, state.members["b"].steps) == (0, 1, 0, 0)
+    assert [item.node for item in state.buffer] == ["a"]
+    effects = run.update("b", name, 0, attempt=1)
+    assert [(r.node, r.version, r.return_count) for r in receipts(effects)] == [("a", 1, 1), ("b", 1, 1)]
+
+
+def test_a_master_that_starts_says_again_what_runs_and_the_log_knows_that_it_did() -> None:
+    run = Scenario(rule=ARRIVAL, publish_every_seconds=30.0)
+    name = run.generate()
+    run.join("a", name)
+    run.at += 10
+    run.update("a", name, 0, wants_version=False)
+    publish, broadcast = run.apply(Started(epoch=2, fingerprint={}))
+    assert isinstance(publish, Publish) and publish.version == 1
+    assert isinstance(broadcast, Broadcast) and broadcast.message.encoder == name
+    assert run.coordinator.deadline() is None, "what is published needs no tick any more"
+
+
+def test_a_stop_while_the_encoder_is_made_ends_it_once_it_is_there() -> None:
+    run = Scenario()
+    [generate] = run.apply(Get(sender="operator", encoder_type="text"))
+    assert isinstance(generate, Generate)
+    assert run.apply(Stop(sender="operator")) == []
+    effects = run.apply(
+        Generated(
+            encoder=generate.encoder,
+            architecture={},
+            layout=LAYOUT.plain(),
+            layout_digest=LAYOUT.digest,
+            digest="0" * 64,
+        )
+    )
+    assert [type(effect) for effect in effects[-3:]] == [Publish, Conclude, Broadcast]
+    assert run.coordinator.state.encoders[generate.encoder].status == "finished"
+
+
+def test_sums_that_a_hostile_node_claims_stay_within_what_a_message_carries() -> None:
+    run = Scenario(rule=ARRIVAL)
+    name = run.generate()
+    run.join("a", name)
+    for sequence in range(3):
+        run.update("a", name, sequence, steps=MAX_COUNT, samples=MAX_COUNT)
+    member = run.coordinator.state.encoders[name].members["a"]
+    assert (member.steps, member.samples_seen, member.returns) == (MAX_COUNT, MAX_COUNT, 3)

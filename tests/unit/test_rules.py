@@ -69,6 +69,8 @@ def test_other_factors_by_hand() -> None:
         ("count", "aab", "abc", True),
         ("count", "aaaaa", "ab", False),  # one node alone is not a buffer while another is active
         ("count", "aaa", "a", True),
+        ("count", "a", "a", False),
+        ("count", "aa", "a", True),  # with two unanswered at most a third will not come
         ("half", "a", "abcde", False),
         ("half", "ab", "abcde", False),
         ("half", "abc", "abcde", True),
@@ -80,7 +82,8 @@ def test_other_factors_by_hand() -> None:
     ],
 )
 def test_when_a_buffer_is_ready(kind: str, waiting: str, active: str, ready: bool) -> None:
-    assert is_ready(list(waiting), set(active), BufferRule(kind=kind, size=3)) is ready  # type: ignore[arg-type]
+    rule = BufferRule(kind=kind, size=3)  # type: ignore[arg-type]
+    assert is_ready(list(waiting), set(active), rule, max_unanswered=2) is ready
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
