@@ -91,16 +91,20 @@ class Broker(Protocol):
     """One party's connection to a broker."""
 
     def declare(self, declarations: Declarations) -> None:
-        """Make what is not there yet; declared again after every reconnect. Raises BrokerUnavailable."""
+        """Make what is not there yet; declared again after every reconnect.
+
+        Raises AccessRefused, UserError for what is there with other arguments, BrokerUnavailable.
+        """
 
     def delete_queue(self, name: str) -> None:
-        """Delete a queue or stream with what is in it; nothing happens if there is none."""
+        """Delete a queue or stream with what is in it; nothing happens if there is none. Raises BrokerUnavailable."""
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
         """Publish persistently, in order, and return when the broker has confirmed all of them.
 
         Waits while the connection is away or blocked. After an error any subset may have arrived.
-        Raises Unroutable, PublishRejected, or BrokerUnavailable after `timeout` seconds without progress.
+        Raises Unroutable, PublishRejected, or BrokerUnavailable after `timeout` seconds without progress, and for what
+        finds no queue just after a reconnect: the queue may not be up yet.
         """
 
     def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> Subscription:
@@ -109,7 +113,10 @@ class Broker(Protocol):
     def read_stream(
         self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
     ) -> Subscription:
-        """Read a stream without consuming it; each delivery carries its offset and must be acked for credit."""
+        """Read a stream without consuming it; each delivery carries its offset and must be acked for credit.
+
+        After a reconnect it goes on behind the last delivery; if there was none yet, from `start` as it is then.
+        """
 
     def ack(self, *deliveries: Delivery) -> None:
         """Remove deliveries from their queue. Those of an earlier connection or a closed consumer have no effect."""
@@ -118,7 +125,12 @@ class Broker(Protocol):
         """Publish a delivery to the dead letters with its reason, wait for the confirm, then ack it."""
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
-        """Hold a name for as long as the connection lives. Raises LockHeld. `on_lost` is called if it is lost."""
+        """Hold a name for as long as the connection lives; taken again after a reconnect.
+
+        `on_lost` is called if another has taken it meanwhile; this connection consumes nothing from then on.
+        Raises LockHeld, which names the holder's user, process and host where the broker knows them; AccessRefused,
+        BrokerUnavailable.
+        """
 
     def status(self) -> BrokerStatus:
         """The state of the connection, without asking the broker."""

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from master_service.service import MasterService
@@ -57,6 +58,23 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def conditions(report: dict[str, Any]) -> list[str]:
+    """What keeps the master from going on, a line each. Reports of older masters say nothing of the disk."""
+    lines = []
+    broker, disk = report["broker"], report.get("disk") or {"short": False}
+    if broker["blocked"]:
+        reason = str(broker["blocked"])
+        lines.append(f"broker blocked: {reason}; nothing is lost, publishing goes on when it is over")
+    elif not broker["connected"]:
+        lines.append("broker away: trying again")
+    if disk["short"]:
+        lines.append(
+            f"disk short: {size(disk['free_bytes'])} free, {size(disk['needed_bytes'])} needed; "
+            "updates wait in the broker until there is room"
+        )
+    return lines
+
+
 def federation_tables(report: dict[str, Any]) -> list[Table]:
     """One table per encoder: a row per node."""
     tables = []
@@ -88,7 +106,7 @@ def federation_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def federation_line(report: dict[str, Any]) -> str:
-    """The same in one line per encoder."""
+    """The same in one line per encoder, and one for each condition."""
     lines = []
     for name, encoder in report["encoders"].items():
         nodes = "  ".join(
@@ -97,9 +115,9 @@ def federation_line(report: dict[str, Any]) -> str:
             for node, member in encoder["members"].items()
         )
         lines.append(f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {nodes}")
-    return (
-        "\n".join(lines) or "no encoder yet: ask for one with `shared-encoder request get text`, or master --get text"
-    )
+    if not lines:
+        lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")
+    return "\n".join([*lines, *conditions(report)])
 
 
 class FederationDisplay:
@@ -133,9 +151,10 @@ class FederationDisplay:
             print(federation_line(report), file=sys.stderr, flush=True)
             return
         self._next = time.monotonic() + _REFRESH_SECONDS
-        from rich.console import Group
-
-        group = Group(*federation_tables(report)) if report["encoders"] else Group(federation_line(report))
+        if report["encoders"]:
+            group = Group(*federation_tables(report), *(Text(line) for line in conditions(report)))
+        else:
+            group = Group(Text(federation_line(report)))
         if self._live is None:
             self._live = Live(group, console=self._console, auto_refresh=False, transient=False)
             self._live.start()

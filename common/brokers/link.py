@@ -21,7 +21,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 #: The first and the longest wait between two attempts to connect, seconds.
-BACKOFF_SECONDS = (0.2, 10.0)
+BACKOFF_SECONDS = (0.2, 5.0)
+#: A connection that was open for so long begins with the shortest wait again, seconds.
+_HELD_SECONDS = 1.0
 
 #: Begin to connect: called with what is to be called when the connection is open, and when it is gone.
 Connect = Callable[[Callable[[Any], None], Callable[[Any, BaseException], None]], Any]
@@ -43,12 +45,20 @@ class Link:
         self._opened = threading.Event()
         self._guard = threading.Lock()
         self._loop: Any = None
+        self._open_since = 0.0
         self._thread = threading.Thread(target=self._run, name=f"amqp-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect. Apart from making the link, so that `on_open` finds it where its owner keeps it."""
         self._thread.start()
 
     @property
     def connected(self) -> bool:
         return self._opened.is_set()
+
+    def reopened_within(self, seconds: float) -> bool:
+        """Whether the connection was lost and has been open again for no longer than this."""
+        return self.generation > 1 and time.monotonic() - self._open_since < seconds
 
     def post(self, action: Callable[[], None]) -> bool:
         """Run `action` in the link's thread; False if there is no connection now."""
@@ -83,14 +93,17 @@ class Link:
     def _run(self) -> None:
         wait = BACKOFF_SECONDS[0]
         while not self.closing.is_set():
-            opened_at = time.monotonic()
+            before = self.generation
             try:
                 self._serve()
             except self._failures as error:
                 log.debug("connection lost", problem=repr(error))
+            except Exception:
+                # a slip of the driver's or of a callback; without this thread the party would be cut off for ever
+                log.exception("the connection failed unexpectedly, opening it again")
             if self.closing.is_set():
                 return
-            if time.monotonic() - opened_at > 5.0:
+            if self.generation > before and time.monotonic() - self._open_since > _HELD_SECONDS:
                 wait = BACKOFF_SECONDS[0]
             self.closing.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, BACKOFF_SECONDS[1])
@@ -102,6 +115,7 @@ class Link:
             connection.add_on_connection_blocked_callback(blocked)
             connection.add_on_connection_unblocked_callback(unblocked)
             self.generation += 1
+            self._open_since = time.monotonic()
             with self._guard:
                 self._loop = connection.ioloop
             self._on_open()
@@ -131,4 +145,5 @@ class Link:
             with self._guard:
                 self._loop = None
             self._opened.clear()
+            self.blocked = None
             self.connection.ioloop.close()

@@ -15,6 +15,7 @@ from typing import cast
 
 from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
 from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
+from common.locks import this_process
 from common.topology import Binding, Declarations, Exchange, Queue
 
 
@@ -39,13 +40,21 @@ class _Queue:
     next_offset: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whose a lock is, and what a refused second one is told of it."""
+
+    broker: MemoryBroker
+    name: str
+
+
 class MemoryServer:
     """Exchanges, queues and bindings. One lock guards all of it; `changed` wakes the dispatchers."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.clock = clock
-        self.locks: dict[str, MemoryBroker] = {}
+        self.locks: dict[str, Holder] = {}
         self._exchanges: dict[str, Exchange] = {}
         self._queues: dict[str, _Queue] = {}
         self._bindings: list[Binding] = []
@@ -176,9 +185,12 @@ class MemoryBroker:
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
         with self._server.changed:
-            holder = self._server.locks.setdefault(name, self)
-            if holder is not self:
-                raise LockHeld(f"{name} is held by another connection ({holder._user})")
+            holder = self._server.locks.setdefault(name, Holder(self, f"user {self._user}, {this_process()}"))
+            if holder.broker is not self:
+                raise LockHeld(
+                    f"{name} is held by another connection ({holder.name}): it is running already; "
+                    "stop that one, or use another id or --namespace"
+                )
 
     def status(self) -> BrokerStatus:
         return BrokerStatus(not self._closed, None, 0, self._bytes_out, self._bytes_in)
@@ -188,7 +200,7 @@ class MemoryBroker:
             self._closed = True
             for subscription in self._subscriptions:
                 subscription.close()
-            self._server.locks = {name: by for name, by in self._server.locks.items() if by is not self}
+            self._server.locks = {name: by for name, by in self._server.locks.items() if by.broker is not self}
             self._server.changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()

@@ -258,6 +258,18 @@ def test_declaring_again_changes_nothing_and_differently_is_an_error(bench: Benc
     bench.broker.delete_queue(bench.name("never-there"))
 
 
+def test_a_deleted_queue_can_be_declared_again(bench: Bench) -> None:
+    name, inbox = bench.queue(), Inbox()
+    bench.publish(b"gone with it")
+    bench.broker.delete_queue(name)
+    with pytest.raises(Unroutable):
+        bench.publish(b"nobody")
+    assert bench.queue() == name
+    bench.broker.consume(name, inbox, prefetch=1)
+    bench.publish(b"new")
+    assert inbox.next().body == b"new"
+
+
 def test_a_bounded_queue_rejects_until_it_drains(bench: Bench) -> None:
     name = bench.queue(kind="classic", max_bytes=1000, overflow="reject-publish")
     with pytest.raises(PublishRejected):
@@ -353,14 +365,22 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
     assert after.bytes_out - before.bytes_out == after.bytes_in - before.bytes_in == sum(map(len, contents))
 
 
-def test_a_lock_has_one_holder(bench: Bench) -> None:
+def test_a_lock_has_one_holder_and_a_refused_one_is_told_who(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.brokers.rabbitmq._REFUSAL_SECONDS", 0.5)
     first, second, lost = bench.connect(), bench.connect(), threading.Event()
+    monkeypatch.setattr("socket.gethostname", lambda: "host-of-the-first")
     first.lock(bench.name("lock"), lost.set)
-    with pytest.raises(LockHeld, match="lock is held by another connection"):
-        second.lock(bench.name("lock"), lost.set)
+    first.lock(bench.name("lock"), lost.set)  # by its holder once more, which changes nothing
+    monkeypatch.setattr("socket.gethostname", lambda: "host-of-the-second")
+    who = rf"lock is held by another connection \(user guest, process {os.getpid()} on host-of-the-{{}} since 20"
+    for _ in range(2):  # reading who it is takes nothing away
+        with pytest.raises(LockHeld, match=who.format("first")):
+            second.lock(bench.name("lock"), lost.set)
     second.lock(bench.name("another"), lost.set)
     first.close()
     second.lock(bench.name("lock"), lost.set)
+    with pytest.raises(LockHeld, match=who.format("second")):
+        bench.connect().lock(bench.name("lock"), lost.set)
     assert not lost.is_set()
 
 

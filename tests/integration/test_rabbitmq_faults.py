@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import subprocess
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from common.broker import Delivery, Publication
 from common.brokers import open_broker
-from common.errors import AccessRefused, BrokerUnavailable, PublishRejected
+from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Transient
 from common.topology import Binding, Declarations, Exchange, Queue
 from deploy.local_rabbitmq import LocalRabbitMQ
 from tests.integration.harness import eventually
@@ -49,7 +50,7 @@ def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: Local
             number += 1
 
     def consume() -> None:
-        while not stop.is_set() or len(set(seen)) < len(confirmed):
+        while publishing.is_alive() or len(set(seen)) < len(confirmed):
             try:
                 delivery = arrived.get(timeout=0.2)
             except queue.Empty:
@@ -57,7 +58,8 @@ def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: Local
             seen.append(int(delivery.body))
             consumer.ack(delivery)
 
-    workers = [threading.Thread(target=publish), threading.Thread(target=consume)]
+    publishing = threading.Thread(target=publish)
+    workers = [publishing, threading.Thread(target=consume)]
     for worker in workers:
         worker.start()
     eventually(lambda: len(confirmed) > 50)
@@ -77,6 +79,85 @@ def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: Local
     # in order, but for what came twice
     firsts = list(dict.fromkeys(seen))
     assert firsts == sorted(firsts)
+    publisher.close()
+    consumer.close()
+
+
+def test_a_broker_that_restarts_again_and_again(private_rabbitmq: LocalRabbitMQ) -> None:
+    publisher, consumer = connect(private_rabbitmq.url), connect(private_rabbitmq.url)
+    names = ("q", "s", "deleted", "vanished")
+    queues = tuple(Queue(name, "stream" if name == "s" else "quorum") for name in names)
+    publisher.declare(Declarations((EXCHANGE,), queues, tuple(Binding("x", name, name) for name in names)))
+    publisher.delete_queue("deleted")
+    lost = threading.Event()
+    consumer.lock("the-lock", lost.set)
+    arrived: dict[str, queue.SimpleQueue[Delivery]] = {name: queue.SimpleQueue() for name in ("q", "s")}
+    seen: dict[str, list[int]] = {"q": [], "s": []}
+    offsets: list[int | None] = []
+    confirmed: list[int] = []
+    stop = threading.Event()
+    consumer.consume("q", arrived["q"].put, prefetch=10)
+    consumer.read_stream("s", arrived["s"].put, start="first", prefetch=10)
+
+    def publish() -> None:
+        for number in range(1_000_000):
+            for name in ("q", "s"):
+                while not stop.is_set():
+                    try:
+                        publisher.publish(Publication("x", name, b"%d" % number), timeout=20.0)
+                        break
+                    except Transient:
+                        time.sleep(0.1)  # a queue that is not up yet rejects; the services try again, and so does this
+            if stop.is_set():
+                return
+            confirmed.append(number)
+
+    def take(name: str) -> None:
+        while publishing.is_alive() or len(set(seen[name])) < len(confirmed):
+            try:
+                delivery = arrived[name].get(timeout=0.2)
+            except queue.Empty:
+                continue
+            seen[name].append(int(delivery.body))
+            if name == "s":
+                offsets.append(delivery.offset)
+            consumer.ack(delivery)
+
+    publishing = threading.Thread(target=publish)
+    workers = [publishing, *(threading.Thread(target=take, args=(name,)) for name in arrived)]
+    for worker in workers:
+        worker.start()
+    eventually(lambda: len(confirmed) > 50)
+    private_rabbitmq.ctl("delete_queue", "vanished")
+    time.sleep(3.0)  # RabbitMQ 3 writes a fresh queue's declaration to disk a moment later
+    for end in (private_rabbitmq.stop, private_rabbitmq.kill, private_rabbitmq.stop):
+        before = len(confirmed)
+        end()
+        eventually(lambda: not publisher.status().connected and not consumer.status().connected)
+        private_rabbitmq.start()
+        eventually(
+            lambda before=before: len(confirmed) > before + 50 and min(map(len, seen.values())) > before + 50, 60
+        )
+    stop.set()
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
+    for name, numbers in seen.items():
+        assert set(confirmed) <= set(numbers), f"lost from {name}"
+        firsts = list(dict.fromkeys(numbers))
+        assert firsts == sorted(firsts), f"{name} is in order, but for what came twice"
+    assert offsets == list(range(len(offsets))), "a stream is read on where it was: nothing twice, nothing left out"
+    for broker in (publisher, consumer):
+        eventually(lambda broker=broker: broker.status().connected and broker.status().reconnects >= 3)
+    # declared again after each restart, but for what its declarer has deleted
+    assert set(private_rabbitmq.ctl("-q", "list_queues", "name", "--no-table-headers").split()) == {
+        "q",
+        "s",
+        "vanished",
+        "the-lock",
+        "the-lock.holder",
+    }
+    assert not lost.is_set()
     publisher.close()
     consumer.close()
 
@@ -124,11 +205,67 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
     eventually(lambda: not first.status().connected)
     third = connect(private_rabbitmq.url)
     third.lock("name", lambda: None)
+    eventually(lambda: first.status().connected)
+    first.consume("q", lambda delivery: arrived.set(), prefetch=1)  # nor with a new consumer, while it tries or after
     assert lost.wait(20)
     third.publish(Publication("x", "k", b"not for the first"))
     assert not arrived.wait(1.0), "who has lost the lock must not consume"
+    first._consumer.post(lambda: first._consumer.connection.close())  # one more reconnect, which asks for no lock
+    eventually(lambda: first._consumer.generation == 3 and first.status().connected)
+    assert not arrived.wait(1.0), "nor after a further reconnect"
     for broker in (first, second, third):
         broker.close()
+
+
+def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.brokers.rabbitmq._REFUSAL_SECONDS", 0.5)
+    url = private_rabbitmq.url
+    first, second, third = connect(url), connect(url), connect(url)
+    first.lock("lock", lambda: None)
+    with pytest.raises(LockHeld, match=r"lock is held by another connection \(user guest, process \d+ on "):
+        second.lock("lock", lambda: None)
+    first._consumer.close()  # as if it had crashed: its note stays
+    # under an alarm no note can be written; a lock must be taken all the same, and its predecessor not be named
+    private_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
+    began = time.monotonic()
+    second.lock("lock", lambda: None)
+    assert time.monotonic() - began < 8.0
+    with pytest.raises(LockHeld, match="lock is held by another connection: it is running already"):
+        third.lock("lock", lambda: None)
+    private_rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+    # an account that may take the lock and nothing else
+    private_rabbitmq.ctl("add_user", "node", "secret")
+    private_rabbitmq.ctl("set_permissions", "node", "^mine$", "^$", "^$")
+    limited = connect(url.replace("guest:guest", "node:secret"))
+    limited.lock("mine", lambda: None)
+    with pytest.raises(LockHeld, match="mine is held by another connection: it is running already"):
+        third.lock("mine", lambda: None)
+    with pytest.raises(AccessRefused, match="lacks a permission"):
+        limited.lock("not-mine", lambda: None)
+    for broker in (first, second, third, limited):
+        broker.close()
+    assert not private_rabbitmq.ctl("-q", "list_queues", "name", "--no-table-headers").split(), "notes go with locks"
+
+
+def test_a_broker_that_dies_during_the_greeting_is_away_and_has_refused_nobody(
+    private_rabbitmq: LocalRabbitMQ,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as cut:
+
+        def serve() -> None:
+            while True:
+                try:
+                    client, _ = cut.accept()
+                except OSError:
+                    return  # the test is over
+                with client, socket.create_connection(("127.0.0.1", private_rabbitmq.port)) as server:
+                    server.sendall(client.recv(8))
+                    client.sendall(server.recv(65_536))
+                    client.recv(65_536)  # user and password, which are never answered
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(BrokerUnavailable, match=r"no broker answers at 127\.0\.0\.1"):
+            connect(f"amqp://guest:guest@127.0.0.1:{cut.getsockname()[1]}/", connect_timeout=1.0)
 
 
 def test_accounts_and_addresses(private_rabbitmq: LocalRabbitMQ) -> None:
