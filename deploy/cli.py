@@ -18,6 +18,7 @@ from common.errors import (
     SharedEncoderError,
     UserError,
 )
+from deploy.log_commands import DEFAULT_STATE, State, log_app
 
 app = typer.Typer(
     name="shared-encoder",
@@ -30,6 +31,7 @@ request_app = typer.Typer(
     help="Ask a running master for an encoder, for more training, or to stop.", no_args_is_help=True
 )
 app.add_typer(request_app, name="request")
+app.add_typer(log_app, name="log")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")
@@ -232,7 +234,10 @@ def evaluate(
     ] = None,
     config: ConfigFile = None,
     encoder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="the shared encoder [default: master.export_dir of the file]")
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="the shared encoder [default: master.export_dir of the file]; more get a column each"
+        ),
     ] = None,
     pooled: Annotated[
         bool, typer.Option("--pooled", help="also train one trunk on all corpora together; needs all of them here")
@@ -243,22 +248,58 @@ def evaluate(
     """Compare the shared encoder with a random one and one trained alone, on held-out samples and a probe."""
     from deploy.evaluation import run_evaluation
 
-    run_evaluation(config, names or [], encoder=encoder, pooled=pooled, out=out, threads=threads)
+    run_evaluation(config, names or [], encoders=encoder or (), pooled=pooled, out=out, threads=threads)
 
 
 @app.command()
 def export(
     encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="id, as `status` shows it")],
-    state: Annotated[Path, typer.Option(metavar="DIR", help="the master's state directory")] = Path("master-state"),
+    state: State = DEFAULT_STATE,
     version: Annotated[int | None, typer.Option(metavar="N", help="rebuild this version [default: the newest]")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path(
         "encoder"
     ),
 ) -> None:
     """Rebuild any version of an encoder from the message log and write it for transformers."""
-    from deploy.observe import export_version
+    from deploy.replaying import export_version
 
     export_version(encoder, state, version, out)
+
+
+@app.command()
+def replay(
+    state: State = DEFAULT_STATE,
+    encoder: Annotated[str | None, typer.Option(metavar="ID", help="only this encoder [default: all]")] = None,
+    version: Annotated[int | None, typer.Option(metavar="N", help="only up to this version")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the result for transformers")] = None,
+    rule: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="decide by this aggregation rule instead of the logged one")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="section.key=value", help="change the rule: outer.lr=2; may be repeated"),
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NODE", help="leave out what this node said; may be repeated")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="a line for every version")] = False,
+) -> None:
+    """Rebuild every version from the message log and compare the bits, or see what another rule makes of it.
+
+    Exit code 1 at the first version that is not what was published.
+    """
+    from deploy.replaying import run_replay
+
+    run_replay(
+        state,
+        encoder=encoder,
+        version=version,
+        out=out,
+        rule=rule,
+        changes=set_ or (),
+        without=without or (),
+        every=every,
+    )
 
 
 def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:

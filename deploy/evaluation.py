@@ -32,21 +32,25 @@ def run_evaluation(
     file: Path | None,
     names: Sequence[str],
     *,
-    encoder: Path | None,
+    encoders: Sequence[Path],
     pooled: bool,
     out: Path | None,
     threads: int | None,
 ) -> None:
-    """Evaluate nodes of a configuration and print the table. Raises UserError for what is not there."""
+    """Evaluate nodes of a configuration and print the table; every encoder after the first is a column of its own.
+
+    Raises UserError for what is not there.
+    """
     config = load_config(file, {})
     configure_logging(level="warning")
     unknown = [name for name in names if name not in config.nodes]
     if unknown or not config.nodes:
         known = ", ".join(config.nodes) or "none; give --config FILE"
         raise UserError(f"no node {unknown[0]!r} in the configuration; there are: {known}" if unknown else known)
-    directory = encoder or config.master.export_dir
-    if directory is None or not directory.exists():
-        raise UserError(f"no shared encoder at {directory}; give it with --encoder DIR")
+    directories: Sequence[Path | None] = encoders or [config.master.export_dir]
+    for directory in directories:
+        if directory is None or not directory.exists():
+            raise UserError(f"no shared encoder at {directory}; give it with --encoder DIR")
     with saying("loading torch and transformers, a few seconds"):
         import torch
 
@@ -62,10 +66,12 @@ def run_evaluation(
             raise UserError(f"{state}: node {name!r} has not saved private parts; train it first")
         private = pinned[-1].parent
         corpora = load_corpora(name, node)
-        encoder_type = json.loads(pinned[-1].read_text())["type"]
-        domains.append(Domain.of(name, corpora[encoder_type], private))
-    _, tensors = get_encoder_type(domains[0].pinned["type"]).architecture_of(directory)
-    figures = evaluate_domains(domains, tensors, config.update.inner, pooled=pooled)
+        kind = json.loads(pinned[-1].read_text())["type"]
+        domains.append(Domain.of(name, corpora[kind], private))
+    encoder_type = get_encoder_type(domains[0].pinned.type)
+    tensors, *others = [encoder_type.architecture_of(directory)[1] for directory in directories if directory]
+    named = dict(zip(_names(encoders[1:]), others, strict=True))
+    figures = evaluate_domains(domains, tensors, config.update.inner, others=named, pooled=pooled)
     print_table(figures)
     if out is not None:
         out.write_text(json.dumps({"domains": figures}, indent=1))
@@ -77,10 +83,14 @@ def evaluate_domains(
     encoder: Mapping[str, Tensor],
     inner: InnerOptimizer,
     *,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
     pooled: bool = False,
     probe_rows: int = 2000,
 ) -> Figures:
-    """Train the baselines and score everything, with a progress bar; takes about as long as the nodes' training."""
+    """Train the baselines and score everything, with a progress bar; takes about as long as the nodes' training.
+
+    `others` are further encoders by name, within the same private parts, which fit the shared one best.
+    """
     from node_service.evaluate import fresh_model, score, shared_model, train_alone, train_pooled
 
     total = sum(domain.steps for domain in domains) * (2 if pooled else 1)
@@ -96,12 +106,24 @@ def evaluate_domains(
                 "random": fresh_model(domain),
                 "alone": train_alone(domain, inner, tell),
                 "shared": shared_model(domain, encoder),
+                **{name: shared_model(domain, other) for name, other in (others or {}).items()},
             }
             if domain.name in together:
                 models["pooled"] = together[domain.name]
             for kind, model in models.items():
                 figures[domain.name][kind] = score(domain, model, probe_rows=probe_rows).plain()
     return figures
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """A column's name for each: the folder's, or all of the path where that is taken."""
+    taken = {"random", "alone", "shared", "pooled"}
+    names = []
+    for directory in directories:
+        name = directory.name if directory.name not in taken else str(directory)
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def print_table(figures: Figures) -> None:

@@ -162,38 +162,6 @@ def request_stop(flags: dict[str, Any], file: Path | None, encoder: str | None) 
                 print(f"{name}: {state['status']}, version {state['version']}")
 
 
-def export_version(encoder: str, state: Path, version: int | None, out: Path) -> None:
-    """Rebuild a version from the message log and write it for transformers. Raises UserError if it is not there."""
-    with saying("rebuilding the version from the message log"):
-        from common.encoders import get_encoder_type
-        from master_service.fold import Fold
-        from master_service.message_log import MessageLog
-        from master_service.registry import card
-
-        try:
-            log = MessageLog(state, read_only=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{error}; give the master's state directory with --state DIR") from None
-        fold = Fold(log.payloads)
-        found = -1
-        for check in fold.replay(log.entries()):
-            if not check.identical:
-                raise UserError(f"version {check.version} of {check.encoder} does not come out as it was published")
-            if check.encoder == encoder:
-                found = check.version
-                if found == version:
-                    break
-        if found < 0 or (version is not None and found != version):
-            known = ", ".join(fold.coordinator.state.encoders) or "none"
-            raise UserError(
-                f"version {version if version is not None else 0} of {encoder} is not there; known: {known}"
-            )
-        parameters = fold.aggregator.targets[encoder].parameters
-        made = fold.coordinator.state.encoders[encoder]
-        get_encoder_type(made.encoder_type).export_shared(out, made.architecture, parameters.tensors(), card(made))
-    print(f"version {found} of {encoder} written to {out}, sha256 of its parameters {parameters.digest()}")
-
-
 def _answer(observer: Observer, timeout: float) -> Answer:
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:

@@ -129,13 +129,15 @@ class Skipped(Message):
 
 
 class Repaired(Message):
-    """The ledger was damaged; rows between `last_whole` and this one may be lost. The state is that of `resumed_at`:
-    the last whole row, or a snapshot that is newer."""
+    """The ledger was damaged, and rows after `last_whole` are lost. The state is that of `resumed_at`: the last whole
+    row, or one that a newer snapshot was made of. Then this stands in the place of that row, and `checksum`, which was
+    that row's, is what the next row follows."""
 
     kind: Literal["repaired"] = "repaired"
     last_whole: int
     resumed_at: int
     problem: str
+    checksum: str = ""
 
 
 class Presence(Message):

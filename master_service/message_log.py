@@ -6,19 +6,26 @@ chained: each carries a checksum over itself and the row before. Bodies are JSON
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+from pydantic import ValidationError
 
 from common.errors import Damaged, UserError
-from common.messages import Message
 from master_service.entries import Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
 from master_service.payloads import PayloadStore
 
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
 
+_NO_LIMIT = (1 << 63) - 1
+_NOT_WRITTEN = "not what was written, or a row before it is missing"
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS entries (
     offset      INTEGER PRIMARY KEY,
@@ -39,23 +46,62 @@ CREATE TABLE IF NOT EXISTS dropped (payload TEXT PRIMARY KEY, reason TEXT NOT NU
 CREATE TABLE IF NOT EXISTS deaths (what TEXT PRIMARY KEY, count INTEGER NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-_COLUMNS = "offset, message_id, at, body, facts, payload, checksum"
+
+
+class Row(NamedTuple):
+    """A row as it stands in the ledger, column by column."""
+
+    offset: int
+    message_id: str
+    at: float
+    kind: str
+    sender: str
+    encoder: str
+    body: str
+    facts: str | None
+    payload: str | None
+    carried_out: int
+    checksum: str
+
+    def follows(self, checksum: str) -> bool:
+        """Whether it is what was written after the row of that checksum."""
+        try:
+            expected = _checksum(checksum, self.offset, self.message_id, self.at, self.body, self.facts, self.payload)
+        except TypeError:
+            return False  # damage can make another type of a column
+        return self.checksum == expected
+
+    @property
+    def chain(self) -> str:
+        """The checksum that the next row follows: its own, or that of the lost rows that a repair stands for."""
+        if self.kind != Repaired.model_fields["kind"].default:
+            return self.checksum
+        with contextlib.suppress(ValidationError):
+            body = unpack(self.body)
+            return (body.checksum if isinstance(body, Repaired) else "") or self.checksum
+        return self.checksum
 
 
 class MessageLog:
     """The ledger. `at` never goes back, a message id is never there twice.
 
+    `before` is the checksum that the first row follows: empty, unless this is a part of another ledger.
     Raises Damaged when it is opened for writing and SQLite finds it malformed, or when a row does not match its
     checksum as it is read.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+    def __init__(self, directory: Path, *, read_only: bool = False, before: str = "") -> None:
         self.directory = directory
+        self.before = before
+        self._read_only = read_only
         path = directory / "ledger.sqlite"
         if read_only:
             if not path.exists():
                 raise FileNotFoundError(f"no message log in {directory}")
-            self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+            # where SQLite may not put its files beside the ledger it needs none, if nobody writes
+            still = not os.access(directory, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+            uri = f"file:{quote(str(path))}?mode=ro{'&immutable=1' if still else ''}"
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
         else:
             directory.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -68,9 +114,9 @@ class MessageLog:
                 [(verdict,), *_] = self._db.execute("PRAGMA quick_check(1)")
                 if verdict != "ok":
                     raise Damaged(f"{path} is malformed ({verdict}); {repair_hint(directory)}")
-            last = self._db.execute(
-                "SELECT offset, at, carried_out, checksum FROM entries ORDER BY offset DESC LIMIT 1"
-            ).fetchone()
+            elif not self._has_rows():
+                raise Damaged(f"{path} is empty; {repair_hint(directory)}")
+            last = self._last_row()
         except sqlite3.DatabaseError as error:
             self._db.close()
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
@@ -80,16 +126,18 @@ class MessageLog:
             self._db.close()
             raise
         self.payloads = PayloadStore(directory / "payloads")
-        offset, at, carried_out, checksum = last or (-1, 0.0, -1, "")
-        self._offset: int = offset
-        self._at: float = at
-        self._checksum: str = checksum
+        self._offset = last.offset if last else -1
+        self._at = last.at if last else 0.0
+        self._checksum = last.chain if last else before
         #: The last row's `carried_out`: the effects of the rows after it may not have left.
-        self.carried_out: int = carried_out
+        self.carried_out = last.carried_out if last else -1
 
     @property
     def last_offset(self) -> int:
         """The offset of the newest entry; -1 if there is none."""
+        if self._read_only:  # a master may be writing
+            [(offset,)] = self._db.execute("SELECT max(offset) FROM entries")
+            return -1 if offset is None else int(offset)
         return self._offset
 
     def append(
@@ -119,7 +167,7 @@ class MessageLog:
                     message_id,
                     entry.at,
                     body.kind,
-                    _sender(body),
+                    sender_of(body),
                     getattr(body, "encoder", None) or "",
                     text,
                     facts_text,
@@ -130,15 +178,19 @@ class MessageLog:
             )
         except sqlite3.IntegrityError:
             return None
-        self._offset, self._at, self._checksum, self.carried_out = entry.offset, entry.at, checksum, carried_out
+        lost = body.checksum if isinstance(body, Repaired) else ""
+        self._offset, self._at, self._checksum, self.carried_out = entry.offset, entry.at, lost or checksum, carried_out
         return entry
 
-    def entries(self, after: int = -1) -> Iterator[Entry]:
-        """Every entry with an offset above `after`, in order. Raises Damaged at a row that is not what was written."""
-        rows = self._db.execute("SELECT body FROM entries WHERE kind = 'skipped'")
-        skipped = {body.offset for (text,) in rows if isinstance(body := unpack(text), Skipped)}
-        checksum = self.checksum(after) or ""
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM entries WHERE offset > ? ORDER BY offset", (after,))
+    def rows(self, after: int = -1, up_to: int | None = None) -> Iterator[Row]:
+        """Every row with an offset above `after` (and not above `up_to`), in order, as it stands there: unchecked.
+
+        Raises Damaged where SQLite cannot read on.
+        """
+        rows = self._db.execute(
+            "SELECT * FROM entries WHERE offset > ? AND offset <= ? ORDER BY offset",
+            (after, _NO_LIMIT if up_to is None else up_to),
+        )
         while True:
             try:
                 row = rows.fetchone()
@@ -146,12 +198,22 @@ class MessageLog:
                 raise Damaged(f"the ledger in {self.directory} is malformed ({error}); {self._hint}") from None
             if row is None:
                 return
-            offset, message_id, at, body, facts, payload, found = row
-            checksum = _checksum(checksum, offset, message_id, at, body, facts, payload)
-            if checksum != found:
-                raise Damaged(f"row {offset} of the ledger in {self.directory} is not what was written; {self._hint}")
-            parsed = UpdateFacts.model_validate_json(facts) if facts else None
-            yield Entry(offset, message_id, at, unpack(body), parsed, payload, offset in skipped)
+            yield Row(*row)
+
+    def entries(self, after: int = -1) -> Iterator[Entry]:
+        """Every entry with an offset above `after`, in order. Raises Damaged at a row that is not what was written."""
+        skipped = self.skipped()
+        checksum = self.checksum(after) or self.before
+        for row in self.rows(after):
+            if not row.follows(checksum):
+                raise Damaged(f"row {row.offset} of the ledger in {self.directory} is {_NOT_WRITTEN}; {self._hint}")
+            checksum = row.chain
+            facts = UpdateFacts.model_validate_json(row.facts) if row.facts else None
+            yield Entry(row.offset, row.message_id, row.at, unpack(row.body), facts, row.payload, row.offset in skipped)
+
+    def skipped(self) -> set[int]:
+        """The offsets of the rows that have no effect, because they killed the master."""
+        return {body.offset for body in self.bodies("skipped") if isinstance(body, Skipped)}
 
     def entry(self, offset: int) -> Entry:
         """One entry. Raises KeyError if there is none."""
@@ -162,15 +224,39 @@ class MessageLog:
 
     def checksum(self, offset: int) -> str | None:
         """The chain's checksum at the last row up to `offset`; None if there is no such row."""
-        row = self._db.execute(
-            "SELECT checksum FROM entries WHERE offset <= ? ORDER BY offset DESC LIMIT 1", (offset,)
-        ).fetchone()
-        return str(row[0]) if row else None
+        row = self._last_row(offset)
+        return row.chain if row else None
+
+    def bodies(self, kind: str) -> list[Loggable]:
+        """The bodies of a kind, in order, without one that is damaged: who reads the rows finds that."""
+        found = []
+        for (text,) in self._db.execute("SELECT body FROM entries WHERE kind = ? ORDER BY offset", (kind,)):
+            with contextlib.suppress(ValidationError):
+                found.append(unpack(text))
+        return found
 
     def repairs(self) -> list[Repaired]:
         """Where the ledger was damaged and repaired."""
-        rows = self._db.execute("SELECT body FROM entries WHERE kind = 'repaired' ORDER BY offset")
-        return [body for (text,) in rows if isinstance(body := unpack(text), Repaired)]
+        return [body for body in self.bodies("repaired") if isinstance(body, Repaired)]
+
+    def take(self, rows: Iterable[Row]) -> int:
+        """Copy rows of another ledger as they are, up to the first that does not follow the one before; gives how many.
+
+        What was read before `rows` raises is kept.
+        """
+        taken = 0
+        self._db.execute("BEGIN")
+        try:
+            for row in rows:
+                if not row.follows(self._checksum):
+                    break
+                self._db.execute("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", row)
+                self._offset, self._at, self._checksum = row.offset, row.at, row.chain
+                self.carried_out = row.carried_out
+                taken += 1
+        finally:
+            self._db.execute("COMMIT")
+        return taken
 
     # --- payloads that are not needed any more ---------------------------------------------------------------------
 
@@ -191,6 +277,15 @@ class MessageLog:
         """Why payloads that rows name are not here (any more): payload → reason."""
         return dict(self._db.execute("SELECT payload, reason FROM dropped").fetchall())
 
+    def note_dropped(self, notes: Iterable[tuple[str, str, float]]) -> None:
+        """Take over notes of another ledger: (payload, reason, at)."""
+        self._db.executemany("INSERT OR REPLACE INTO dropped VALUES (?,?,?)", notes)
+
+    def why_dropped(self, payload: str) -> str | None:
+        """Why one payload is not here (any more); None if nobody dropped it."""
+        row = self._db.execute("SELECT reason FROM dropped WHERE payload = ?", (payload,)).fetchone()
+        return str(row[0]) if row else None
+
     def write_payload(self, payload: bytes) -> str:
         """Store a payload durably and give its digest; it counts as dropped no more."""
         digest = self.payloads.write(payload)
@@ -200,6 +295,14 @@ class MessageLog:
     def uses(self, payload: str) -> int:
         """How many rows name a payload."""
         return int(self._db.execute("SELECT count(*) FROM entries WHERE payload = ?", (payload,)).fetchone()[0])
+
+    def count(self, kind: str) -> int:
+        """How many rows of a kind there are."""
+        return int(self._db.execute("SELECT count(*) FROM entries WHERE kind = ?", (kind,)).fetchone()[0])
+
+    def payload_count(self) -> int:
+        """How many different payloads the rows name."""
+        return int(self._db.execute("SELECT count(DISTINCT payload) FROM entries").fetchone()[0])
 
     def update_payloads(self, up_to: int) -> list[str]:
         """The payloads of updates in rows up to `up_to` that have not been dropped, oldest first."""
@@ -224,9 +327,23 @@ class MessageLog:
     def close(self) -> None:
         self._db.close()
 
+    def close_as_one_file(self) -> None:
+        """So that the ledger can be renamed without what SQLite keeps beside it."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.close()
+
     @property
     def _hint(self) -> str:
         return repair_hint(self.directory)
+
+    def _last_row(self, up_to: int = _NO_LIMIT) -> Row | None:
+        row = self._db.execute(
+            "SELECT * FROM entries WHERE offset <= ? ORDER BY offset DESC LIMIT 1", (up_to,)
+        ).fetchone()
+        return Row(*row) if row else None
+
+    def _has_rows(self) -> bool:
+        return bool(self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'entries'").fetchone()[0])
 
     def _check_schema(self, path: Path) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -236,34 +353,6 @@ class MessageLog:
                 f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
                 "take the program that wrote it, or another --state"
             )
-
-
-def copy_whole_rows(damaged: Path, directory: Path) -> int:
-    """Copy rows of a ledger into a new one in `directory`, up to the first that cannot be read or does not match its
-    checksum; gives the offset of the last that was copied, -1 if none was."""
-    log = MessageLog(directory)
-    source = sqlite3.connect(f"file:{damaged}?mode=ro", uri=True, isolation_level=None)
-    checksum, last = "", -1
-    try:
-        log._db.execute("BEGIN")
-        for row in source.execute("SELECT * FROM entries ORDER BY offset"):
-            offset, message_id, at, _, _, _, body, facts, payload, _, found = row
-            checksum = _checksum(checksum, offset, message_id, at, body, facts, payload)
-            if checksum != found:
-                break
-            log._db.execute("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", row)
-            last = offset
-        dropped = source.execute("SELECT payload, reason, at FROM dropped").fetchall()
-        log._db.executemany("INSERT OR REPLACE INTO dropped VALUES (?,?,?)", dropped)
-    except sqlite3.DatabaseError:
-        pass  # as far as it can be read
-    finally:
-        log._db.execute("COMMIT")
-        source.close()
-        # so that the file can be renamed alone
-        log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        log.close()
-    return last
 
 
 def repair_hint(directory: Path) -> str:
@@ -282,5 +371,6 @@ def _checksum(
     return hashlib.sha256(row.encode()).hexdigest()
 
 
-def _sender(body: Message) -> str:
+def sender_of(body: object) -> str:
+    """Who said it, as the ledger's `sender` column has it."""
     return str(getattr(body, "node", None) or getattr(body, "sender", None) or "master")

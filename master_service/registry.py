@@ -23,7 +23,7 @@ def export_encoder(directory: Path, encoder: EncoderState, parameters: Parameter
     return directory
 
 
-def card(encoder: EncoderState) -> str:
+def card(encoder: EncoderState, note: str = "") -> str:
     """The facts of the training, as Markdown."""
     rows = "\n".join(
         f"| {member.node} | {member.samples} | {member.returns} | {member.steps} | {member.weight:.2f} |"
@@ -32,7 +32,8 @@ def card(encoder: EncoderState) -> str:
     return (
         f"# Shared encoder {encoder.encoder}\n\n"
         f"Type `{encoder.encoder_type}`, version {encoder.version}, made of {encoder.updates} updates of "
-        f"{len(encoder.members)} nodes ({encoder.reason}). No sample left its owner.\n\n"
+        f"{len(encoder.members)} nodes ({encoder.reason or encoder.status}). No sample left its owner.\n\n"
+        f"{note + chr(10) * 2 if note else ''}"
         f"Parameters: {encoder.size:,}, sha256 `{encoder.digest}`.\n\n"
         "| node | samples | updates counted | steps | sum of weights |\n|---|---|---|---|---|\n" + rows + "\n"
     )

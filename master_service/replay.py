@@ -6,6 +6,7 @@ with unchanged settings that is what an uninterrupted master makes of the log, w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,8 @@ from common.errors import Damaged
 from common.messages import Message, NodeMessage, Stop, UpdateManifest
 from common.parameters import ParameterSet
 from master_service.aggregator import PayloadsLost
+from master_service.coordinator import Coordinator
+from master_service.effects import Conclude
 from master_service.entries import (
     Configured,
     Entry,
@@ -23,6 +26,7 @@ from master_service.entries import (
     Skipped,
     StepFailed,
     StopRule,
+    Tick,
     Versioned,
 )
 from master_service.fold import Check, Fold
@@ -30,38 +34,55 @@ from master_service.message_log import MessageLog
 from master_service.snapshot import read_snapshot
 from master_service.state import EncoderState
 
+#: The reason of a dropped payload that nobody needs: its update was refused.
+REFUSED = "refused"
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a replay begins. `left_out` says what it cannot show, and why; empty if it begins with the first row."""
+    """Where a replay begins. `left_out` says what it cannot show, and why; empty if it shows everything."""
 
     fold: Fold
     left_out: str = ""
 
 
 def origin(log: MessageLog) -> Origin:
-    """The first row, unless payloads were dropped or rows lost: then the oldest whole snapshot.
+    """The first row, unless payloads were dropped or rows lost: then the oldest whole snapshot after those.
 
-    Raises Damaged if payloads are gone that nobody dropped, or if there is no snapshot to begin from.
+    Raises Damaged if there is no snapshot to begin from, or if the log is a part without its beginning.
     """
-    dropped = log.dropped()
-    by_retention = [payload for payload, reason in dropped.items() if reason != "refused"]
-    repairs = log.repairs()
-    if not by_retention and not repairs:
-        return Origin(Fold(log.payloads))
-    fold = read_snapshot(log.directory / "snapshots", log, oldest=True)
-    reasons = [f"{len(by_retention)} payloads were dropped by retention"] if by_retention else []
-    reasons += [f"rows after {each.last_whole} were lost ({each.problem})" for each in repairs]
+    reasons = [f"{count} payloads were dropped ({reason})" for reason, count in missing_payloads(log).items()]
+    gap = -1
+    for each in log.repairs():
+        if each.resumed_at > each.last_whole:
+            gap = max(gap, each.resumed_at)
+            reasons.append(f"rows after {each.last_whole}, up to {each.resumed_at}, were lost ({each.problem})")
+    first = next((row.offset for row in log.rows()), 0)
+    if first > 0 and gap < 0:
+        raise Damaged(f"this log begins with row {first}: a replay needs all rows before it too")
+    tails = [
+        f"rows after {each.last_whole} were lost ({each.problem})"
+        for each in log.repairs()
+        if each.resumed_at == each.last_whole
+    ]
+    if not reasons:
+        return Origin(Fold(log.payloads), "; ".join(tails))
+    fold = read_snapshot(log.directory / "snapshots", log, oldest=True, at_least=gap)
     if fold.offset < 0:
-        raise Damaged(f"{'; '.join(reasons)}, and there is no snapshot to begin from")
+        raise Damaged(f"{'; '.join(reasons)}, and there is no whole snapshot to begin from")
     versions = ", ".join(
-        f"{name} up to version {encoder.version}" for name, encoder in fold.coordinator.state.encoders.items()
+        f"{name} before version {encoder.version}" for name, encoder in fold.coordinator.state.encoders.items()
     )
     return Origin(
         fold,
-        f"not shown: {versions or 'nothing'} (rows 0 to {fold.offset}), because {'; '.join(reasons)}; "
+        f"not shown: {versions or 'nothing'} (rows 0 to {fold.offset}), because {'; '.join(reasons + tails)}; "
         "the replay begins with a snapshot",
     )
+
+
+def missing_payloads(log: MessageLog) -> Counter[str]:
+    """How many payloads that a replay from the first row needs were dropped, by reason."""
+    return Counter(reason for reason in log.dropped().values() if reason != REFUSED)
 
 
 def verify(log: MessageLog, fold: Fold) -> Iterator[tuple[Entry, Check | None]]:
@@ -117,20 +138,27 @@ class Refold:
     """Decides a log anew. `change` maps the logged settings; what nodes in `without` said is left out.
 
     The nodes trained on what was really published: an update's base version is translated to the version that the
-    refold had reached when that one was made. Stop rules are left out of a counterfactual (they count versions of
-    another numbering): it ends with the log. `uncounted`: updates whose payload is not there any more.
+    refold had reached when that one was made. A counterfactual ends the training of an encoder where the log ended it
+    (stop rules count versions of another numbering), and its grace times run out by its own buffers. `logged` decides
+    as the master did, for comparison. `uncounted`: updates whose payload is not there any more.
     """
 
     log: MessageLog
     change: Callable[[Settings], Settings] | None = None
     without: frozenset[str] = frozenset()
     fold: Fold = field(init=False)
+    logged: Coordinator = field(init=False)
     uncounted: int = 0
 
     def __post_init__(self) -> None:
         self.fold = Fold(self.log.payloads)
+        self.logged = Coordinator()
+        self._at = 0.0
         self._reached: dict[tuple[str, int], int] = {}
         self._dropped = self.log.dropped()
+        self._lost = {
+            lost for body in self.log.bodies("step-failed") if isinstance(body, StepFailed) for lost in body.lost
+        }
 
     @property
     def counterfactual(self) -> bool:
@@ -138,25 +166,24 @@ class Refold:
 
     def run(self) -> Iterator[Entry]:
         """Yields every row once it is folded, to show progress. Raises Damaged."""
-        if retention := [payload for payload, reason in self._dropped.items() if reason != "refused"]:
+        if missing := missing_payloads(self.log):
             raise Damaged(
-                f"{len(retention)} payloads were dropped by retention: another rule needs all of them; "
+                f"{missing.total()} payloads were dropped ({', '.join(missing)}): another rule needs all of them; "
                 'set master.retention = "all" before a run that is to be replayed under other rules'
             )
         if repairs := self.log.repairs():
             raise Damaged(f"rows of the ledger were lost ({repairs[0].problem}): the log cannot be decided anew")
-        at = 0.0
         for entry in self.log.entries():
-            at = entry.at
             self._settle_steps(entry)
+            if self.counterfactual:
+                self._let_grace_run_out(entry.at)
             body = self._changed(entry)
             if body is not None:
                 self._apply(replace(entry, body=body) if body is not entry.body else entry)
+            self._at = entry.at
+            if self.counterfactual:
+                self._follow(entry)
             yield entry
-        if self.counterfactual:
-            self._compute()
-            # what is at hand becomes the last version, as when an operator stops
-            self._apply(Entry(0, "", at, Stop(sender="replay")))
         self._compute()
 
     def _changed(self, entry: Entry) -> Loggable | None:
@@ -178,6 +205,26 @@ class Refold:
             return body.model_copy(update={"base_version": base})
         return body
 
+    def _follow(self, entry: Entry) -> None:
+        """Decide as the master did. Where that ended an encoder's training, what is at hand is the last version."""
+        if entry.skipped:
+            return
+        for effect in self.logged.handle(entry):
+            if isinstance(effect, Conclude):
+                self._compute(entry.at)
+                self._apply(Entry(0, "", entry.at, Stop(sender="replay", encoder=effect.encoder)))
+                self._compute(entry.at)
+
+    def _let_grace_run_out(self, until: float) -> None:
+        """Fire what is due before `until`, unless the very same buffer waited then: the log says what became of it."""
+        then = _grace(self.logged)
+        while due := [
+            at for encoder, at in _grace(self.fold.coordinator).items() if at <= until and then.get(encoder) != at
+        ]:
+            self._at = max(self._at, min(due))
+            self._apply(Entry(0, "", self._at, Tick()))
+            self._compute(self._at)
+
     def _apply(self, entry: Entry) -> None:
         if isinstance(entry.body, UpdateManifest) and entry.payload in self._dropped:
             # it was refused then; were it counted now, its payload would be missing
@@ -188,12 +235,13 @@ class Refold:
     def _settle_steps(self, upcoming: Entry) -> None:
         """Compute what is pending, unless the log says that this failed then for want of payloads."""
         body = upcoming.body
-        step = self.fold.pending.get(body.encoder) if isinstance(body, StepFailed) else None
-        if isinstance(body, StepFailed) and step is not None:
-            lost = [each.payload for each in step.contributions if each.payload in body.lost]
-            if lost:
-                failed = StepFailed(encoder=body.encoder, version=step.version, lost=lost)
-                self._apply(Entry(0, "", upcoming.at, failed))
+        if isinstance(body, StepFailed):
+            step = self.fold.pending.get(body.encoder)
+            lost = [each.payload for each in step.contributions if each.payload in body.lost] if step else []
+            if step is not None and lost:
+                self._apply(
+                    Entry(0, "", upcoming.at, StepFailed(encoder=body.encoder, version=step.version, lost=lost))
+                )
         self._compute(upcoming.at)
 
     def _compute(self, at: float | None = None) -> None:
@@ -201,11 +249,23 @@ class Refold:
             encoder = next(iter(self.fold.pending))
             outcome = self.fold.compute(encoder)
             if isinstance(outcome, StepFailed):
-                raise Damaged(
-                    f"version {outcome.version} of {encoder} cannot be computed: "
-                    f"damaged or missing: payload {', '.join(outcome.lost)}"
-                )
-            self._apply(Entry(0, "", at or 0.0, outcome))
+                if not set(outcome.lost) <= self._lost:
+                    raise Damaged(
+                        f"version {outcome.version} of {encoder} cannot be computed: "
+                        f"damaged or missing: payload {', '.join(outcome.lost)}"
+                    )
+                self.uncounted += len(outcome.lost)
+            self._apply(Entry(0, "", self._at if at is None else at, outcome))
+
+
+def _grace(coordinator: Coordinator) -> dict[str, float]:
+    """When the updates at hand of each encoder become a version, however few they are."""
+    state = coordinator.state
+    return {
+        name: encoder.buffer_since + state.settings.rule.buffer.grace_seconds
+        for name, encoder in state.encoders.items()
+        if encoder.buffer and encoder.status == "running"
+    }
 
 
 def _who(body: Message) -> str | None:

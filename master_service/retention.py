@@ -17,19 +17,24 @@ def prune(log: MessageLog, snapshots: Path, retention: Retention, at: float) -> 
 
     What a master that starts from the oldest kept snapshot would read is always kept, also when it is over the budget.
     """
+    floor = min((each.offset for each in kept_snapshots(snapshots)), default=-1)
+    return log.drop(droppable(log, snapshots, retention), f"retention {retention}", at, up_to=floor)
+
+
+def droppable(log: MessageLog, snapshots: Path, retention: Retention) -> list[str]:
+    """The payloads that the policy would drop now, oldest first."""
     kept = kept_snapshots(snapshots)
     if retention == "all" or len(kept) < 2:
-        return 0  # with one snapshot alone, its damage would leave nothing to start from
-    floor = min(each.offset for each in kept)
+        return []  # with one snapshot alone, its damage would leave nothing to start from
     needed = {payload for each in kept for payload in each.buffered}
-    candidates = [payload for payload in log.update_payloads(floor) if payload not in needed]
-    if not isinstance(retention, str):
-        over = sum(map(log.payloads.size, log.payloads.stored())) - retention
-        chosen = []
-        for payload in candidates:
-            if over <= 0:
-                break
-            over -= log.payloads.size(payload)
-            chosen.append(payload)
-        candidates = chosen
-    return log.drop(candidates, f"retention {retention}", at, up_to=floor)
+    found = [payload for payload in log.update_payloads(min(each.offset for each in kept)) if payload not in needed]
+    if isinstance(retention, str):
+        return found
+    over = sum(map(log.payloads.size, log.payloads.stored())) - retention
+    chosen = []
+    for payload in found:
+        if over <= 0:
+            break
+        over -= log.payloads.size(payload)
+        chosen.append(payload)
+    return chosen

@@ -80,8 +80,9 @@ def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
     return final
 
 
-def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False) -> Fold:
-    """The newest whole snapshot (or the oldest) as a fold; an empty fold if there is none.
+def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False, at_least: int = -1) -> Fold:
+    """The newest whole snapshot (or the oldest that is not before the row `at_least`) as a fold; an empty fold if
+    there is none.
 
     Raises Damaged if the log does not hold, or no longer holds, the rows that the snapshot was made of.
     """
@@ -90,6 +91,8 @@ def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False) -> 
             manifest, fold = _read(path, log.payloads)
         except _DAMAGE as error:
             structlog.get_logger().warning("snapshot damaged, taking another", path=str(path), problem=str(error))
+            continue
+        if manifest.offset < at_least:
             continue
         if manifest.offset > log.last_offset:
             raise Damaged(
@@ -110,6 +113,17 @@ def kept_snapshots(directory: Path) -> list[Manifest]:
             found.append(_manifest(path))
         except _DAMAGE:
             continue  # a start skips it too
+    return found
+
+
+def whole_snapshots(directory: Path, payloads: PayloadStore) -> list[tuple[Path, Manifest | str]]:
+    """Every snapshot, oldest first, read as a whole: its manifest, or what is wrong with it in words."""
+    found: list[tuple[Path, Manifest | str]] = []
+    for path in sorted(_snapshots(directory)):
+        try:
+            found.append((path, _read(path, payloads)[0]))
+        except _DAMAGE as error:
+            found.append((path, str(error)))
     return found
 
 

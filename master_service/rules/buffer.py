@@ -11,10 +11,10 @@ from master_service.rules.model import BufferRule
 def is_ready(waiting: Sequence[str], active: Collection[str], rule: BufferRule, max_unanswered: int) -> bool:
     """Whether to step now. `waiting` names the node of each buffered update, in order of arrival.
 
-    arrival: at once (FedAsync). count: K updates (FedBuff), or as many as the active nodes may hand in without an answer
-    (`max_unanswered` each), so that a few do not wait for those who have gone. half: min(active, max(2, ⌈active/2⌉))
-    updates. cohort: one of every active node (FedAvg, DiLoCo). count and half want two distinct nodes where two are
-    active.
+    arrival: at once (FedAsync). count: K updates (FedBuff), or as many as the active nodes may hand in without an
+    answer (`max_unanswered` each), so that a few do not wait for those who have gone. half: min(active, max(2,
+    ⌈active/2⌉)) updates. cohort: one of every active node (FedAvg, DiLoCo). count and half want two distinct nodes
+    where two are active.
     """
     if not waiting:
         return False
