@@ -73,15 +73,25 @@ class VersionReader:
         self._stream = topology.stream(encoder)
         self._encoder = encoder
         self._layout_digest = layout_digest
+        self._unseen: StreamPosition = "first"
 
     def read(
-        self, at_least: int, published_at: float, *, timeout: float = 60.0, patience: float = 3.0
+        self,
+        at_least: int,
+        published_at: float,
+        *,
+        exact: bool = False,
+        timeout: float = 60.0,
+        patience: float = 3.0,
     ) -> CompleteVersion:
-        """The newest complete version ≥ `at_least` on the stream now. Raises BrokerUnavailable after `timeout` s."""
+        """The newest complete version ≥ `at_least` on the stream now; `exact`: that very one, as written last.
+
+        Raises BrokerUnavailable after `timeout` seconds.
+        """
         start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            found = self._scan(start, at_least, min(patience, left))
+            found = self._scan(start, at_least, exact, min(patience, left))
             if found is not None:
                 return found
             start = "first"
@@ -89,7 +99,11 @@ class VersionReader:
             f"version {at_least} of {self._encoder} did not come over the stream in {timeout:.0f} s"
         )
 
-    def _scan(self, start: StreamPosition, at_least: int, patience: float) -> CompleteVersion | None:
+    def look(self, at_least: int, *, patience: float = 1.0) -> CompleteVersion | None:
+        """The newest version ≥ `at_least` among those that this reader has not seen yet; None is no failure."""
+        return self._scan(self._unseen, at_least, False, patience)
+
+    def _scan(self, start: StreamPosition, at_least: int, exact: bool, patience: float) -> CompleteVersion | None:
         """Read on until the wanted version is there and nothing newer is at hand, or until silence."""
         arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         assembly = VersionAssembly(self._encoder, self._layout_digest)
@@ -108,11 +122,12 @@ class VersionReader:
                     done = assembly.add(chunk) if isinstance(chunk, ParameterChunk) else None
                 except Poison:
                     continue  # a damaged version is not on the stream for this reader; the next one will be
-                if (
-                    done
-                    and done.version >= at_least
-                    and (newest is None or (done.epoch, done.version) > (newest.epoch, newest.version))
-                ):
+                if done is None:
+                    continue
+                if delivery.offset is not None:
+                    self._unseen = delivery.offset + 1
+                wanted = done.version == at_least if exact else done.version >= at_least
+                if wanted and (newest is None or (done.epoch, done.version) >= (newest.epoch, newest.version)):
                     newest = done
         finally:
             subscription.close()

@@ -54,12 +54,27 @@ class Retune:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Read the newest version ≥ `at_least` from the stream, then adopt it. `final`: it is the last one."""
+    """Read the newest version ≥ `at_least` from the stream (`exact`: that very one)."""
 
     encoder: str
     at_least: int
     published_at: float
-    final: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """See whether a version ≥ `at_least` is on the stream although nobody has said so; finding none is normal."""
+
+    encoder: str
+    at_least: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The master does not know the encoder that is trained here: let go of it."""
+
+    encoder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +97,16 @@ class Reincarnate:
     """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
 
 
-Action = Say | CheckSamples | Begin | Retune | Read | Settle | Republish | Reincarnate
+Action = Say | CheckSamples | Begin | Retune | Read | Look | Drop | Settle | Republish | Reincarnate
 
 
 @dataclass
 class Agent:
-    """What the node knows of the protocol's state. `unanswered` holds the sequence numbers without a receipt."""
+    """What the node knows of the protocol's state. `unanswered` holds the sequence numbers without a receipt.
+
+    Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
+    only the one that it names is read, because the stream may hold two of one number.
+    """
 
     node: str
     incarnation: str
@@ -97,6 +116,7 @@ class Agent:
     rule: Rule | None = None
     version: int = -1
     wanted: int = -1
+    lost: int = -1
     finishing: Finish | None = None
     waiting: dict[str, Instruction] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
@@ -104,6 +124,14 @@ class Agent:
     def join(self) -> list[Action]:
         """Introduce this node; the master answers with the running instructions."""
         return [Say(Join(node=self.node, incarnation=self.incarnation, types=list(self.types)))]
+
+    def resume(self, instruction: Instruction, rule: Rule, version: int) -> list[Action]:
+        """Go on where an earlier process of this incarnation was, from `version`, or from one to be read if that is -1.
+
+        The master's answer to `join` is then one more instruction for the encoder that is trained already.
+        """
+        self.current, self.rule, self.version = instruction, rule, version
+        return [Begin(instruction, rule), *self._read(rule.version, rule.published_at)]
 
     def leave(self) -> list[Action]:
         """Say goodbye; what is owed stays owed."""
@@ -143,15 +171,23 @@ class Agent:
         return [Say(ack), *([] if self.current else self._next())]
 
     def version_read(self, encoder: str, version: int) -> list[Action]:
-        """A version was read and adopted; after the last one the next encoder's turn comes."""
+        """A version that `adopts` or `finishes` is here; after the last one the next encoder's turn comes."""
         if not self._is_current(encoder):
             return []
         self.version = max(self.version, version)
         if self.finishing is None or self.version < self.finishing.version:
             return []
         self.finished.add(encoder)
-        self.current, self.rule, self.finishing, self.version, self.wanted = None, None, None, -1, -1
-        return self._next()
+        return self._turn()
+
+    def adopts(self, encoder: str, version: int, *, exact: bool) -> bool:
+        """Whether a version that was read is to be trained on."""
+        return version > self.version and self._holds(encoder, version, exact)
+
+    def finishes(self, encoder: str, version: int, *, exact: bool) -> bool:
+        """Whether a version that was read is the last one, whatever it was read for."""
+        finish = self.finishing
+        return finish is not None and version >= finish.version and self._holds(encoder, version, exact)
 
     def read_failed(self) -> list[Action]:
         """The version that was wanted did not come over the stream: ask the master for it."""
@@ -159,7 +195,7 @@ class Agent:
         return self.ask_for_version()
 
     def ask_for_version(self) -> list[Action]:
-        """Nothing was heard for long: ask for a version newer than ours."""
+        """Nothing was heard for long while there is nothing to train: ask for a version newer than ours."""
         if self.current is None or self.rule is None:
             return []
         fetch = Fetch(
@@ -167,10 +203,20 @@ class Agent:
         )
         return [Say(fetch)]
 
+    def look(self) -> list[Action]:
+        """Nothing was heard for long: the master may be away, and what it published last is on the stream."""
+        if self.current is None or self.rule is None or self.finishing is not None:
+            return []
+        return [Look(self.current.encoder, self.version + 1)]
+
     @property
     def training(self) -> bool:
         """Whether there is an encoder to train now."""
         return self.rule is not None and self.finishing is None and self.version >= 0
+
+    def _holds(self, encoder: str, version: int, exact: bool) -> bool:
+        """Whether a version that was read is one that the master knows, of the current encoder."""
+        return self._is_current(encoder) and (exact or version > self.lost)
 
     def _is_current(self, encoder: str) -> bool:
         return self.current is not None and self.current.encoder == encoder
@@ -194,8 +240,16 @@ class Agent:
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
         self.unanswered.discard(receipt.sequence)
-        if receipt.reason == "conflict":
-            return [Settle(receipt), Reincarnate()]
+        current = self._is_current(receipt.encoder)
+        match receipt.reason:
+            case "conflict":
+                return [Settle(receipt), Reincarnate()]
+            case "unknown-encoder" if current:
+                return [Settle(receipt), Drop(receipt.encoder), *self._turn()]
+            case "future" if current and self.finishing is None and receipt.version < self.version:
+                self.lost = max(self.lost, self.version, self.wanted)
+                self.version = self.wanted = -1
+                return [Settle(receipt), *self.ask_for_version()]
         return [Settle(receipt)]
 
     def _finish(self, finish: Finish) -> list[Action]:
@@ -203,13 +257,12 @@ class Agent:
         if not self._is_current(finish.encoder):
             return []
         if self.rule is None:
-            # it ended before this node was let in
-            self.current = None
-            return self._next()
+            return self._turn()  # it ended before this node was let in
         if self.finishing is not None and self.wanted >= finish.version:
             return []  # it is on its way: an update refused as finished brings a Finish of its own
         self.finishing, self.wanted = finish, finish.version
-        return [Read(finish.encoder, finish.version, finish.published_at, final=True)]
+        exact = finish.version <= self.lost
+        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact)]
 
     def _read(self, version: int, published_at: float) -> list[Action]:
         """Read each version once, and only if it is newer than what is here or on its way."""
@@ -217,7 +270,13 @@ class Agent:
         if version <= max(self.version, self.wanted):
             return []
         self.wanted = version
-        return [Read(self.current.encoder, version, published_at)]
+        return [Read(self.current.encoder, version, published_at, exact=version <= self.lost)]
+
+    def _turn(self) -> list[Action]:
+        """The current encoder is done with: turn to the next."""
+        self.current, self.rule, self.finishing = None, None, None
+        self.version = self.wanted = self.lost = -1
+        return self._next()
 
     def _next(self) -> list[Action]:
         """Turn to the instruction that has waited longest."""

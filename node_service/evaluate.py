@@ -6,11 +6,9 @@ their masked losses are comparable. `pooled` is what nobody may do: one trunk tr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from common.encoders.base import EncoderModel
 from common.errors import UserError
 from common.messages import InnerOptimizer
 from common.parameters import ParameterSet
+from node_service.checkpoint import Facts, read_checkpoint
 from node_service.corpus import Corpus
 from node_service.private_parts import load_private, load_spec
 from node_service.probe import masked_loss, probe
@@ -36,19 +35,19 @@ class Domain:
     name: str
     corpus: Corpus
     directory: Path
-    pinned: Mapping[str, Any]
+    pinned: Facts
 
     @classmethod
     def of(cls, name: str, corpus: Corpus, directory: Path) -> Domain:
         """Raises UserError if no node has finished there."""
-        path = directory / "pinned.json"
-        if not path.exists():
+        checkpoint = read_checkpoint(directory)
+        if checkpoint is None:
             raise UserError(f"{directory}: node {name!r} has not saved private parts there; has it been trained?")
-        return cls(name, corpus, directory, json.loads(path.read_text()))
+        return cls(name, corpus, directory, checkpoint.facts)
 
     @property
     def steps(self) -> int:
-        return int(self.pinned["steps"])
+        return self.pinned.steps
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def shared_model(domain: Domain, encoder: Mapping[str, Tensor]) -> EncoderModel:
 
 def fresh_model(domain: Domain, encoder: Mapping[str, Tensor] | None = None, seed: int = 0) -> EncoderModel:
     """The node's vocabulary and architecture with fresh private parts, around a fresh or a given shared encoder."""
-    encoder_type = get_encoder_type(domain.pinned["type"])
-    architecture = domain.pinned["architecture"]
+    encoder_type = get_encoder_type(domain.pinned.type)
+    architecture = domain.pinned.architecture
     spec = load_spec(domain.directory)
     if spec is None:
         raise UserError(f"{domain.directory}: spec.json is missing; has the node been trained?")

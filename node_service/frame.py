@@ -8,12 +8,14 @@ that no step is lost and none is handed in twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.encodings import ErrorFeedback
+from common.layout import Layout
 from common.messages import EncodingName
 from common.parameters import ParameterSet
 
@@ -33,13 +35,32 @@ class Frame:
         self.origin = start.vector.clone()
         self.pending: dict[int, Pending] = {}
         self._feedback = ErrorFeedback(start.layout.size)
-        self._last_settled = -1
+        self.last_settled = -1
+
+    @classmethod
+    def restored(cls, layout: Layout, saved: Mapping[str, Tensor], last_settled: int) -> Frame:
+        """The frame whose `state` and `last_settled` were saved."""
+        frame = cls(ParameterSet(layout, saved["origin"]))
+        frame.last_settled = last_settled
+        frame._feedback.residual.copy_(saved["residual"])
+        for name, anchor in saved.items():
+            kind, _, sequence = name.partition("/")
+            if kind == "anchor":
+                frame.pending[int(sequence)] = Pending(anchor, saved[f"residual/{sequence}"])
+        return frame
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs besides `last_settled`; not copied."""
+        found = {"origin": self.origin, "residual": self._feedback.residual}
+        for sequence, pending in self.pending.items():
+            found |= {f"anchor/{sequence}": pending.anchor, f"residual/{sequence}": pending.residual}
+        return found
 
     @property
     def anchor(self) -> Tensor:
         """Where the last update was handed in."""
         newest = max(self.pending, default=-1)
-        return self.pending[newest].anchor if newest > self._last_settled else self.origin
+        return self.pending[newest].anchor if newest > self.last_settled else self.origin
 
     def hand_in(self, sequence: int, local: Tensor, encoding: EncodingName) -> list[bytes]:
         """The encoded pseudo-gradient (anchor − local) since the last hand-in; the anchor moves up to `local`."""
@@ -54,8 +75,8 @@ class Frame:
             return
         if not accepted:
             self._feedback.refused(pending.residual)
-        if sequence > self._last_settled:
-            self._last_settled, self.origin = sequence, pending.anchor
+        if sequence > self.last_settled:
+            self.last_settled, self.origin = sequence, pending.anchor
 
     def adopt(self, target: Tensor, local: Tensor) -> Tensor:
         """The new local parameters once `target` was read: target + what is not counted in it. Steps taken stay."""

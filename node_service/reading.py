@@ -13,13 +13,16 @@ from common.topology import Topology
 from common.transfer import CompleteVersion
 from common.versions import VersionReader
 
+#: A version that is named exactly stands near its hint, or not at all; waiting longer would hold up the next.
+_EXACT_SECONDS = 15.0
+
 
 @dataclass(frozen=True, slots=True)
 class VersionRead:
-    """A version that was read, or why it could not be."""
+    """A version that was read, or why it could not be. `exact`: the very version that the master named."""
 
     encoder: str
-    final: bool
+    exact: bool
     version: CompleteVersion | None
     problem: str = ""
 
@@ -29,39 +32,57 @@ class _Wanted:
     encoder: str
     layout_digest: str
     at_least: int
-    published_at: float
-    final: bool
+    published_at: float = 0.0
+    exact: bool = False
+    look: bool = False
 
 
 class VersionThread:
-    """Reads one version at a time; of several wanted ones only the last."""
+    """Reads one version at a time; of several wanted ones only the last. A look gives way to what is wanted."""
 
     def __init__(self, broker: Broker, topology: Topology, done: Callable[[VersionRead], None]) -> None:
         self._broker = broker
         self._topology = topology
         self._done = done
+        self._readers: dict[str, VersionReader] = {}
         self._wanted: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="version-reader", daemon=True)
         self._thread.start()
 
-    def read(self, encoder: str, layout_digest: str, at_least: int, published_at: float, final: bool) -> None:
-        """Read the newest version ≥ `at_least`; the outcome is passed to `done`."""
-        self._wanted.put(_Wanted(encoder, layout_digest, at_least, published_at, final))
+    def read(self, encoder: str, layout_digest: str, at_least: int, published_at: float, *, exact: bool) -> None:
+        """Read the newest version ≥ `at_least` (`exact`: that one); the outcome is passed to `done`."""
+        self._wanted.put(_Wanted(encoder, layout_digest, at_least, published_at, exact))
+
+    def look(self, encoder: str, layout_digest: str, at_least: int) -> None:
+        """See whether the stream holds a version ≥ `at_least`; only if so, it is passed to `done`."""
+        self._wanted.put(_Wanted(encoder, layout_digest, at_least, look=True))
 
     def close(self) -> None:
         self._wanted.put(None)
 
     def _work(self) -> None:
         while (wanted := self._newest()) is not None:
-            reader = VersionReader(self._broker, self._topology, wanted.encoder, wanted.layout_digest)
             try:
-                version = reader.read(wanted.at_least, wanted.published_at)
-                self._done(VersionRead(wanted.encoder, wanted.final, version))
+                version = self._read(wanted)
+                if version is not None:
+                    self._done(VersionRead(wanted.encoder, wanted.exact, version))
             except SharedEncoderError as error:
-                self._done(VersionRead(wanted.encoder, wanted.final, None, str(error)))
+                if not wanted.look:
+                    self._done(VersionRead(wanted.encoder, wanted.exact, None, str(error)))
+
+    def _read(self, wanted: _Wanted) -> CompleteVersion | None:
+        fresh = VersionReader(self._broker, self._topology, wanted.encoder, wanted.layout_digest)
+        reader = self._readers.setdefault(wanted.encoder, fresh)
+        if wanted.look:
+            return reader.look(wanted.at_least)
+        if wanted.exact:
+            return reader.read(wanted.at_least, wanted.published_at, exact=True, timeout=_EXACT_SECONDS)
+        return reader.read(wanted.at_least, wanted.published_at)
 
     def _newest(self) -> _Wanted | None:
         wanted = self._wanted.get()
         while wanted is not None and not self._wanted.empty():
-            wanted = self._wanted.get()
+            following = self._wanted.get()
+            if following is None or wanted.look or not following.look:
+                wanted = following
         return wanted

@@ -4,12 +4,10 @@ handles what came in. Sending and reading versions happen on threads of their ow
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -18,13 +16,16 @@ import torch
 from common.broker import Broker, Delivery
 from common.codec import decode
 from common.errors import BrokerUnavailable, Poison, UserError
-from common.messages import Alive, Answer, Get, Instruction, Receipt, UpdateManifest
+from common.messages import Answer, Get, Instruction, Receipt
+from common.steps import reached
 from common.topology import Topology
 from node_service.agent import (
     Action,
     Agent,
     Begin,
     CheckSamples,
+    Drop,
+    Look,
     Read,
     Reincarnate,
     Republish,
@@ -34,6 +35,8 @@ from node_service.agent import (
 )
 from node_service.config import NodeConfig
 from node_service.corpus import Corpus
+from node_service.figures import NodeFigures
+from node_service.handover import Handover
 from node_service.local_state import LocalState
 from node_service.outbox import Outbox
 from node_service.reading import VersionRead, VersionThread
@@ -44,24 +47,6 @@ log = structlog.get_logger()
 
 _POLL_SECONDS = 0.2
 _FLUSH_SECONDS = 20.0
-
-
-@dataclass
-class NodeFigures:
-    """What is shown of a running node. Seconds in which it could not train for want of the master count as waiting."""
-
-    steps: int = 0
-    steps_per_second: float = 0.0
-    loss: float | None = None
-    version: int = -1
-    staleness: int = 0
-    handed_in: int = 0
-    accepted: int = 0
-    refused: int = 0
-    last_weight: float = 0.0
-    waiting_seconds: float = 0.0
-    training_seconds: float = 0.0
-    note: str = "starting"
 
 
 class NodeService:
@@ -84,31 +69,38 @@ class NodeService:
         self.history: list[tuple[float, int, float]] = []
         self._corpora = corpora
         self._on_change = on_change
-        self._state = LocalState(config.state_dir or Path("node-state") / node, node)
         self._events: queue.SimpleQueue[Delivery | VersionRead] = queue.SimpleQueue()
         self._training: Training | None = None
         self._lost = threading.Event()
         self._wait_until_version = -1
-        self._sent_at: dict[int, float] = {}
         self._finished = False
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set. Raises LockHeld if this node id is in use, UserError for a device not there."""
+        """Serve until `stop` is set.
+
+        Raises LockHeld if this node id or its state directory is in use, UserError for a device that is not there.
+        """
         torch.set_num_threads(self.config.threads)
         self._device = choose_device(self.config.device)
-        self.broker.lock(self.topology.node_lock(self.node), self._lost.set)
+        directory = self.config.state_dir or Path("node-state") / self.node
+        with contextlib.closing(LocalState(directory, self.node)) as self._state:
+            self.broker.lock(self.topology.node_lock(self.node), self._lost.set)
+            self._serve(stop)
+
+    def _serve(self, stop: threading.Event) -> None:
         types = tuple(self._corpora)
         self.broker.declare(self.topology.node(self.node, types))
         self._outbox = Outbox(self.broker, self.topology, self.node)
+        self._handover = Handover(self._state, self._outbox)
         self._reader = VersionThread(self.broker, self.topology, self._events.put)
         self._agent = Agent(self.node, self._state.identity.incarnation, types)
         subscription = self.broker.consume(self.topology.node_inbox(self.node), self._events.put, prefetch=32)
         try:
             self.figures.note = "waiting for an instruction"
             self._perform(self._agent.join())
-            self._send_owed()
+            self._resume()
             if self.config.get is not None:
                 self._outbox.say(Get(sender=self.node, encoder_type=self.config.get))
             self._loop(stop)
@@ -116,6 +108,22 @@ class NodeService:
             self._say_goodbye()
             subscription.close()
             self._reader.close()
+
+    def _resume(self) -> None:
+        """Send what is owed, and go on with what was trained last, whether the master is there or not."""
+        self._agent.unanswered = self._handover.send_owed()
+        current = self._state.current()
+        corpus = self._corpora.get(current.instruction.encoder_type) if current is not None else None
+        if current is None or corpus is None or len(corpus.train) == 0:
+            return
+        encoder = current.instruction.encoder
+        try:
+            training = self._build(current.instruction, corpus)
+        except UserError as error:
+            log.error("cannot go on with the encoder", node=self.node, encoder=encoder, problem=str(error))
+            return
+        self.figures.version, self.figures.steps = training.version, training.trainer.steps
+        self._perform(self._agent.resume(current.instruction, current.rule, training.version))
 
     def _loop(self, stop: threading.Event) -> None:
         heard = alive_at = saved_at = time.monotonic()
@@ -125,18 +133,23 @@ class NodeService:
             now = time.monotonic()
             ready = self._may_train()
             if self._handle_events(wait=0.0 if ready else _POLL_SECONDS):
-                heard = now
+                heard, ready = now, self._may_train()
             if ready:
                 self._train()
             elif self._agent.rule is not None:
                 self.figures.waiting_seconds += time.monotonic() - now
             if now - alive_at >= self.config.alive_every_seconds:
                 alive_at = now
-                self._say_alive()
-                self._resend_unanswered(now)
-            if not ready and now - heard >= self.config.ask_after_seconds:
+                encoder = self._agent.current.encoder if self._agent.current else None
+                sent = self.broker.status().bytes_out
+                self._outbox.say(self.figures.alive(self.node, self._state.identity.incarnation, encoder, sent))
+                self._handover.send_unanswered(self.config.resend_after_seconds)
+            if now - heard >= self.config.ask_after_seconds:
                 heard = now
-                self._perform(self._agent.ask_for_version() or ([] if self._agent.current else self._agent.join()))
+                if not ready:
+                    # without a rule yet, the ack may be what got lost: joining again brings the instruction again
+                    self._perform(self._agent.ask_for_version() or self._agent.join())
+                self._perform(self._agent.look())
             if self._training is not None and now - saved_at >= self.config.checkpoint_every_seconds:
                 saved_at = now
                 self._training.save()
@@ -177,7 +190,9 @@ class NodeService:
         if isinstance(message, Answer) and not message.accepted:
             log.error("the master cannot make this encoder", problem=message.detail)
         self._perform(self._agent.receive(message))
+        reached("node before ack")
         self.broker.ack(delivery)
+        reached("node after ack")
 
     def _version_read(self, read: VersionRead) -> None:
         training = self._training
@@ -187,12 +202,15 @@ class NodeService:
             return
         if training is None or training.instruction.encoder != read.encoder:
             return
-        if read.final:
+        number = read.version.version
+        if self._agent.finishes(read.encoder, number, exact=read.exact):
             self._finish(training, read)
-        elif read.version.version > training.version:
+        elif self._agent.adopts(read.encoder, number, exact=read.exact):
             training.adopt(read.version)
+        else:
+            return
         self.figures.version = training.version
-        self._perform(self._agent.version_read(read.encoder, read.version.version))
+        self._perform(self._agent.version_read(read.encoder, number))
 
     # --- what follows ------------------------------------------------------------------------------------------------
 
@@ -207,15 +225,22 @@ class NodeService:
                     assert self._training is not None
                     self._training.retune(action.rule.update_rule)
                     self._training.trainer.progress = max(self._training.trainer.progress, action.rule.progress)
+                    self._state.remember_current(self._training.instruction, action.rule)
                     self.figures.note = "training"
                 case Read():
                     assert self._training is not None
                     digest = self._training.instruction.layout_digest
-                    self._reader.read(action.encoder, digest, action.at_least, action.published_at, action.final)
+                    wanted = (action.encoder, digest, action.at_least, action.published_at)
+                    self._reader.read(*wanted, exact=action.exact)
+                case Look():
+                    assert self._training is not None
+                    self._reader.look(action.encoder, self._training.instruction.layout_digest, action.at_least)
+                case Drop():
+                    self._drop(action.encoder)
                 case Settle():
                     self._settle(action.receipt)
                 case Republish():
-                    self._republish(action.sequence, action.attempt)
+                    self._handover.send_again(action.sequence, action.attempt)
                 case Reincarnate():
                     self._reincarnate()
 
@@ -226,30 +251,39 @@ class NodeService:
             refusal = f"no samples of type {instruction.encoder_type} here"
             self._perform(self._agent.samples_checked(instruction, 0, refusal))
             return
-        training = self._training
-        if training is None or training.instruction != instruction:
-            self.figures.note = "building the model"
+        if self._training is None or self._training.instruction != instruction:
             try:
-                self._training = Training(
-                    instruction,
-                    corpus.train,
-                    self._state.private(instruction.encoder),
-                    private=self.config.private,
-                    seed=self.config.seed,
-                    device=self._device,
-                )
+                self._build(instruction, corpus)
             except UserError as error:
                 log.error("refusing the instruction", node=self.node, encoder=instruction.encoder, problem=str(error))
                 self._perform(self._agent.samples_checked(instruction, 0, str(error)))
                 return
-        self.figures.note = "waiting for the rule"
+        if self._agent.rule is None:
+            self.figures.note = "waiting for the rule"
         self._perform(self._agent.samples_checked(instruction, len(corpus.train)))
+
+    def _build(self, instruction: Instruction, corpus: Corpus) -> Training:
+        """Raises UserError if this node cannot."""
+        self.figures.note = "building the model"
+        ledger = self._state.ledger(instruction.encoder)
+        self._wait_until_version = ledger.wait_until_version
+        self._training = Training(
+            instruction,
+            corpus.train,
+            self._state.private(instruction.encoder),
+            private=self.config.private,
+            seed=self.config.seed,
+            device=self._device,
+            ledger=ledger,
+        )
+        return self._training
 
     def _finish(self, training: Training, read: VersionRead) -> None:
         assert read.version is not None
         training.finish(read.version)
         directory = self.config.export_dir or training.directory / "model"
         training.export(directory)
+        self._state.forget_current()
         self.figures.note = "finished"
         log.info(
             "encoder finished",
@@ -298,19 +332,18 @@ class NodeService:
             self.node, self._state.identity.incarnation, sequence, wants_version=wants_version
         )
         self.history.append((time.time(), training.trainer.steps, manifest.loss))
-        self._state.owe(manifest, b"".join(bodies))
+        try:
+            self._handover.hand_over(manifest, bodies)
+        except OSError:
+            self._training = None  # its steps are still in the checkpoint before, which must stay
+            raise
         self._agent.unanswered.add(sequence)
         self._wait_until_version = training.version
         self.figures.handed_in += 1
-        self._publish(manifest, bodies)
-
-    def _publish(self, manifest: UpdateManifest, bodies: list[bytes]) -> None:
-        self._sent_at[manifest.sequence] = time.monotonic()
-        self._outbox.update(manifest, bodies)
 
     def _settle(self, receipt: Receipt) -> None:
-        self._state.settle(receipt.sequence)
-        self._sent_at.pop(receipt.sequence, None)
+        if not self._handover.settle(receipt):
+            return
         training = self._training
         if training is not None and training.instruction.encoder == receipt.encoder:
             training.settle(receipt.sequence, receipt.accepted, receipt.reason)
@@ -326,50 +359,18 @@ class NodeService:
                 "update refused", node=self.node, reason=receipt.reason, detail=receipt.detail, update=receipt.sequence
             )
 
-    # --- sending again -----------------------------------------------------------------------------------------------
+    # --- beginning anew ----------------------------------------------------------------------------------------------
 
-    def _send_owed(self) -> None:
-        """After a start: whatever has no receipt yet is sent again under its old id."""
-        for owed in self._state.owed():
-            self._agent.unanswered.add(owed.manifest.sequence)
-            self._republish(owed.manifest.sequence, owed.manifest.attempt + 1)
-
-    def _resend_unanswered(self, now: float) -> None:
-        for sequence, at in list(self._sent_at.items()):
-            if now - at >= self.config.resend_after_seconds:
-                owed = self._state.find(sequence)
-                if owed is not None:
-                    self._republish(sequence, owed.manifest.attempt + 1)
-
-    def _republish(self, sequence: int, attempt: int) -> None:
-        owed = self._state.find(sequence)
-        if owed is None:
-            return
-        manifest = owed.manifest.model_copy(update={"attempt": attempt})
-        self._state.owe(manifest, owed.payload)
-        self._publish(manifest, owed.bodies())
+    def _drop(self, encoder: str) -> None:
+        log.warning("the master does not know this encoder, letting go of it", node=self.node, encoder=encoder)
+        self._training = None
+        self._state.forget_current()
+        self.figures.note = "waiting for an instruction"
 
     def _reincarnate(self) -> None:
         log.warning("the master knows other updates under this identity; joining under a new one", node=self.node)
         self._state.reincarnate()
+        self._handover.forget()
         self._agent = Agent(self.node, self._state.identity.incarnation, self._agent.types)
-        self._sent_at.clear()
-        self._training = None
+        self._training, self._wait_until_version = None, -1
         self._perform(self._agent.join())
-
-    def _say_alive(self) -> None:
-        figures, agent = self.figures, self._agent
-        self._outbox.say(
-            Alive(
-                node=self.node,
-                incarnation=self._state.identity.incarnation,
-                encoder=agent.current.encoder if agent.current else None,
-                version=figures.version,
-                steps=figures.steps,
-                steps_per_second=figures.steps_per_second,
-                loss=figures.loss if figures.loss is not None and math.isfinite(figures.loss) else None,
-                waiting_seconds=figures.waiting_seconds,
-                bytes_sent=self.broker.status().bytes_out,
-                note=figures.note,
-            )
-        )

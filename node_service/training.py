@@ -14,8 +14,10 @@ from common.errors import UserError
 from common.layout import Layout
 from common.messages import Instruction, UpdateManifest, UpdateRule
 from common.transfer import CompleteVersion, payload_digest
+from node_service.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.frame import Frame
-from node_service.private_parts import load_private, load_spec, save_private, save_spec
+from node_service.private_parts import load_private, load_spec, save_spec
+from node_service.receipts import Ledger
 from node_service.trainer import Trainer
 from node_service.update_rule import SinceReturn, must_return
 
@@ -26,8 +28,9 @@ _DRIFT_EVERY = 10
 
 
 class Training:
-    """Made from an instruction and the owner's samples; trains once a version was adopted.
+    """Made from an instruction and the owner's samples; trains once a version was adopted, or a path was restored.
 
+    `ledger` says what became of the updates that earlier processes of this incarnation handed in.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -40,6 +43,7 @@ class Training:
         private: dict[str, Any],
         seed: int,
         device: str,
+        ledger: Ledger,
     ) -> None:
         self.instruction = instruction
         self.directory = directory
@@ -54,12 +58,15 @@ class Training:
         difference = Layout(instruction.layout).difference(self.trainer.layout)
         if difference is not None:
             raise UserError(f"this node builds another encoder than the instruction says: {difference}")
-        if saved is not None:
-            self.trainer.load_state(saved)
         self.rule = UpdateRule()
         self.since = SinceReturn()
         self.version = -1
         self._frame: Frame | None = None
+        self._incarnation = ledger.incarnation
+        self._next_sequence = ledger.next_sequence
+        if saved is not None:
+            self.trainer.load_state(saved.trainer)
+            self._restore_path(saved, ledger)
 
     def retune(self, rule: UpdateRule) -> None:
         """Train and return by this rule from now on."""
@@ -79,10 +86,11 @@ class Training:
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
     def finish(self, read: CompleteVersion) -> None:
-        """Take the final version as it is; the private parts are pinned to it and saved."""
+        """Take the final version as it is; the private parts are pinned to it and saved. The path ends here."""
         target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
         self.trainer.set_shared(target)
         self.version = read.version
+        self._frame, self.since, self.trainer.progress = None, SinceReturn(), 0.0
         self.save()
 
     def step(self) -> float:
@@ -105,6 +113,7 @@ class Training:
         """The update of all steps since the last one; they are the master's from here on."""
         assert self._frame is not None
         since, self.since = self.since, self.since.returned()
+        self._next_sequence = sequence + 1
         bodies = self._frame.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
         manifest = UpdateManifest(
             node=node,
@@ -139,13 +148,51 @@ class Training:
         self._frame.settle(sequence, accepted)
 
     def save(self) -> None:
-        """Write private parts and trainer state."""
-        pinned = {"encoder": self.instruction.encoder, "version": self.version, "steps": self.trainer.steps}
-        pinned |= {"type": self.instruction.encoder_type, "architecture": self.instruction.architecture}
-        save_private(self.directory, self.model, self.trainer.state(), pinned)
+        """Write a checkpoint: private parts, trainer state, and what was trained and not handed in yet."""
+        path = None if self._frame is None else self._path_facts(self._frame)
+        facts = Facts(
+            encoder=self.instruction.encoder,
+            version=self.version,
+            steps=self.trainer.steps,
+            type=self.instruction.encoder_type,
+            architecture=self.instruction.architecture,
+            path=path,
+        )
+        tensors = {} if self._frame is None else {"local": self.trainer.shared().vector, **self._frame.state()}
+        private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
+        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
 
     def export(self, directory: Path) -> None:
         """Write stem + shared encoder + head for transformers' Auto classes."""
         with torch.no_grad():
             self.model.eval()
             self.model.export(directory)
+
+    def _path_facts(self, frame: Frame) -> PathFacts:
+        return PathFacts(
+            incarnation=self._incarnation,
+            next_sequence=self._next_sequence,
+            last_settled=frame.last_settled,
+            progress=self.trainer.progress,
+            since=self.since,
+        )
+
+    def _restore_path(self, saved: Checkpoint, ledger: Ledger) -> None:
+        """Go on exactly where the checkpoint was made, if nothing was handed in after it.
+
+        Otherwise its steps since the hand-in before are in that later update already, and handing them in again would
+        count them twice: then training starts from the version that is read, and what an encoding left over is lost.
+        """
+        facts = saved.facts.path
+        if facts is None or facts.incarnation != ledger.incarnation or facts.next_sequence < ledger.next_sequence:
+            return
+        frame = Frame.restored(self.trainer.layout, saved.path, facts.last_settled)
+        if not frame.pending.keys() <= {*ledger.answered, *ledger.owed}:
+            return  # the parts of a backup are of different moments
+        self._frame = frame
+        self.trainer.set_shared(saved.path["local"])
+        self.trainer.progress = facts.progress
+        self.version, self.since, self._next_sequence = saved.facts.version, facts.since, facts.next_sequence
+        for sequence in sorted(frame.pending.keys() & ledger.answered.keys()):
+            receipt = ledger.answered[sequence]
+            self.settle(sequence, receipt.accepted, receipt.reason)

@@ -154,10 +154,10 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(instruction()) == [CheckSamples(instruction())]
     assert agent.receive(rule(version=4)) == [Retune(rule(version=4))]
     assert agent.receive(Introduce(node="n")) == agent.join()
-    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, final=True)]
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert agent.receive(finish()) == []  # once is enough, unless the reading fails
     agent.read_failed()
-    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, final=True)]
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert not agent.training
     assert agent.version_read("text-1", 5) == [CheckSamples(instruction("text-2"))]
 
@@ -195,6 +195,7 @@ def test_what_is_owed_survives_and_numbers_are_never_given_twice(tmp_path: Path)
     manifests = [run.manifest("n", "text-1", number, incarnation=state.identity.incarnation) for number in numbers]
     for manifest in manifests:
         state.owe(manifest, b"x" * manifest.size)
+    state.close()
     again = LocalState(tmp_path, "n")
     assert again.identity == state.identity and again.next_sequence() == 2
     assert [owed.manifest for owed in again.owed()] == manifests
@@ -204,6 +205,7 @@ def test_what_is_owed_survives_and_numbers_are_never_given_twice(tmp_path: Path)
     before = again.identity.incarnation
     again.reincarnate()
     assert again.identity.incarnation != before and again.owed() == []
+    again.close()
     with pytest.raises(UserError, match="belongs to node 'n', not 'other'"):
         LocalState(tmp_path, "other")
     (tmp_path / "identity.json").write_text("{")

@@ -42,6 +42,15 @@ def test_commands_and_flags_exist() -> None:
         assert f"`{preset}`" in README
 
 
+def test_every_row_of_the_table_of_deaths_is_a_test() -> None:
+    rows = README.split("## What happens when … dies")[1].split("\n## ")[0].splitlines()
+    named = [re.search(r"`(test_[a-z_]+)` \|$", row) for row in rows if row.startswith("| ")][1:]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    for match in named:
+        assert match is not None and f"def {match[1]}(" in tests, match
+
+
 def test_the_example_is_a_valid_configuration() -> None:
     config = load_config(ROOT / "deploy/examples/run.toml", {})
     assert config.settings().stop.updates == 1200 and config.settings().stop.versions is None

@@ -1,0 +1,41 @@
+"""What is shown of a running node, here and in its signs of life."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.messages import Alive
+
+
+@dataclass
+class NodeFigures:
+    """Seconds in which it could not train for want of the master count as waiting."""
+
+    steps: int = 0
+    steps_per_second: float = 0.0
+    loss: float | None = None
+    version: int = -1
+    staleness: int = 0
+    handed_in: int = 0
+    accepted: int = 0
+    refused: int = 0
+    last_weight: float = 0.0
+    waiting_seconds: float = 0.0
+    training_seconds: float = 0.0
+    note: str = "starting"
+
+    def alive(self, node: str, incarnation: str, encoder: str | None, bytes_sent: int) -> Alive:
+        """As it travels."""
+        return Alive(
+            node=node,
+            incarnation=incarnation,
+            encoder=encoder,
+            version=self.version,
+            steps=self.steps,
+            steps_per_second=self.steps_per_second,
+            loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
+            waiting_seconds=self.waiting_seconds,
+            bytes_sent=bytes_sent,
+            note=self.note,
+        )

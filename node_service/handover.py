@@ -1,0 +1,71 @@
+"""Updates on their way to the master: owed on disk before they are sent, sent again until a receipt answers them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from common.messages import Receipt, UpdateManifest
+from common.steps import reached
+from node_service.local_state import LocalState
+from node_service.outbox import Outbox
+
+
+class Handover:
+    """What the state directory says is owed, and when each of it was sent."""
+
+    def __init__(self, state: LocalState, outbox: Outbox) -> None:
+        self._state = state
+        self._outbox = outbox
+        self._sent_at: dict[int, float] = {}
+
+    def hand_over(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
+        """A new update. Once this returns, or was killed after the first half of it, the update will be answered."""
+        reached("node before owe")
+        self._state.owe(manifest, b"".join(bodies))
+        reached("node after owe")
+        self._send(manifest, bodies)
+
+    def send_owed(self) -> set[int]:
+        """After a start: whatever has no receipt yet is sent again under its old id; gives the numbers."""
+        owed = [each.manifest for each in self._state.owed()]
+        for manifest in owed:
+            self.send_again(manifest.sequence, manifest.attempt + 1)
+        return {manifest.sequence for manifest in owed}
+
+    def send_unanswered(self, after: float) -> None:
+        """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is."""
+        now = time.monotonic()
+        for sequence, at in list(self._sent_at.items()):
+            if self._outbox.problem:
+                self._sent_at[sequence] = now
+            elif now - at >= after:
+                owed = self._state.find(sequence)
+                if owed is not None:
+                    self.send_again(sequence, owed.manifest.attempt + 1)
+
+    def send_again(self, sequence: int, attempt: int) -> None:
+        """The same update as another attempt."""
+        owed = self._state.find(sequence)
+        if owed is None:
+            return
+        manifest = owed.manifest.model_copy(update={"attempt": attempt})
+        self._state.owe(manifest, owed.payload)
+        self._send(manifest, owed.bodies())
+
+    def settle(self, receipt: Receipt) -> bool:
+        """An update is answered: remember that, then forget the update. False for a receipt that came before."""
+        reached("node before receipt")
+        new = self._state.remember(receipt)
+        reached("node after receipt")
+        self._state.settle(receipt.sequence)
+        self._sent_at.pop(receipt.sequence, None)
+        return new
+
+    def forget(self) -> None:
+        """What was sent belongs to another incarnation."""
+        self._sent_at.clear()
+
+    def _send(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
+        self._sent_at[manifest.sequence] = time.monotonic()
+        self._outbox.update(manifest, bodies)
