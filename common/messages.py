@@ -262,8 +262,8 @@ class Receipt(Message):
     """The answer to one update: counted in `version` with `weight`, or refused because of `reason`.
 
     `previous` is the hash of the receipt issued before this one for the same encoder (see `common.receipts`); empty for
-    the first. Reasons: finished, unknown-node, unknown-encoder, layout, size, digest, not-finite, stale, future,
-    conflict.
+    the first. Reasons: finished, unknown-encoder, layout, size, digest, not-finite, stale, future,
+    conflict, set-aside.
     """
 
     kind: Literal["receipt"] = "receipt"

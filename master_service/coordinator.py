@@ -53,7 +53,19 @@ from master_service.entries import (
 from master_service.rules.buffer import is_ready
 from master_service.state import KEPT_NORMS, Buffered, EncoderState, Member, NodeState, State
 from master_service.stopping import observe_loss, progress, stop_reason
-from master_service.verdicts import accepted, count, introduced, issued, pending, refusal, refused, settle, shortened
+from master_service.verdicts import (
+    accepted,
+    count,
+    issued,
+    pending,
+    refusal,
+    refused,
+    remember,
+    settle,
+    shortened,
+    stored,
+    stranger,
+)
 from master_service.weighing import weigh
 
 
@@ -124,7 +136,9 @@ class Coordinator:
     def wants_payload(self, manifest: UpdateManifest) -> bool:
         """Whether the update's chunks must be fetched to decide on it; reads the state, changes nothing."""
         encoder = self.state.encoders.get(manifest.encoder)
-        return refusal(encoder, manifest, None) is None and not self._known_update(encoder, manifest)
+        if stranger(encoder, manifest) or refusal(encoder, manifest, None) is not None:
+            return False
+        return not self._known_update(encoder, manifest)
 
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
@@ -251,16 +265,17 @@ class Coordinator:
         if member is None:
             member = Member(node=ack.node, incarnation=ack.incarnation, samples=ack.samples)
             encoder.members[ack.node] = member
-        elif member.incarnation != ack.incarnation:
-            member.incarnation, member.settled, member.settled_below = ack.incarnation, {}, 0
+        member.incarnation = ack.incarnation
+        remember(member, ack.incarnation)
         member.accepted, member.present, member.samples = True, True, ack.samples
-        if encoder.started:
-            return self._rules(encoder, [ack.node], at)
-        active = encoder.active()
-        if len(active) < self.state.settings.min_nodes:
+        return self._rules(encoder, [ack.node], at) if encoder.started else self._begin(encoder, at)
+
+    def _begin(self, encoder: EncoderState, at: float) -> list[Effect]:
+        """The training starts once enough nodes are there."""
+        if encoder.started or encoder.status != "running" or len(encoder.active()) < self.state.settings.min_nodes:
             return []
         encoder.started, encoder.run_started_at = True, at
-        return self._rules(encoder, list(active), at)
+        return self._rules(encoder, [member.node for member in encoder.members.values() if member.accepted], at)
 
     def _rules(self, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
         """Everybody starts from the current version."""
@@ -306,7 +321,7 @@ class Coordinator:
             member = encoder.members.get(presence.node)
             if member is not None and member.present != presence.present:
                 member.present = presence.present
-                effects += self._advance(encoder, at)
+                effects += self._begin(encoder, at) + self._advance(encoder, at)
         return effects
 
     def _fetch(self, fetch: Fetch, at: float) -> list[Effect]:
@@ -331,13 +346,17 @@ class Coordinator:
             return False
         if pending(encoder, manifest) is not None:
             return True
-        settled = manifest.sequence < member.settled_below or manifest.sequence in member.settled
-        return settled and member.incarnation == manifest.incarnation
+        settled = member.settled.get(manifest.incarnation)
+        return settled is not None and settled.holds(manifest.sequence)
 
     def _update(self, entry: Entry, manifest: UpdateManifest) -> list[Effect]:
         encoder = self.state.encoders.get(manifest.encoder)
         if encoder is not None and self._known_update(encoder, manifest):
             return self._duplicate(encoder, manifest)
+        dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
+        if stranger(encoder, manifest):
+            # no receipt: once it has joined it sends again what it owes
+            return [*dropped, Send(manifest.node, Introduce(node=manifest.node))]
         problem = refusal(encoder, manifest, entry.facts)
         if problem is None and encoder is not None:
             staleness = encoder.version - manifest.base_version
@@ -346,21 +365,18 @@ class Coordinator:
                     "stale",
                     f"{staleness} versions old, at most {self.state.settings.rule.guards.max_staleness}",
                 )
-        dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
         if problem is not None or encoder is None or entry.facts is None or entry.payload is None:
-            reason, detail = problem or ("payload", "the update came without its payload")
+            reason, detail = problem or ("set-aside", "the master died of it twice; it is set aside")
             receipt = issued(encoder, refused(encoder, manifest, reason, detail))
             effects: list[Effect] = [*dropped, Send(manifest.node, receipt)]
-            if introduced(encoder, manifest) is not None and encoder is not None:
-                member = encoder.members[manifest.node]
+            member = encoder.members.get(manifest.node) if encoder is not None else None
+            if encoder is not None and member is not None:
                 member.refused += 1
                 settle(member, receipt)
-                if encoder.status == "finished":
-                    effects.append(Send(manifest.node, finish(encoder)))
-                elif manifest.base_version < encoder.version:
+                if encoder.status == "running" and manifest.base_version < encoder.version:
                     effects += self._notify(encoder, [member], entry.at)
-            elif reason == "unknown-node":
-                effects.append(Send(manifest.node, Introduce(node=manifest.node)))
+            if encoder is not None and encoder.status == "finished":
+                effects.append(Send(manifest.node, finish(encoder)))
             return effects
         member = encoder.members[manifest.node]
         if not encoder.buffer:
@@ -395,9 +411,9 @@ class Coordinator:
         waiting = pending(encoder, manifest)
         if waiting is not None and waiting.digest == manifest.digest:
             return []
-        stored = member.settled.get(manifest.sequence)
-        if waiting is None and stored is not None and stored.digest == manifest.digest:
-            return [Send(manifest.node, stored)]
+        receipt = stored(member, manifest)
+        if waiting is None and receipt is not None:
+            return [Send(manifest.node, receipt)]
         detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
         return [Send(manifest.node, issued(encoder, refused(encoder, manifest, "conflict", detail)))]
 
@@ -441,8 +457,7 @@ class Coordinator:
             receipt = issued(encoder, accepted(encoder, item, weighed.weight, weighed.staleness, member.returns))
             member.weight += weighed.weight
             member.last_weight, member.last_staleness = weighed.weight, weighed.staleness
-            if member.incarnation == item.incarnation:
-                settle(member, receipt)
+            settle(member, receipt)
             effects.append(Send(item.node, receipt))
         encoder.norms = (encoder.norms + [weighed.item.norm for weighed in counted])[-KEPT_NORMS:]
         observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)

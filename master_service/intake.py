@@ -46,12 +46,15 @@ class Intake:
         self._on_poison = on_poison
         self._assembly = UpdateAssembly(manifest, keep=wanted)
         self._taken: list[Delivery] = []
+        self._newer: list[Delivery] = []
+        self._prefetch = manifest.chunks if wanted else _DISCARD_PREFETCH
         self._subscription: Subscription = broker.consume(
-            topology.chunk_queue(manifest.node), on_delivery, prefetch=manifest.chunks if wanted else _DISCARD_PREFETCH
+            topology.chunk_queue(manifest.node), on_delivery, prefetch=self._prefetch
         )
 
     def add(self, delivery: Delivery) -> bool:
-        """Take one chunk; True once the update is whole. What is older is discarded, what is newer is left."""
+        """Take one chunk; True once the update is whole. What is older is discarded, what is newer is left, unless it
+        takes the place of what is wanted: a node that was restored from a backup may have begun with higher numbers."""
         try:
             chunk = decode(delivery.body)
             if not isinstance(chunk, UpdateChunk):
@@ -64,6 +67,12 @@ class Intake:
             self._taken.append(delivery)
         elif taken or self._is_older(chunk):
             self._broker.ack(delivery)
+        else:
+            self._newer.append(delivery)
+        if not self._assembly.complete and len(self._taken) + len(self._newer) >= self._prefetch:
+            # should their manifest come, they will be missed and asked for again
+            self._broker.ack(*self._newer)
+            self._newer = []
         return self._assembly.complete
 
     def payload(self) -> bytes:

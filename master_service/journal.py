@@ -39,7 +39,7 @@ class Journal:
         self._lock = DirectoryLock(config.state_dir)
         try:
             self.log = MessageLog(config.state_dir)
-            self.fold = read_snapshot(self._snapshots, self.log)
+            self.fold = read_snapshot(self._snapshots, self.log, set_aside=True)
             self.attempts = Attempts(config.state_dir, self.log)
         except BaseException:
             self._lock.close()

@@ -222,6 +222,11 @@ class MessageLog:
             raise KeyError(offset)
         return found
 
+    def find(self, message_id: str) -> Entry | None:
+        """The entry of this message; None if it is not in the log."""
+        row = self._db.execute("SELECT offset FROM entries WHERE message_id = ?", (message_id,)).fetchone()
+        return self.entry(row[0]) if row else None
+
     def checksum(self, offset: int) -> str | None:
         """The chain's checksum at the last row up to `offset`; None if there is no such row."""
         row = self._last_row(offset)

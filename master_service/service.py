@@ -279,6 +279,10 @@ class MasterService:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = intake.manifest
         delivery_id, delivered = f"{manifest.update_id}/{manifest.attempt}", identity(intake.delivery)
+        wanted = self._fold.coordinator.wants_payload(manifest)
+        if wanted and (not intake.wanted or self._is_spent(delivery_id)):
+            self._ask_again(intake)
+            return
         if intake.wanted:
             payload = intake.payload()
             size = self._fold.coordinator.state.encoders[manifest.encoder].size
@@ -293,6 +297,12 @@ class MasterService:
         intake.settle()
         reached("after ack of an update")
         self._end_intake(intake)
+
+    def _is_spent(self, delivery_id: str) -> bool:
+        """Whether this very delivery is in the log to no effect: its node was not known then, or its payload was lost.
+        One that was skipped is not asked for again; it is refused."""
+        entry = self._journal.log.find(delivery_id)
+        return entry is not None and not entry.skipped
 
     def _chunks_missing(self, intake: Intake) -> None:
         """Of an update that does not count they are not missed; of another the node has them still."""

@@ -73,16 +73,18 @@ def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
     reached("after snapshot")
     # what a master that died while it wrote has left is no snapshot, and must not push out one that is
     found = sorted(path for path in directory.iterdir() if path.is_dir())
-    kept = [path for path in found if path.suffix != ".part"][-_KEPT:]
+    kept = sorted(_snapshots(directory))[-_KEPT:]
     for path in found:
         if path not in kept:
             shutil.rmtree(path)
     return final
 
 
-def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False, at_least: int = -1) -> Fold:
+def read_snapshot(
+    directory: Path, log: MessageLog, *, oldest: bool = False, at_least: int = -1, set_aside: bool = False
+) -> Fold:
     """The newest whole snapshot (or the oldest that is not before the row `at_least`) as a fold; an empty fold if
-    there is none.
+    there is none. `set_aside`: one that is damaged is renamed, so that it does not push out one that is whole.
 
     Raises Damaged if the log does not hold, or no longer holds, the rows that the snapshot was made of.
     """
@@ -91,6 +93,8 @@ def read_snapshot(directory: Path, log: MessageLog, *, oldest: bool = False, at_
             manifest, fold = _read(path, log.payloads)
         except _DAMAGE as error:
             structlog.get_logger().warning("snapshot damaged, taking another", path=str(path), problem=str(error))
+            if set_aside:
+                path.replace(path.with_suffix(".damaged"))
             continue
         if manifest.offset < at_least:
             continue
@@ -128,7 +132,7 @@ def whole_snapshots(directory: Path, payloads: PayloadStore) -> list[tuple[Path,
 
 
 def _snapshots(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("*") if path.suffix != ".part"]
+    return [path for path in directory.glob("*") if path.suffix == ""]
 
 
 def _manifest(path: Path) -> Manifest:

@@ -12,6 +12,8 @@ from master_service.entries import Settings
 #: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time
 #: (`UpdateRule.max_unanswered`), so what is forgotten is older than any that is still on its way.
 KEPT_RECEIPTS = 64
+#: Incarnations of a node whose receipts are kept; of older ones only that everything of theirs is settled.
+KEPT_INCARNATIONS = 4
 #: Norms and losses that the guards and the plateau rule look back on.
 KEPT_NORMS = 64
 
@@ -32,10 +34,21 @@ class NodeState(_State):
     present: bool = True
 
 
+class Settled(_State):
+    """What is settled of one incarnation's updates: everything below a sequence number, and these receipts."""
+
+    receipts: dict[int, Receipt] = Field(default_factory=dict)
+    below: int = 0
+
+    def holds(self, sequence: int) -> bool:
+        return sequence < self.below or sequence in self.receipts
+
+
 class Member(_State):
     """A node in the training of one encoder. `weight` is the sum over its accepted updates.
 
-    `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life.
+    `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life. `settled` is kept by
+    incarnation, because one may come back (from a backup) after another.
     """
 
     node: str
@@ -56,8 +69,7 @@ class Member(_State):
     loss: float | None = None
     version: int = 0
     waiting: bool = False
-    settled: dict[int, Receipt] = Field(default_factory=dict)
-    settled_below: int = 0
+    settled: dict[str, Settled] = Field(default_factory=dict)
 
     @property
     def active(self) -> bool:

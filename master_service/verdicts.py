@@ -9,13 +9,16 @@ from common.messages import MAX_COUNT, Receipt, UpdateManifest
 from common.receipts import receipt_hash
 from common.slicing import payload_size, slice_count
 from master_service.entries import UpdateFacts
-from master_service.state import KEPT_RECEIPTS, Buffered, EncoderState, Member
+from master_service.state import KEPT_INCARNATIONS, KEPT_RECEIPTS, Buffered, EncoderState, Member, Settled
 
 
-def introduced(encoder: EncoderState | None, manifest: UpdateManifest) -> Member | None:
-    """The member that this update comes from, if it has acked the instruction under this incarnation."""
-    member = encoder.members.get(manifest.node) if encoder else None
-    return member if member is not None and member.incarnation == manifest.incarnation else None
+def stranger(encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
+    """Whether an update of an encoder that is being trained comes from a node that has not acked under this
+    incarnation."""
+    if encoder is None or encoder.status != "running":
+        return False
+    member = encoder.members.get(manifest.node)
+    return member is None or member.incarnation != manifest.incarnation
 
 
 def refusal(
@@ -24,8 +27,6 @@ def refusal(
     """Why this update cannot be counted: (reason, detail); None if it can. Without facts: as far as one can tell."""
     if encoder is None or not encoder.layout:
         return "unknown-encoder", f"no encoder {manifest.encoder} is being trained here"
-    if introduced(encoder, manifest) is None:
-        return "unknown-node", f"{manifest.node} has not acked the instruction under this incarnation"
     if encoder.status != "running":
         return "finished", f"the training of {encoder.encoder} has ended: {encoder.reason}"
     if manifest.layout_digest != encoder.layout_digest:
@@ -82,12 +83,30 @@ def shortened(words: str) -> str:
 
 def settle(member: Member, receipt: Receipt) -> None:
     """Remember the receipt to answer duplicates with; of the oldest only that they are settled."""
-    member.settled[receipt.sequence] = receipt
-    while len(member.settled) > KEPT_RECEIPTS:
-        oldest = min(member.settled)
-        del member.settled[oldest]
+    settled = remember(member, receipt.incarnation)
+    settled.receipts[receipt.sequence] = receipt
+    while len(settled.receipts) > KEPT_RECEIPTS:
+        oldest = min(settled.receipts)
+        del settled.receipts[oldest]
         # receipts need not come in order: what waited in a buffer is settled after what was refused meanwhile
-        member.settled_below = max(member.settled_below, oldest + 1)
+        settled.below = max(settled.below, oldest + 1)
+
+
+def remember(member: Member, incarnation: str) -> Settled:
+    """What is settled of an incarnation, which is now the newest. Of those that are too many everything counts as
+    settled: should one come back, it is told `conflict` and takes a new one."""
+    settled = member.settled.pop(incarnation, None) or Settled()
+    member.settled[incarnation] = settled
+    for old in list(member.settled.values())[:-KEPT_INCARNATIONS]:
+        old.receipts, old.below = {}, MAX_COUNT + 1
+    return settled
+
+
+def stored(member: Member, manifest: UpdateManifest) -> Receipt | None:
+    """The receipt that answered this very update."""
+    settled = member.settled.get(manifest.incarnation)
+    receipt = settled.receipts.get(manifest.sequence) if settled is not None else None
+    return receipt if receipt is not None and receipt.digest == manifest.digest else None
 
 
 def pending(encoder: EncoderState, manifest: UpdateManifest) -> Buffered | None:

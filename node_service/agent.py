@@ -86,10 +86,10 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Republish:
-    """Publish an owed update again, as this attempt."""
+    """Publish an owed update again, as this attempt; None: as the next."""
 
     sequence: int
-    attempt: int
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,7 @@ class Agent:
     wanted: int = -1
     lost: int = -1
     finishing: Finish | None = None
+    unknown: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
 
@@ -143,6 +144,7 @@ class Agent:
             case Instruction():
                 return self._instructed(message)
             case Introduce():
+                self.unknown = True
                 return self.join()
             case Receipt() if message.incarnation == self.incarnation:
                 return self._receipted(message)
@@ -155,6 +157,10 @@ class Agent:
             case Notice() if self._is_current(message.encoder):
                 return self._read(message.version, message.published_at)
         return []
+
+    def mistaken(self) -> list[Action]:
+        """The master answered another update under a number of ours: this state directory is an old backup."""
+        return [Reincarnate()]
 
     def samples_checked(self, instruction: Instruction, samples: int, refusal: str = "") -> list[Action]:
         """The answer to CheckSamples: how many samples match, or why this node does not take part."""
@@ -234,9 +240,11 @@ class Agent:
     def _ruled(self, rule: Rule) -> list[Action]:
         assert self.current is not None
         known, self.rule = self.rule, rule
-        if known is None:
-            return [Begin(self.current, rule), *self._read(rule.version, rule.published_at)]
-        return [Retune(rule), *self._read(rule.version, rule.published_at)]
+        begin: Action = Begin(self.current, rule) if known is None else Retune(rule)
+        # what came while the master did not know this node was not looked at
+        again = [Republish(sequence) for sequence in sorted(self.unanswered)] if self.unknown else []
+        self.unknown = False
+        return [begin, *self._read(rule.version, rule.published_at), *again]
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
         self.unanswered.discard(receipt.sequence)

@@ -30,7 +30,7 @@ class Handover:
         """After a start: whatever has no receipt yet is sent again under its old id; gives the numbers."""
         owed = [each.manifest for each in self._state.owed()]
         for manifest in owed:
-            self.send_again(manifest.sequence, manifest.attempt + 1)
+            self.send_again(manifest.sequence)
         return {manifest.sequence for manifest in owed}
 
     def send_unanswered(self, after: float) -> None:
@@ -40,18 +40,26 @@ class Handover:
             if self._outbox.problem:
                 self._sent_at[sequence] = now
             elif now - at >= after:
-                owed = self._state.find(sequence)
-                if owed is not None:
-                    self.send_again(sequence, owed.manifest.attempt + 1)
+                self.send_again(sequence)
 
-    def send_again(self, sequence: int, attempt: int) -> None:
-        """The same update as another attempt."""
+    def send_again(self, sequence: int, attempt: int | None = None) -> None:
+        """The same update as another attempt, the next by default."""
         owed = self._state.find(sequence)
         if owed is None:
             return
-        manifest = owed.manifest.model_copy(update={"attempt": attempt})
+        number = owed.manifest.attempt + 1 if attempt is None else attempt
+        manifest = owed.manifest.model_copy(update={"attempt": number})
         self._state.owe(manifest, owed.payload)
         self._send(manifest, owed.bodies())
+
+    def mistaken(self, receipt: Receipt) -> bool:
+        """Whether a receipt is for another update of the number of one that is owed."""
+        owed = self._state.manifest(receipt.sequence)
+        return (
+            owed is not None
+            and (owed.incarnation, owed.encoder) == (receipt.incarnation, receipt.encoder)
+            and owed.digest != receipt.digest
+        )
 
     def settle(self, receipt: Receipt) -> bool:
         """An update is answered: remember that, then forget the update. False for a receipt that came before."""

@@ -152,10 +152,13 @@ class LocalState:
 
     def find(self, sequence: int) -> Owed | None:
         """The owed update of this number."""
-        json_file, payload_file = self._files(sequence)
-        if not json_file.exists():
-            return None
-        return Owed(self._read(json_file, UpdateManifest), payload_file.read_bytes())
+        manifest = self.manifest(sequence)
+        return None if manifest is None else Owed(manifest, self._files(sequence)[1].read_bytes())
+
+    def manifest(self, sequence: int) -> UpdateManifest | None:
+        """The manifest of the owed update of this number."""
+        json_file, _ = self._files(sequence)
+        return self._read(json_file, UpdateManifest) if json_file.exists() else None
 
     def remember(self, receipt: Receipt) -> bool:
         """Keep a receipt for good; False if it is known already."""

@@ -189,7 +189,8 @@ class NodeService:
             return
         if isinstance(message, Answer) and not message.accepted:
             log.error("the master cannot make this encoder", problem=message.detail)
-        self._perform(self._agent.receive(message))
+        mistaken = isinstance(message, Receipt) and self._handover.mistaken(message)
+        self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
         reached("node before ack")
         self.broker.ack(delivery)
         reached("node after ack")

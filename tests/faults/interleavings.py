@@ -16,7 +16,17 @@ from common.broker import Publication
 from common.brokers.memory import MemoryServer, MemorySubscription
 from common.codec import decode, encode
 from common.errors import BrokerUnavailable
-from common.messages import Answer, Continue, Get, ParameterChunk, Receipt, ReturnWhen, Stop, UpdateManifest, UpdateRule
+from common.messages import (
+    Answer,
+    Continue,
+    Get,
+    ParameterChunk,
+    Receipt,
+    ReturnWhen,
+    Stop,
+    UpdateManifest,
+    UpdateRule,
+)
 from common.receipts import receipt_hash
 from master_service.effects import Send
 from master_service.entries import Settings, StopRule, Versioned
@@ -32,6 +42,7 @@ from tests.faults.simulated import (
     NodeDisk,
     SimMaster,
     SimNode,
+    Violation,
     Wire,
     WorldLike,
     demand,
@@ -85,6 +96,8 @@ class World(WorldLike):
         self.trail: dict[str, UpdateManifest] = {}
         self.tokens = itertools.count()
         self.kill_in = -1
+        self.deadly: set[int] = set()
+        self.deadly_next = False
         self._ids = itertools.count()
         self._incarnations = itertools.count()
         #: Incarnations whose state was once replaced by an older copy: their numbers may be used twice.
@@ -105,6 +118,8 @@ class World(WorldLike):
                 node.start()
         if plan.warm:
             self.run(200)
+        for index in range(plan.nodes):
+            self.do_backup(index)
 
     # --- what the parties need ---------------------------------------------------------------------------------------
 
@@ -128,8 +143,7 @@ class World(WorldLike):
         return chunks
 
     def settled(self, node: SimNode, owed: UpdateManifest, receipt: Receipt) -> None:
-        if owed.incarnation not in self.restored:
-            demand(owed.digest == receipt.digest, f"{owed.update_id} was settled by the receipt of another update")
+        demand(owed.digest == receipt.digest, f"{owed.update_id} was settled by the receipt of another update")
 
     # --- actions -----------------------------------------------------------------------------------------------------
 
@@ -255,6 +269,10 @@ class World(WorldLike):
             party.kill()
             self._begin(party.name, copy.copy())
 
+    def do_deadly(self) -> None:
+        """The next message that is folded kills the master, now and whenever it is folded again."""
+        self.deadly_next = True
+
     def do_operator(self, what: str) -> None:
         encoders = [entry.body.encoder for entry, _, _ in self.disk.rows if entry.body.kind == "generated"]  # type: ignore[union-attr]
         message: Any
@@ -289,37 +307,48 @@ class World(WorldLike):
 
     def quiesce(self) -> None:
         """The storm is over: nothing fails any more, everybody is there, and time passes."""
-        self.kill_in = -1
+        self.kill_in, self.deadly_next = -1, False
         self.operator.faults.clear()
-        if self.master is None:
-            self._start_master()
-        demand(self.master is not None, "the master does not start")
-        assert self.master is not None
-        self.master.wire.faults.clear()
+        if self.master is not None:
+            self.master.wire.faults.clear()
         for index, node in enumerate(self.nodes.values()):
             node.kill_in = -1
             node.wire.faults.clear()
             self.do_start_node(index)
+        self.settle_down()
         for _ in range(12):
-            self.settle_down()
-            if self.quiet():
-                break
             self.now += 16.0
             for node in self.nodes.values():
                 node.say_alive()
                 node.ask()
-            if self.master.intake():
-                self.master.chunks_missing()
+                if node.agent.current is not None and node.agent.current.encoder not in self._running():
+                    node.train()  # it has not heard of the end, and will when it hands in
+            self.do_chunks_missing()
+            self.settle_down()
+            if self.quiet():
+                break
         demand(self.quiet(), f"updates are never answered: {self.unanswered()}")
 
     def settle_down(self) -> None:
-        demand(not self.run(1000), "messages go back and forth for ever")
+        """Deliver everything; a master that a message kills is started until it sets that aside."""
+        for _ in range(6):
+            for _ in range(6):
+                if self.master is None:
+                    self._start_master()
+            demand(self.master is not None, "the master does not start")
+            demand(not self.run(1000), "messages go back and forth for ever")
+            if self.master is not None:
+                return
+        raise Violation("the master dies again and again")
 
     def quiet(self) -> bool:
         """Whether all that nodes owe is answered, and all who could be let in are."""
         assert self.master is not None
-        state = self.master.fold.coordinator.state
-        running = {each.encoder for each in state.encoders.values() if each.status == "running"}
+        state, running = self.master.fold.coordinator.state, self._running()
+        for encoder in state.encoders.values():
+            enough = len(encoder.active()) >= state.settings.min_nodes
+            if encoder.status == "running" and enough and not encoder.started:
+                return False
         for node in self.nodes.values():
             current = node.agent.current
             if node.disk.owed or node.agent.unanswered or (running and current is None):
@@ -329,6 +358,11 @@ class World(WorldLike):
             if current is not None and state.encoders[current.encoder].started and not node.may_train():
                 return False
         return True
+
+    def _running(self) -> set[str]:
+        assert self.master is not None
+        encoders = self.master.fold.coordinator.state.encoders.values()
+        return {each.encoder for each in encoders if each.status == "running"}
 
     def unanswered(self) -> dict[str, Any]:
         return {
@@ -417,8 +451,17 @@ class World(WorldLike):
                 assert where is not None
                 demand(where[:2] == (receipt.encoder, receipt.version), f"counted in {where}: {receipt}")
                 demand(abs(where[2] - receipt.weight) < 1e-12, f"weighed {where[2]}: {receipt}")
-            else:
-                demand(where is None, f"refused and counted in {where}: {receipt}")
+                continue
+            demand(where is None, f"refused and counted in {where}: {receipt}")
+            demand(receipt.reason in self._reasons(receipt), f"refused without a reason: {receipt}")
+
+    def _reasons(self, receipt: Receipt) -> set[str]:
+        """Why a receipt may refuse an update; no node here sends what is wrong in itself."""
+        reasons = {"finished", "set-aside"} if self.disk.skipped else {"finished"}
+        if receipt.incarnation in self.restored:
+            # two updates of one number: the later is in conflict, unless the chunks of both were mixed up
+            reasons |= {"conflict", "digest"}
+        return reasons
 
     def _check_nodes(self, counted: dict[str, tuple[str, int, float]]) -> None:
         """What a state directory that was never lost has handed in is answered."""
@@ -471,25 +514,25 @@ class World(WorldLike):
     def probe(self) -> None:
         """Nobody was left behind: whoever trains hands in once more, and is counted."""
         assert self.master is not None
-        for attempt in range(3):
+        for attempt in range(6):
             handed: dict[str, tuple[str, str]] = {}
             for node in self.nodes.values():
                 manifest = node.train()
                 if manifest is not None:
                     handed[node.name] = (manifest.digest, manifest.incarnation)
             self.quiesce()
-            state = self.master.fold.coordinator.state
-            accepted = {receipt.digest: receipt for receipt in self.heard}
-            refused = {
-                name: accepted[digest].reason
-                for name, (digest, _) in handed.items()
-                if not accepted[digest].accepted and accepted[digest].reason != "finished"
-            }
+            answers = {receipt.digest: receipt for receipt in self.heard}
+            refused = {}
+            for name, (digest, incarnation) in handed.items():
+                receipt = answers.get(digest)
+                if receipt is None or not (receipt.accepted or receipt.reason == "finished"):
+                    refused[name] = (receipt.reason if receipt else "", incarnation)
             if not refused:
                 return
-            for name, reason in refused.items():
-                again = reason == "conflict" and handed[name][1] in self.restored and attempt < 2
-                demand(again, f"{name} is refused: {reason} {state.nodes[name]}")
+            for name, (reason, incarnation) in refused.items():
+                # after a conflict this one was of the incarnation before
+                again = incarnation in self.restored and attempt < 5
+                demand(again, f"{name} is left behind: {reason or 'no answer'}")
 
     # --- parties -----------------------------------------------------------------------------------------------------
 

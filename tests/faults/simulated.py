@@ -48,7 +48,7 @@ from common.transfer import CompleteVersion, VersionAssembly, payload_digest, up
 from master_service.aggregator import PayloadsLost
 from master_service.config import MasterConfig
 from master_service.effects import Effect, Publish, Send, Step
-from master_service.entries import Entry, Loggable, Settings, Skipped, UpdateFacts, Versioned, pack, unpack
+from master_service.entries import Entry, Loggable, Record, Settings, Skipped, UpdateFacts, Versioned, pack, unpack
 from master_service.fold import Fold
 from master_service.journal import Journal
 from master_service.service import MasterService
@@ -227,6 +227,9 @@ class MemoryLog:
         disk.rows.append((entry, pack(body), carried_out))
         disk.ids.add(message_id)
         self.carried_out = carried_out
+        if WORLD[0].deadly_next and not isinstance(body, Record):
+            WORLD[0].deadly.add(entry.offset)
+            WORLD[0].deadly_next = False
         if isinstance(body, Versioned):
             disk.versions.add((body.encoder, body.version))
         if isinstance(body, Skipped):
@@ -239,6 +242,9 @@ class MemoryLog:
 
     def entry(self, offset: int) -> Entry:
         return next(self.entries(offset - 1))
+
+    def find(self, message_id: str) -> Entry | None:
+        return next((entry for entry in self.entries() if entry.message_id == message_id), None)
 
     def uses(self, payload: str) -> int:
         return sum(entry.payload == payload for entry, _, _ in self._disk.rows)
@@ -257,6 +263,9 @@ class MemoryLog:
 
     def dropped(self) -> dict[str, str]:
         return self._disk.dropped
+
+    def bodies(self, kind: str) -> list[Loggable]:
+        return [unpack(body) for entry, body, _ in self._disk.rows if entry.body.kind == kind]
 
     def repairs(self) -> list[Any]:
         return []
@@ -328,14 +337,25 @@ class Tokens:
         return {name: (target.parameters.vector, target.steps) for name, target in self.targets.items()}
 
 
-def token_fold(disk: MasterDisk, snapshot: Snapshot | None = None) -> Fold:
+class LiveFold(Fold):
+    """The fold of a running master, which some messages kill."""
+
+    def apply(self, entry: Entry) -> list[Effect]:
+        world = WORLD[0]
+        if entry.offset in world.deadly and not entry.skipped:
+            world.seen["killed: deadly message"] += 1
+            raise Killed
+        return super().apply(entry)
+
+
+def token_fold(disk: MasterDisk, snapshot: Snapshot | None = None, kind: type[Fold] = Fold) -> Fold:
     """A real fold around the simulated arithmetic."""
     payloads: Any = disk.payloads
     if snapshot is None:
-        fold = Fold(payloads)
+        fold = kind(payloads)
         fold.aggregator = Tokens(payloads)  # type: ignore[assignment]
         return fold
-    fold = Fold(payloads, State.model_validate_json(snapshot.state), snapshot.offset)
+    fold = kind(payloads, State.model_validate_json(snapshot.state), snapshot.offset)
     tokens = Tokens(payloads)
     for name, (digest, steps) in snapshot.targets.items():
         tokens.targets[name] = SimpleNamespace(parameters=Parameters(digest), steps=steps, digests={})
@@ -350,7 +370,7 @@ class MemoryJournal(Journal):
         disk = WORLD[0].disk
         self._clock, self._disk = clock, disk
         self.log: Any = MemoryLog(disk)
-        self.fold = token_fold(disk, disk.snapshots[-1] if disk.snapshots else None)
+        self.fold = token_fold(disk, disk.snapshots[-1] if disk.snapshots else None, LiveFold)
         self.attempts: Any = MemoryAttempts(disk)
         self.storage: Any = SimpleNamespace(write=lambda write: write())
         self.carried_out = max(self.log.carried_out, self.fold.offset)
@@ -508,8 +528,8 @@ class SimNode:
         self.agent = Agent(self.name, self.disk.incarnation, TYPES)
         self.inbox = self.wire.consume(TOPOLOGY.node_inbox(self.name), lambda delivery: None, prefetch=32)
         self._perform(self.agent.join())
-        for sequence, (manifest, _) in sorted(self.disk.owed.items()):
-            self._send_again(sequence, manifest.attempt + 1)
+        for sequence in sorted(self.disk.owed):
+            self._send_again(sequence)
         self.agent.unanswered = set(self.disk.owed)
         if self.disk.current is not None:
             instruction, rule = self.disk.current
@@ -547,7 +567,14 @@ class SimNode:
         message = decode(delivery.body)
         if isinstance(message, Receipt):
             self.world.heard.append(message)
-        self._perform(self.agent.receive(message))
+        owed = self.disk.owed.get(message.sequence) if isinstance(message, Receipt) else None
+        mistaken = (
+            owed is not None
+            and isinstance(message, Receipt)
+            and (owed[0].incarnation, owed[0].encoder) == (message.incarnation, message.encoder)
+            and owed[0].digest != message.digest
+        )
+        self._perform(self.agent.mistaken() if mistaken else self.agent.receive(message))
         self.step("before ack")
         self.wire.ack(delivery)
         self.step("after ack")
@@ -617,12 +644,12 @@ class SimNode:
         if found is None:
             demand(isinstance(wanted, Look), f"{self.name} was told of {wanted}, and the stream does not hold it")
             return True
-        final, exact = (wanted.final, wanted.exact) if isinstance(wanted, Read) else (False, False)
         if self.training is None or self.training.encoder != wanted.encoder:
             return True
-        if final:
+        exact = isinstance(wanted, Read) and wanted.exact
+        if self.agent.finishes(wanted.encoder, found.version, exact=exact):
             self.disk.current = None
-        elif not self.agent.adopts(found.version, exact=exact):
+        elif not self.agent.adopts(wanted.encoder, found.version, exact=exact):
             return True
         self.version = found.version
         self._perform(self.agent.version_read(wanted.encoder, found.version))
@@ -632,14 +659,14 @@ class SimNode:
         """A sign of life; what is unanswered is sent again."""
         encoder = self.agent.current.encoder if self.agent.current else None
         self._say(Alive(node=self.name, incarnation=self.disk.incarnation, encoder=encoder))
-        for sequence, (manifest, _) in sorted(self.disk.owed.items()):
+        for sequence in sorted(self.disk.owed):
             if not self.outbox or len(self.outbox) < 4:
-                self._send_again(sequence, manifest.attempt + 1)
+                self._send_again(sequence)
 
     def ask(self) -> None:
         """Nothing was heard for long."""
         if not self.may_train():
-            self._perform(self.agent.ask_for_version() or ([] if self.agent.current else self.agent.join()))
+            self._perform(self.agent.ask_for_version() or self.agent.join())
         self._perform(self.agent.look())
 
     def leave(self) -> None:
@@ -716,10 +743,11 @@ class SimNode:
             exchange, key = TOPOLOGY.request, f"{self.name}.{message.kind.removeprefix('request.')}"  # type: ignore[attr-defined]
         self.outbox.append([Publication(exchange, key, encode(message), message_id=self.world.message_id())])
 
-    def _send_again(self, sequence: int, attempt: int) -> None:
+    def _send_again(self, sequence: int, attempt: int | None = None) -> None:
         if sequence in self.disk.owed:
             manifest, token = self.disk.owed[sequence]
-            manifest = manifest.model_copy(update={"attempt": attempt})
+            number = manifest.attempt + 1 if attempt is None else attempt
+            manifest = manifest.model_copy(update={"attempt": number})
             self.disk.owed[sequence] = (manifest, token)
             self._send(manifest, token)
 
@@ -762,6 +790,9 @@ class WorldLike:
     trail: dict[str, UpdateManifest]
     tokens: Iterator[int]
     kill_in: int
+    #: Rows that kill the master whenever it folds them, and whether the next one is to be such.
+    deadly: set[int]
+    deadly_next: bool
 
     def clock(self) -> float:
         raise NotImplementedError

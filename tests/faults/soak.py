@@ -67,7 +67,7 @@ def soak(arena: Arena, seconds: float) -> None:
 def _event(arena: Arena, there: list[str]) -> str:
     """Something befalls somebody."""
     away = [node for node in arena.nodes if node not in there]
-    choices = ["join"] * (3 if away else 0) + ["leave", "kill", "kill"] * bool(there) + ["kill master"]
+    choices = ["join"] * 2 * len(away) + ["leave", "kill", "kill"] * bool(there) + ["kill master"]
     what = arena.random.choice(choices)
     if what == "join":
         arena.start(arena.random.choice(away))

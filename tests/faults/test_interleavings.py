@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
 
+from common.broker import Delivery
+from common.messages import Message, UpdateManifest
+from master_service.coordinator import Coordinator
+from master_service.effects import Effect, Send
+from master_service.entries import Entry, Loggable, Versioned
+from master_service.service import MasterService
+from master_service.state import EncoderState, State
+from master_service.verdicts import accepted
 from tests.faults.interleavings import FAULTS, RULES, STOPS, Act, Plan, weather
-from tests.faults.simulated import simulated
+from tests.faults.simulated import MemoryJournal, MemoryLog, simulated
 
-EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "600"))
 FOUND = Path(__file__).parents[1] / "logs" / "counterexamples.json"
 
 
@@ -37,7 +44,14 @@ def _actions() -> list[Act]:
     master += [("prefetch", each) for each in ("inbox", "updates", "chunks")]
     master += [("kill_master", steps) for steps in (0, 1, 2, 3, 4, 6, 9, 13, 20)] * 2
     master += [("restart_master", True), ("restart_master", False), ("start_master", True), ("start_master", False)] * 3
-    master += [("stop_master",), ("snapshot",), ("snapshot",), ("channel", "master"), ("chunks_missing",)] * 2
+    master += [
+        ("stop_master",),
+        ("snapshot",),
+        ("snapshot",),
+        ("channel", "master"),
+        ("chunks_missing",),
+        ("deadly",),
+    ] * 2
     master += [("fault", "master", fault) for fault in FAULTS] * 2
     master += [("later", 5.0), ("later", 31.0), ("later", 46.0), *(("settings", rule) for rule in RULES)]
     operator: list[Act] = [("operator", what) for what in ("stop", "continue", "continue", "get", "image")]
@@ -53,7 +67,10 @@ PLANS = st.builds(
     min_nodes=st.sampled_from([1, 1, 2]),
     stop=st.sampled_from([0, 0, 0, 0, *range(1, len(STOPS))]),
     warm=st.booleans(),
-    actions=st.lists(st.sampled_from(_actions()), min_size=10, max_size=60).map(tuple),
+    # short ones first, to shrink towards them; left alone, hypothesis draws few long lists
+    actions=st.one_of(
+        *(st.lists(st.sampled_from(_actions()), min_size=size, max_size=80) for size in (0, 20, 40, 60))
+    ).map(tuple),
 )
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
@@ -68,3 +85,155 @@ def _simulated() -> Iterator[None]:
 @given(PLANS)
 def test_whatever_happens_nothing_is_lost_and_nothing_is_doubled(plan: Plan) -> None:
     weather(plan)
+
+
+# --- every labelled step, one after the other ------------------------------------------------------------------------
+
+#: Everything that a short federation does: two nodes, an operator, a snapshot, an end.
+SHORT: tuple[Act, ...] = (
+    ("run", 20),
+    ("train", 0),
+    ("train", 1),
+    ("operator", "get"),
+    ("run", 20),
+    ("snapshot",),
+    ("train", 0),
+    ("run", 20),
+    ("operator", "stop"),
+    ("run", 20),
+)
+AGAIN: tuple[Act, ...] = tuple(act for each in SHORT for act in (each, ("start_master",), ("start_node", 0)))
+
+
+@pytest.mark.parametrize("snapshot", [True, False], ids=["from-snapshot", "from-log"])
+def test_the_master_is_killed_at_every_step(snapshot: bool) -> None:
+    again = tuple(("start_master", snapshot) if act == ("start_master",) else act for act in AGAIN)
+    plan = Plan("return-count", nodes=2, present=2, warm=False)
+    killed, reached, step = set[str](), set[str](), 0
+    while step < 400:
+        step += 1
+        seen = weather(Plan(plan.rule, 2, 2, warm=False, actions=(("kill_master", step), *again))).seen
+        died = {label.removeprefix("killed: ") for label in seen if label.startswith("killed: master")}
+        killed |= died
+        reached |= {label.replace(":", "", 1) for label in seen if label.startswith("master: ")}
+        if not died:
+            break
+    assert killed == reached and len(killed) > 14, reached - killed
+
+
+def test_a_node_is_killed_at_every_step() -> None:
+    for step in range(1, 400):
+        actions = (("kill_node", 0, step), *AGAIN)
+        if not any(label.startswith("killed") for label in weather(Plan("fedavg", 2, 2, actions=actions)).seen):
+            break
+    assert step > 20
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def _found() -> list[Any]:
+    """The recorded plans."""
+    cases = []
+    for case in json.loads(FOUND.read_text()):
+        actions = tuple(tuple(act) for act in case["plan"].pop("actions"))
+        cases.append(pytest.param(Plan(**case["plan"], actions=actions), id=case["name"]))
+    return cases
+
+
+@pytest.mark.parametrize("plan", _found())
+def test_what_was_found_once_stays_mended(plan: Plan) -> None:
+    weather(plan)
+
+
+# --- the harness can fail ---------------------------------------------------------------------------------------------
+
+
+def ack_before_append(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MasterService._handle_message
+
+    def handle(self: MasterService, delivery: Delivery, message: Message) -> None:
+        self.broker.ack(delivery)
+        real(self, delivery, message)
+
+    monkeypatch.setattr(MasterService, "_handle_message", handle)
+
+
+def settled_updates_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Coordinator, "_known_update", lambda self, encoder, manifest: False)
+
+
+def receipts_before_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MasterService._record
+
+    def record(self: MasterService, body: Loggable, **named: Any) -> None:
+        if isinstance(body, Versioned):
+            encoder = self._fold.coordinator.state.encoders[body.encoder]
+            ahead = encoder.model_copy(update={"version": body.version})
+            self._send_out([Send(w.item.node, accepted(ahead, w.item, w.weight, 0, 1)) for w in encoder.stepping])
+        real(self, body, **named)
+
+    monkeypatch.setattr(MasterService, "_record", record)
+
+
+def duplicates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Coordinator._duplicate
+
+    def duplicate(self: Coordinator, encoder: EncoderState, manifest: UpdateManifest) -> list[Effect]:
+        encoder.members[manifest.node].returns += 1
+        return real(self, encoder, manifest)
+
+    monkeypatch.setattr(Coordinator, "_duplicate", duplicate)
+
+
+def effects_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MemoryLog.append
+
+    def append(self: MemoryLog, body: Loggable, **named: Any) -> Entry | None:
+        return real(self, body, **{**named, "carried_out": self.last_offset + 1})
+
+    monkeypatch.setattr(MemoryLog, "append", append)
+
+
+def snapshots_without_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MemoryJournal.snapshot
+
+    def snapshot(self: MemoryJournal, *, due_after: float = 0.0) -> None:
+        real(self, due_after=due_after)
+        for each in self._disk.snapshots:
+            state = State.model_validate_json(each.state)
+            for encoder in state.encoders.values():
+                for member in encoder.members.values():
+                    member.settled = {}
+            each.state = state.model_dump_json()
+
+    monkeypatch.setattr(MemoryJournal, "snapshot", snapshot)
+
+
+def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("master_service.coordinator.issued", lambda encoder, receipt: receipt)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        ack_before_append,
+        settled_updates_are_forgotten,
+        receipts_before_the_row,
+        duplicates_are_counted,
+        effects_are_not_repeated,
+        snapshots_without_receipts,
+        answers_of_another_chain,
+    ],
+)
+def test_the_harness_can_fail(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(plan: Plan) -> bool:
+        try:
+            weather(plan)
+        except AssertionError:
+            return True
+        return False
+
+    mutate(monkeypatch)
+    once = settings(QUICK, max_examples=1500, phases=[Phase.generate], database=None)
+    find(PLANS, fails, settings=once)  # raises NoSuchExample if nothing is noticed

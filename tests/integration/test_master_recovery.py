@@ -317,10 +317,12 @@ def test_snapshots_are_written_while_serving_and_retention_drops_what_no_start_n
     with running_master(server, tmp_path, retention="since-snapshot") as master:
         eventually(lambda: master.service._fold.offset > int(newest.name))
         assert master.service._fold.coordinator.state.encoders[instruction.encoder].digest == digest
+    kept = {path.name for path in (tmp_path / "snapshots").iterdir()}
+    assert len(kept) == 2 and newest.name not in kept, "a damaged one does not push out one that is whole"
     reader = MessageLog(tmp_path, read_only=True)
     begin = origin(reader)
-    assert begin.fold.offset > 0 and "payloads were dropped by retention" in begin.left_out
-    with pytest.raises(KeyError, match=r"version 1 of .* is not in the log.*dropped by retention"):
+    assert begin.fold.offset > 0 and "payloads were dropped (retention since-snapshot)" in begin.left_out
+    with pytest.raises(KeyError, match=r"version 1 of .* is not in the log.*dropped"):
         rebuild(reader, instruction.encoder, 1)
     assert rebuild(reader, instruction.encoder)[1].digest() == digest
 

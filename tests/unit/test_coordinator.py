@@ -41,6 +41,7 @@ from master_service.entries import (
     Tick,
 )
 from master_service.rules.model import aggregation_rule
+from master_service.state import KEPT_INCARNATIONS
 from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
 
 ARRIVAL = aggregation_rule("fedasync")
@@ -137,8 +138,26 @@ def test_a_new_incarnation_numbers_anew_and_keeps_its_return_count() -> None:
     run.join("a", name, incarnation="second")
     [receipt] = receipts(run.update("a", name, 0, incarnation="second"))
     assert receipt.accepted and receipt.return_count == 2
-    [old] = receipts(run.update("a", name, 1))
-    assert (old.reason, len(sent(run.effects, Introduce, "a"))) == ("unknown-node", 1)
+    assert receipts(run.update("a", name, 1)) == [] and len(sent(run.effects, Introduce, "a")) == 1
+    # the first incarnation is not forgotten: should it come back, what it handed in counts no second time
+    [again] = receipts(run.update("a", name, 0, attempt=1))
+    assert again.accepted and (again.version, again.incarnation) == (1, "first")
+    run.join("a", name, incarnation="first")
+    [conflict] = receipts(run.update("a", name, 0, digest="3" * 64))
+    assert conflict.reason == "conflict"
+    assert run.coordinator.state.encoders[name].members["a"].returns == 2
+
+
+def test_of_many_incarnations_the_oldest_are_known_as_settled() -> None:
+    run = Scenario(rule=ARRIVAL)
+    name = run.generate()
+    for number in range(KEPT_INCARNATIONS + 1):
+        run.join("a", name, incarnation=f"i{number}")
+        assert receipts(run.update("a", name, 0, incarnation=f"i{number}"))[0].accepted
+    run.join("a", name, incarnation="i0")
+    assert [r.reason for r in receipts(run.update("a", name, 0, incarnation="i0"))] == ["conflict"]
+    assert [r.reason for r in receipts(run.update("a", name, 1, incarnation="i0"))] == ["conflict"]
+    assert run.coordinator.state.encoders[name].members["a"].returns == KEPT_INCARNATIONS + 1
 
 
 @pytest.mark.parametrize(
@@ -181,7 +200,7 @@ def test_refusals_of_a_payload_and_of_strangers() -> None:
     assert [r.reason for r in receipts(effects)] == ["stale"]
     assert [notice.version for notice in sent(effects, Notice)] == [3]  # it is told what to go on from
     effects = run.update("stranger", name, 0)
-    assert [r.reason for r in receipts(effects)] == ["unknown-node"] and sent(effects, Introduce, "stranger")
+    assert receipts(effects) == [] and sent(effects, Introduce, "stranger")
     assert [r.reason for r in receipts(run.update("a", "text-none", 0))] == ["unknown-encoder"]
     run.apply(Stop(sender="operator"))
     effects = run.update("a", name, 6)
@@ -344,8 +363,7 @@ def test_in_any_order_each_update_counts_at_most_once_and_the_fold_is_determinis
     verdicts: dict[tuple[str, int], tuple[bool, int]] = {}
     for receipt in receipts(run.effects):
         verdict = (receipt.accepted, receipt.version)
-        if receipt.reason not in ("unknown-node",):
-            assert verdicts.setdefault((receipt.node, receipt.sequence), verdict) == verdict
+        assert verdicts.setdefault((receipt.node, receipt.sequence), verdict) == verdict
     counted = [c.payload for effect in run.effects if isinstance(effect, Step) for c in effect.contributions]
     assert len(counted) == len(set(counted)), "an update is in the encoder twice"
     accepted = [key for key, (good, _) in verdicts.items() if good]
@@ -421,7 +439,7 @@ def test_receipts_are_a_chain_per_encoder_in_the_order_in_which_they_were_issued
     run.update("stranger", name, 0)
     again = receipts(run.update("a", name, 0, attempt=1), "a")
     issued = receipts(run.effects)[:-1]
-    assert [receipt.reason for receipt in issued] == ["", "", "size", "unknown-node"]
+    assert [receipt.reason for receipt in issued] == ["", "", "size"]
     assert issued[0].previous == ""
     assert [receipt.previous for receipt in issued[1:]] == [receipt_hash(receipt) for receipt in issued[:-1]]
     assert again == [issued[0]], "a receipt that is sent again takes no new place in the chain"

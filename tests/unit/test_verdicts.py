@@ -27,8 +27,9 @@ def test_what_is_settled_stays_settled_in_whatever_order_receipts_come(order: li
     member = Member(node="a", incarnation="first", samples=1)
     for count, sequence in enumerate(order, 1):
         settle(member, RECEIPT.model_copy(update={"sequence": sequence}))
-        assert len(member.settled) <= KEPT_RECEIPTS
-        assert all(seen in member.settled or seen < member.settled_below for seen in order[:count])
+        settled = member.settled[RECEIPT.incarnation]
+        assert len(settled.receipts) <= KEPT_RECEIPTS
+        assert all(settled.holds(seen) for seen in order[:count])
 
 
 def test_receipts_are_kept_for_as_many_updates_as_a_node_may_have_under_way() -> None:
