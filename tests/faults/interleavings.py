@@ -54,6 +54,8 @@ RULES = ("return-count", "fedasync", "fedbuff", "fedavg")
 FAULTS = ("lost", "half", "unconfirmed", "twice")
 STOPS = (StopRule(versions=400), StopRule(updates=6), StopRule(versions=3), StopRule(seconds=90.0))
 NODES = ("a", "b", "c", "d")
+#: As a node has it, seconds; the master waits 15 for chunks.
+RESEND_AFTER = 180.0
 
 
 @dataclass(frozen=True)
@@ -316,10 +318,10 @@ class World(WorldLike):
             node.wire.faults.clear()
             self.do_start_node(index)
         self.settle_down()
-        for _ in range(12):
+        for _ in range(60):
             self.now += 16.0
             for node in self.nodes.values():
-                node.say_alive()
+                node.say_alive(RESEND_AFTER)
                 node.ask()
                 if node.agent.current is not None and node.agent.current.encoder not in self._running():
                     node.train()  # it has not heard of the end, and will when it hands in

@@ -521,6 +521,7 @@ class SimNode:
         self.version, self.wait_until = -1, -1
         self.training: Instruction | None = None
         self.kill_in = -1
+        self.sent_at: dict[int, float] = {}
 
     def start(self) -> None:
         self.wire.declare(TOPOLOGY.node(self.name, TYPES))
@@ -655,12 +656,13 @@ class SimNode:
         self._perform(self.agent.version_read(wanted.encoder, found.version))
         return True
 
-    def say_alive(self) -> None:
-        """A sign of life; what is unanswered is sent again."""
+    def say_alive(self, resend_after: float = 0.0) -> None:
+        """A sign of life; what has been unanswered for so many seconds is sent again."""
         encoder = self.agent.current.encoder if self.agent.current else None
         self._say(Alive(node=self.name, incarnation=self.disk.incarnation, encoder=encoder))
         for sequence in sorted(self.disk.owed):
-            if not self.outbox or len(self.outbox) < 4:
+            waited = self.world.clock() - self.sent_at.get(sequence, -1e9)
+            if waited >= resend_after and len(self.outbox) < 4:
                 self._send_again(sequence)
 
     def ask(self) -> None:
@@ -752,6 +754,7 @@ class SimNode:
             self._send(manifest, token)
 
     def _send(self, manifest: UpdateManifest, token: bytes) -> None:
+        self.sent_at[manifest.sequence] = self.world.clock()
         bodies = [token[:28], token[28:]]
         chunks = [
             Publication(TOPOLOGY.update, f"{self.name}.chunk", encode(chunk))

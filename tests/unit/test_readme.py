@@ -33,7 +33,9 @@ def test_the_tree_is_there() -> None:
 
 def test_commands_and_flags_exist() -> None:
     command = get_command(app)
-    flags = {flag for each in command.commands.values() for p in each.params for flag in p.opts}  # type: ignore[attr-defined]
+    known = list(command.commands.values())  # type: ignore[attr-defined]
+    known += [below for each in known for below in getattr(each, "commands", {}).values()]
+    flags = {flag for each in known for parameter in each.params for flag in parameter.opts}
     for line in re.findall(r"shared-encoder ([a-z][^`\n]*)", README):
         words = line.split()
         assert words[0] in command.commands, line  # type: ignore[attr-defined]
