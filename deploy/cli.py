@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -323,6 +324,10 @@ def guarded(action: Callable[[], Any]) -> int:
         return _say(str(error), EXIT_BROKER)
     except SharedEncoderError as error:
         return _say(str(error), EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _say(f"the disk is full ({error}); make room and start again: what was durable is kept", EXIT_FAILED)
     return 0
 
 

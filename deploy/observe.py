@@ -19,7 +19,7 @@ from common.messages import Answer, AskStatus, Continue, Get, Message, StatusRep
 from common.signals import stop_on_signals
 from common.topology import Topology
 from deploy.config import load_config
-from deploy.display import FederationDisplay, console, federation_tables, saying
+from deploy.display import FederationDisplay, conditions, console, federation_tables, saying
 from deploy.run import connect
 
 #: Seconds between two questions while something is waited for.
@@ -196,6 +196,8 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
         return
     for table in federation_tables(report):
         console().print(table)
+    for line in conditions(report):
+        console().print(line, highlight=False)
     if not report["encoders"]:
         console().print("no encoder yet: ask for one with `shared-encoder request get text`", highlight=False)
     console().print(
