@@ -410,15 +410,23 @@ class MasterService:
         """The disk is full: answer who asks for the status; everything else waits, not acked. False at the end."""
         until = time.monotonic() + _ROOM_SECONDS
         while (left := until - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty, Poison):
+            with contextlib.suppress(queue.Empty):
                 delivery = self._events.get(timeout=left)
-                inbox = delivery.queue == self.topology.master_inbox
-                if inbox and self._answer(understood(delivery, self.topology)):
+                if self._is_answered(delivery):
                     self.broker.ack(delivery)
                 else:
                     self._held.append(delivery)
         self.on_change(self)
         return not self._ended(0.0)
+
+    def _is_answered(self, delivery: Delivery) -> bool:
+        """Answer a delivery that needs no log."""
+        if delivery.queue != self.topology.master_inbox:
+            return False
+        try:
+            return self._answer(understood(delivery, self.topology))
+        except Poison:
+            return False
 
     def report(self) -> dict[str, object]:
         """What `status` shows. Times in seconds, sizes in bytes."""

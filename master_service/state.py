@@ -14,6 +14,8 @@ from master_service.entries import Settings
 KEPT_RECEIPTS = 64
 #: Incarnations of a node whose receipts are kept; of older ones only that everything of theirs is settled.
 KEPT_INCARNATIONS = 4
+#: Incarnations of a node that are known at all; nobody has lost a state directory more often than that.
+KNOWN_INCARNATIONS = 1000
 #: Norms and losses that the guards and the plateau rule look back on.
 KEPT_NORMS = 64
 

@@ -9,7 +9,15 @@ from common.messages import MAX_COUNT, Receipt, UpdateManifest
 from common.receipts import receipt_hash
 from common.slicing import payload_size, slice_count
 from master_service.entries import UpdateFacts
-from master_service.state import KEPT_INCARNATIONS, KEPT_RECEIPTS, Buffered, EncoderState, Member, Settled
+from master_service.state import (
+    KEPT_INCARNATIONS,
+    KEPT_RECEIPTS,
+    KNOWN_INCARNATIONS,
+    Buffered,
+    EncoderState,
+    Member,
+    Settled,
+)
 
 
 def stranger(encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
@@ -99,6 +107,8 @@ def remember(member: Member, incarnation: str) -> Settled:
     member.settled[incarnation] = settled
     for old in list(member.settled.values())[:-KEPT_INCARNATIONS]:
         old.receipts, old.below = {}, MAX_COUNT + 1
+    while len(member.settled) > KNOWN_INCARNATIONS:
+        del member.settled[next(iter(member.settled))]
     return settled
 
 

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from common.brokers import open_broker
-from common.errors import SharedEncoderError
+from common.errors import EXIT_BROKER, SharedEncoderError
 from common.messages import Stop
 from common.topology import Topology
 from deploy.local_rabbitmq import LocalRabbitMQ
@@ -52,6 +52,8 @@ NODE_STEPS = {
 _PATIENCE_SECONDS = 6.0
 #: RabbitMQ 3 writes a fresh queue's declaration to disk a moment later; killed within it, the queue is broken.
 _SETTLED_SECONDS = 8.0
+#: After a restart of the broker a process that was just starting may have ended for want of it.
+_AWAY_SECONDS = 60.0
 
 
 class Arena:
@@ -191,6 +193,8 @@ class Arena:
             step = "anywhere" if anywhere or plan is None else plan[0]
             self.by_step[step] = self.by_step.get(step, 0) + 1
             return f"{role} killed: {step}"
+        if process.exitcode == EXIT_BROKER and time.monotonic() - self._broker_since < _AWAY_SECONDS:
+            return f"{role} found no broker"  # it was restarted while this one began; a supervisor starts it again
         words = (self.directory / f"{role}.log").read_text(errors="replace")[-3000:]
         raise AssertionError(f"{role} ended by itself with {process.exitcode}:\n{words}")
 

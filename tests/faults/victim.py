@@ -18,7 +18,7 @@ import torch
 
 from common import steps
 from common.brokers import open_broker
-from common.errors import SharedEncoderError
+from common.errors import EXIT_BROKER, EXIT_FAILED, BrokerUnavailable, SharedEncoderError
 from common.logging import configure_logging
 from common.messages import InnerOptimizer, ReturnWhen, UpdateRule
 from common.signals import stop_on_signals
@@ -74,7 +74,7 @@ def live(victim: Victim) -> None:
                 broker.close()
         except SharedEncoderError as error:
             print(f"ended: {type(error).__name__}: {error}", flush=True)
-            sys.exit(3)
+            sys.exit(EXIT_BROKER if isinstance(error, BrokerUnavailable) else EXIT_FAILED)
 
 
 def _master(victim: Victim, broker: Any, topology: Topology, stop: threading.Event) -> None:

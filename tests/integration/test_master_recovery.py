@@ -14,7 +14,7 @@ import pytest
 
 from common.broker import Delivery, Publication
 from common.brokers.memory import MemoryServer
-from common.codec import encode
+from common.codec import decode, encode
 from common.errors import BrokerUnavailable, Damaged, LockHeld
 from common.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport
 from common.receipts import receipt_hash
@@ -61,6 +61,16 @@ def dying_master(server: MemoryServer, directory: Path, settings: Any = None, **
     with pytest.raises(Bang):
         master.party.wait(20.0)
     master.broker.close()
+
+
+def answered(node: HandNode) -> bool:
+    """Whether a receipt is among what has come so far."""
+    found = False
+    while not node.inbox.empty():
+        delivery = node.inbox.get()
+        node.broker.ack(delivery)
+        found |= isinstance(decode(delivery.body), Receipt)
+    return found
 
 
 def test_a_second_master_on_the_same_state_directory_is_told_who_has_it(server: MemoryServer, tmp_path: Path) -> None:
@@ -256,7 +266,7 @@ def test_a_full_disk_stops_acceptance_and_goes_on_when_there_is_room(
         disk = observer.hear(StatusReport).report["disk"]
         assert disk["short"] and disk["needed_bytes"] > 0
         if how == "no room":
-            assert journal.log.last_offset == rows and node.inbox.empty()
+            assert journal.log.last_offset == rows and not answered(node)
             monkeypatch.undo()
         else:
             journal.log._db.execute("PRAGMA max_page_count = 1000000")
@@ -282,7 +292,7 @@ def test_a_disk_that_is_really_full(server: MemoryServer, tmp_path: Path) -> Non
             bodies = numbers(instruction)
             node.send(node.manifest(instruction, 0, bodies), bodies)
             eventually(lambda: master.service._journal.storage.short)
-            assert node.inbox.empty()
+            assert not answered(node)
             filler.unlink()
             assert node.hear(Receipt).accepted
         log = MessageLog(place / "m", read_only=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.messages import UpdateManifest, UpdateRule
-from master_service.state import KEPT_RECEIPTS, EncoderState, Member
+from master_service.state import KEPT_INCARNATIONS, KEPT_RECEIPTS, KNOWN_INCARNATIONS, EncoderState, Member
 from master_service.verdicts import refusal, refused, settle
 from tests.unit.scenario import DIGEST, LAYOUT, Scenario
 
@@ -30,6 +30,16 @@ def test_what_is_settled_stays_settled_in_whatever_order_receipts_come(order: li
         settled = member.settled[RECEIPT.incarnation]
         assert len(settled.receipts) <= KEPT_RECEIPTS
         assert all(settled.holds(seen) for seen in order[:count])
+
+
+def test_however_many_incarnations_a_node_claims_the_state_stays_small() -> None:
+    member = Member(node="a", incarnation="i0", samples=1)
+    for number in range(KNOWN_INCARNATIONS + 50):
+        settle(member, RECEIPT.model_copy(update={"incarnation": f"i{number}"}))
+    assert len(member.settled) == KNOWN_INCARNATIONS
+    kept = [incarnation for incarnation, settled in member.settled.items() if settled.receipts]
+    assert kept == [f"i{KNOWN_INCARNATIONS + 50 - number}" for number in range(KEPT_INCARNATIONS, 0, -1)]
+    assert member.settled["i500"].holds(10**15)
 
 
 def test_receipts_are_kept_for_as_many_updates_as_a_node_may_have_under_way() -> None:
