@@ -1,9 +1,12 @@
-"""What the master says of an encoder: pure functions of its state."""
+"""What the master says of an encoder, and to whom: pure functions of its state."""
 
 from __future__ import annotations
 
-from common.messages import Answer, Finish, Instruction
-from master_service.state import EncoderState
+from common.messages import Answer, Finish, Instruction, Notice
+from master_service.effects import Effect, Publish, Send
+from master_service.entries import Settings
+from master_service.state import EncoderState, Member
+from master_service.stopping import progress
 
 
 def instruction(encoder: EncoderState) -> Instruction:
@@ -39,3 +42,25 @@ def answer(encoder: EncoderState) -> Answer:
         layout=encoder.layout,
         detail=encoder.reason,
     )
+
+
+def publish(settings: Settings, encoder: EncoderState, at: float) -> Publish:
+    """The order to publish the newest version; the state knows from here on that it is."""
+    encoder.published_version, encoder.published_at = encoder.version, at
+    return Publish(encoder.encoder, encoder.version, progress(encoder, settings.stop, at))
+
+
+def notify(settings: Settings, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
+    """Tell these of the newest version, which is published first if it was not."""
+    effects: list[Effect] = [publish(settings, encoder, at)] if encoder.published_version < encoder.version else []
+    for member in members:
+        member.waiting = False
+        notice = Notice(
+            encoder=encoder.encoder,
+            version=encoder.version,
+            digest=encoder.digest,
+            published_at=0.0,
+            progress=progress(encoder, settings.stop, at),
+        )
+        effects.append(Send(member.node, notice))
+    return effects

@@ -6,11 +6,7 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 
 from __future__ import annotations
 
-import hashlib
-
-from common.layout import Layout
 from common.messages import (
-    Answer,
     Continue,
     Fetch,
     Get,
@@ -18,20 +14,19 @@ from common.messages import (
     Introduce,
     Join,
     Leave,
-    Notice,
     Resend,
     Rule,
     Stop,
     UpdateManifest,
 )
-from master_service.answers import answer, finish, instruction
+from master_service import requests
+from master_service.answers import finish, instruction, notify, publish
 from master_service.effects import (
     Broadcast,
     Conclude,
     Contribution,
     Effect,
     Generate,
-    Publish,
     Refused,
     Send,
     SetAside,
@@ -62,7 +57,6 @@ from master_service.verdicts import (
     refused,
     remember,
     settle,
-    shortened,
     stored,
     stranger,
 )
@@ -96,13 +90,14 @@ class Coordinator:
             case Presence():
                 return self._presence(body, at)
             case Get():
-                return self._get(entry, body)
+                return requests.get(self.state, entry, body)
             case Continue():
-                return self._continue(body, at)
+                return requests.go_on(self.state, body, at)
             case Generated():
-                return self._generated(body, at)
+                told = requests.generated(self.state, body, at)
+                return told + self._advance(self.state.encoders[body.encoder], at)
             case GenerationFailed():
-                return self._generation_failed(body)
+                return requests.generation_failed(self.state, body)
             case Stop():
                 return self._stop(body, at)
             case Tick():
@@ -142,63 +137,19 @@ class Coordinator:
 
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
-        return [self._generate(each) for each in self.state.encoders.values() if each.status == "generating"]
+        encoders = self.state.encoders.values()
+        return [requests.generate(self.state, each) for each in encoders if each.status == "generating"]
 
     def _restate(self, at: float) -> list[Effect]:
         """What a master that starts again tells everybody: the newest versions and the running instructions."""
         effects: list[Effect] = []
         for encoder in self.state.encoders.values():
             if encoder.status == "running":
-                effects += [self._publish(encoder, at), Broadcast(encoder.encoder_type, instruction(encoder))]
+                effects += [
+                    publish(self.state.settings, encoder, at),
+                    Broadcast(encoder.encoder_type, instruction(encoder)),
+                ]
         return effects
-
-    # --- requests ----------------------------------------------------------------------------------------------------
-
-    def _get(self, entry: Entry, get: Get) -> list[Effect]:
-        """Join the encoder being trained, answer with the newest finished one, or start one."""
-        same = [
-            encoder
-            for encoder in self.state.encoders.values()
-            if encoder.encoder_type == get.encoder_type
-            and encoder.status != "failed"
-            and all(encoder.architecture.get(key) == value for key, value in get.architecture.items())
-        ]
-        running = next((encoder for encoder in same if encoder.status != "finished"), None)
-        if running is not None:
-            if running.status == "generating":
-                running.askers.append(get.sender)
-                return []
-            return [Send(get.sender, answer(running))]
-        if same and not get.fresh:
-            return [self._publish(same[-1], entry.at), Send(get.sender, answer(same[-1]))]
-        # an id has at most 64 characters, whatever the type is called
-        name = f"{get.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
-        encoder = EncoderState(
-            encoder=name,
-            encoder_type=get.encoder_type,
-            architecture={**self.state.settings.architecture, **get.architecture},
-            askers=[get.sender],
-        )
-        self.state.encoders[name] = encoder
-        return [self._generate(encoder)]
-
-    def _continue(self, request: Continue, at: float) -> list[Effect]:
-        """Train a known encoder further: another run, under the settings of now."""
-        encoder = self.state.encoders.get(request.encoder)
-        if encoder is None or encoder.status == "failed":
-            return [Send(request.sender, Answer(accepted=False, detail=f"no encoder {request.encoder} is known here"))]
-        if encoder.status != "finished":
-            return [Send(request.sender, answer(encoder))]
-        encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
-        encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
-        encoder.best_loss, encoder.versions_without_gain = None, 0
-        for member in encoder.members.values():
-            member.accepted, member.waiting = False, False
-        return [
-            self._publish(encoder, at),
-            Broadcast(encoder.encoder_type, instruction(encoder)),
-            Send(request.sender, answer(encoder)),
-        ]
 
     def _stop(self, stop: Stop, at: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -207,36 +158,6 @@ class Coordinator:
                 encoder.stop_requested = f"stopped by {stop.sender}"
                 effects += self._advance(encoder, at)
         return effects
-
-    def _generate(self, encoder: EncoderState) -> Generate:
-        settings = self.state.settings
-        return Generate(
-            encoder.encoder,
-            encoder.encoder_type,
-            encoder.architecture,
-            settings.generation,
-            settings.source,
-            settings.seed,
-        )
-
-    def _generated(self, body: Generated, at: float) -> list[Effect]:
-        encoder = self.state.encoders[body.encoder]
-        encoder.status = "running"
-        encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
-        encoder.size, encoder.digest = Layout(body.layout).size, body.digest
-        askers, encoder.askers = encoder.askers, []
-        return [
-            self._publish(encoder, at),
-            Broadcast(encoder.encoder_type, instruction(encoder)),
-            *(Send(asker, answer(encoder)) for asker in askers),
-            *self._advance(encoder, at),
-        ]
-
-    def _generation_failed(self, body: GenerationFailed) -> list[Effect]:
-        encoder = self.state.encoders[body.encoder]
-        encoder.status, encoder.reason = "failed", body.reason
-        answer = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
-        return [Send(asker, answer) for asker in encoder.askers]
 
     # --- nodes come and go -------------------------------------------------------------------------------------------
 
@@ -283,7 +204,9 @@ class Coordinator:
         update_rule = settings.update_rule
         if settings.rule.synchronous:
             update_rule = update_rule.model_copy(update={"wait": True})
-        effects: list[Effect] = [self._publish(encoder, at)] if encoder.published_version < encoder.version else []
+        effects: list[Effect] = (
+            [publish(self.state.settings, encoder, at)] if encoder.published_version < encoder.version else []
+        )
         for node in nodes:
             rule = Rule(
                 encoder=encoder.encoder,
@@ -329,14 +252,14 @@ class Coordinator:
         if encoder is None or not encoder.layout:
             return []
         if encoder.status == "finished":
-            return [self._publish(encoder, at), Send(fetch.node, finish(encoder))]
+            return [publish(self.state.settings, encoder, at), Send(fetch.node, finish(encoder))]
         member = encoder.members.get(fetch.node)
         if member is None:
             return [Send(fetch.node, Introduce(node=fetch.node))]
         if fetch.have_version >= encoder.version:
             member.waiting = True
             return []
-        return self._notify(encoder, [member], at)
+        return notify(self.state.settings, encoder, [member], at)
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 
@@ -374,7 +297,7 @@ class Coordinator:
                 member.refused += 1
                 settle(member, receipt)
                 if encoder.status == "running" and manifest.base_version < encoder.version:
-                    effects += self._notify(encoder, [member], entry.at)
+                    effects += notify(self.state.settings, encoder, [member], entry.at)
             if encoder is not None and encoder.status == "finished":
                 effects.append(Send(manifest.node, finish(encoder)))
             return effects
@@ -432,7 +355,7 @@ class Coordinator:
         if ending:
             return self._finish(encoder, ending, at)
         if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
-            return [self._publish(encoder, at)]
+            return [publish(self.state.settings, encoder, at)]
         return []
 
     def _step(self, encoder: EncoderState) -> Step:
@@ -465,7 +388,7 @@ class Coordinator:
         if ending:
             return effects + self._finish(encoder, ending, at)
         waiting = [member for member in encoder.members.values() if member.waiting]
-        return effects + (self._notify(encoder, waiting, at) if waiting else self._advance(encoder, at))
+        return effects + (notify(self.state.settings, encoder, waiting, at) if waiting else self._advance(encoder, at))
 
     def _step_failed(self, body: StepFailed, at: float) -> list[Effect]:
         """Payloads were lost: their updates do not count, and their nodes, which have no receipt, send them again."""
@@ -486,28 +409,10 @@ class Coordinator:
                 effects.append(Send(item.node, resend))
         return effects + self._advance(encoder, at)
 
-    def _notify(self, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
-        effects: list[Effect] = [self._publish(encoder, at)] if encoder.published_version < encoder.version else []
-        for member in members:
-            member.waiting = False
-            notice = Notice(
-                encoder=encoder.encoder,
-                version=encoder.version,
-                digest=encoder.digest,
-                published_at=0.0,
-                progress=progress(encoder, self.state.settings.stop, at),
-            )
-            effects.append(Send(member.node, notice))
-        return effects
-
-    def _publish(self, encoder: EncoderState, at: float) -> Publish:
-        encoder.published_version, encoder.published_at = encoder.version, at
-        return Publish(encoder.encoder, encoder.version, progress(encoder, self.state.settings.stop, at))
-
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
         encoder.status, encoder.reason = "finished", reason
         return [
-            self._publish(encoder, at),
+            publish(self.state.settings, encoder, at),
             Conclude(encoder.encoder, encoder.version),
             Broadcast(encoder.encoder_type, finish(encoder)),
         ]
