@@ -62,8 +62,9 @@ log = structlog.get_logger()
 _POLL_SECONDS = 0.25
 #: Between two looks whether there is room on the disk again.
 _ROOM_SECONDS = 0.5
-#: How long the chunks of an update that does not count are waited for; they were there before its manifest.
-_DISCARD_SECONDS = 1.0
+#: An update that does not count is answered at once; its chunks, which were there before its manifest, are thrown away
+#: until none has come for so long. What is left is thrown away with those of the node's next update that counts.
+_DISCARD_SECONDS = 0.1
 
 
 @dataclass
@@ -192,7 +193,7 @@ class MasterService:
     def _turn(self) -> None:
         """Wait for one delivery or for a deadline, and handle it."""
         with contextlib.suppress(queue.Empty):
-            self._receive(self._held.popleft() if self._held else self._events.get(timeout=_POLL_SECONDS))
+            self._receive(self._held.popleft() if self._held else self._events.get(timeout=self._patience()))
         now = self.clock()
         deadline = self._fold.coordinator.deadline()
         if deadline is not None and now >= deadline:
@@ -204,6 +205,12 @@ class MasterService:
         self._journal.snapshot(due_after=self.config.snapshot_every_seconds)
         self.on_change(self)
 
+    def _patience(self) -> float:
+        """How long to wait for a delivery, in seconds."""
+        if self._intake is None:
+            return _POLL_SECONDS
+        return min(_POLL_SECONDS, max(0.0, self._intake.deadline - time.monotonic()) + 0.001)
+
     # --- what comes in -----------------------------------------------------------------------------------------------
 
     def _receive(self, delivery: Delivery) -> None:
@@ -211,6 +218,8 @@ class MasterService:
         if intake is not None and delivery.queue == self.topology.chunk_queue(intake.manifest.node):
             if intake.add(delivery):
                 self._take_update(intake)
+            elif not intake.wanted:
+                intake.deadline = time.monotonic() + _DISCARD_SECONDS
             return
         if delivery.queue not in (self.topology.master_inbox, self.topology.master_updates):
             return  # a chunk of an intake that has ended: it went back to its queue when that closed
@@ -255,7 +264,7 @@ class MasterService:
         return True
 
     def _next_manifest(self) -> None:
-        """Begin with the next update, if none is being fetched."""
+        """Begin with the next update, if none is being fetched. One that does not count is answered here."""
         if self._intake is not None or not self._manifests:
             return
         delivery = self._manifests.popleft()
@@ -263,6 +272,8 @@ class MasterService:
         assert isinstance(manifest, UpdateManifest)
         self.live.seen(manifest.node, self.clock())
         wanted = self._fold.coordinator.wants_payload(manifest)
+        if not wanted:
+            self._record(manifest, message_id=_delivery_id(manifest), delivery=identity(delivery))
         patience = self.config.chunk_timeout_seconds if wanted else _DISCARD_SECONDS
         self._intake = Intake(
             self.broker,
@@ -278,21 +289,17 @@ class MasterService:
     def _take_update(self, intake: Intake) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = intake.manifest
-        delivery_id, delivered = f"{manifest.update_id}/{manifest.attempt}", identity(intake.delivery)
-        wanted = self._fold.coordinator.wants_payload(manifest)
-        if wanted and (not intake.wanted or self._is_spent(delivery_id)):
-            self._ask_again(intake)
-            return
         if intake.wanted:
-            payload = intake.payload()
+            if self._fold.coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
+                self._ask_again(intake)
+                return
+            payload, delivered = intake.payload(), identity(intake.delivery)
             size = self._fold.coordinator.state.encoders[manifest.encoder].size
             with self._journal.attempts.at(delivered):
                 finite, norm = measure(payload, size, manifest.encoding)
             digest = self._journal.write_payload(payload)
             facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-            self._record(manifest, message_id=delivery_id, facts=facts, payload=digest, delivery=delivered)
-        else:
-            self._record(manifest, message_id=delivery_id, delivery=delivered)
+            self._record(manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest, delivery=delivered)
         reached("before ack of an update")
         intake.settle()
         reached("after ack of an update")
@@ -457,6 +464,10 @@ def _generated(effect: Generate) -> _Outcome:
         digest=parameters.digest(),
     )
     return _Outcome(body, parameters)
+
+
+def _delivery_id(manifest: UpdateManifest) -> str:
+    return f"{manifest.update_id}/{manifest.attempt}"
 
 
 def _row(offset: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from common.messages import Receipt, UpdateManifest
@@ -18,6 +19,7 @@ class Handover:
         self._state = state
         self._outbox = outbox
         self._sent_at: dict[int, float] = {}
+        self._times: Counter[int] = Counter()
 
     def hand_over(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
         """A new update. Once this returns, or was killed after the first half of it, the update will be answered."""
@@ -34,12 +36,15 @@ class Handover:
         return {manifest.sequence for manifest in owed}
 
     def send_unanswered(self, after: float) -> None:
-        """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is."""
+        """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is. Twice as
+        long is waited after each time, up to sixteen times: a master with a backlog is not helped by more of the same.
+        """
         now = time.monotonic()
         for sequence, at in list(self._sent_at.items()):
             if self._outbox.problem:
                 self._sent_at[sequence] = now
-            elif now - at >= after:
+            elif now - at >= after * 2 ** min(self._times[sequence], 4):
+                self._times[sequence] += 1
                 self.send_again(sequence)
 
     def send_again(self, sequence: int, attempt: int | None = None) -> None:
@@ -68,11 +73,13 @@ class Handover:
         reached("node after receipt")
         self._state.settle(receipt.sequence)
         self._sent_at.pop(receipt.sequence, None)
+        self._times.pop(receipt.sequence, None)
         return new
 
     def forget(self) -> None:
         """What was sent belongs to another incarnation."""
         self._sent_at.clear()
+        self._times.clear()
 
     def _send(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
         self._sent_at[manifest.sequence] = time.monotonic()

@@ -64,6 +64,8 @@ class Master:
         master_config = MasterConfig(state_dir=directory, **config)
         self.service = MasterService(master_config, settings, self.broker, TOPOLOGY, get=get)
         self.party = ThreadParty("master", self.service.run)
+        # nobody can be heard before its queues are there
+        eventually(lambda: TOPOLOGY.master_inbox in server._queues or not self.party._thread.is_alive())
 
     def stop(self) -> None:
         self.party.stop()

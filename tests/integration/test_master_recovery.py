@@ -56,7 +56,6 @@ def server() -> MemoryServer:
 def dying_master(server: MemoryServer, directory: Path, settings: Any = None, **config: Any) -> Iterator[Master]:
     """A master that is expected to die of a Bang while the block runs."""
     master = Master(server, directory, settings or decided(), **config)
-    eventually(lambda: TOPOLOGY.master_inbox in server._queues)
     yield master
     with pytest.raises(Bang):
         master.party.wait(20.0)
