@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from common.errors import LockHeld
+from common.errors import LockHeld, UserError
 
 
 def this_process() -> str:
@@ -21,10 +21,12 @@ class DirectoryLock:
     """One process at a time works in a directory. Held until `close` or until the process ends, however it ends."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises LockHeld, which names the holder."""
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "lock"
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        """Raises LockHeld, which names the holder, or UserError if nothing can be written there."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{directory}: {error.strerror}; give another directory with --state DIR") from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

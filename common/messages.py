@@ -15,6 +15,8 @@ SCHEMA_VERSION = 1
 
 #: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+#: How often an update may have been sent; far from the end of `Count`, so that the next is one too.
+Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000)]
 MAX_COUNT = (1 << 62) - 1
@@ -158,7 +160,7 @@ class UpdateManifest(NodeMessage):
     kind: Literal["update"] = "update"
     encoder: Id
     sequence: Count
-    attempt: Count = 0
+    attempt: Attempt = 0
     base_version: Count
     steps: Count
     samples: Count

@@ -114,7 +114,11 @@ def federation_line(report: dict[str, Any]) -> str:
             + ("" if member["active"] else " (away)")
             for node, member in encoder["members"].items()
         )
-        lines.append(f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {nodes}")
+        waiting = encoder["waiting_for_nodes"]
+        wanted = f"waiting for {waiting} more node(s)  " if waiting > 0 else ""
+        lines.append(
+            f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {wanted}{nodes}"
+        )
     if not lines:
         lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")
     return "\n".join([*lines, *conditions(report)])

@@ -102,6 +102,10 @@ def _verified(log: MessageLog, encoder: str | None, version: int | None, *, ever
         raise Damaged(_difference(log, *broken))
     if encoder is not None and encoder not in known:
         raise UserError(f"no encoder {encoder} is in the log; there are: {', '.join(known) or 'none'}")
+    made = {name: state.version for name, state in known.items() if encoder in (None, name)}
+    if version is not None and version not in made.values():
+        newest = ", ".join(f"{name}'s newest is {made[name]}" for name in made) or "no encoder is there"
+        raise UserError(f"version {version} is not in the log: {newest}")
     return fold
 
 

@@ -17,6 +17,7 @@ from common.messages import (
     Resend,
     Rule,
     Stop,
+    UpdateChunk,
     UpdateManifest,
 )
 from master_service import requests
@@ -134,6 +135,15 @@ class Coordinator:
         if stranger(encoder, manifest) or refusal(encoder, manifest, None) is not None:
             return False
         return not self._known_update(encoder, manifest)
+
+    def is_done(self, chunk: UpdateChunk) -> bool:
+        """Whether nobody will want this chunk: its update is accepted or settled, or not of a member."""
+        encoder = self.state.encoders.get(chunk.encoder)
+        member = encoder.members.get(chunk.node) if encoder else None
+        if encoder is None or member is None or member.incarnation != chunk.incarnation:
+            return True
+        settled = member.settled.get(chunk.incarnation)
+        return pending(encoder, chunk) is not None or (settled is not None and settled.holds(chunk.sequence))
 
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""

@@ -107,7 +107,7 @@ def import_log(path: Path, directory: Path) -> MessageLog:
     """Make a ledger and payloads of an exported file in an empty directory. Raises UserError, Damaged."""
     lines = _lines(path)
     header = next(lines, {})
-    if header.get(_MARK) != _FORMAT or header.get("schema") != SCHEMA_VERSION:
+    if header.get(_MARK) != _FORMAT or header.get("schema") != SCHEMA_VERSION or "checksum" not in header:
         raise UserError(f"{path} is no message log that this program reads: it has no line that says so first")
     log = MessageLog(directory, before=str(header["checksum"]))
     end: dict[str, Any] = {}

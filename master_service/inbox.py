@@ -43,4 +43,5 @@ def understood(delivery: Delivery, topology: Topology) -> Message:
 
 def identity(delivery: Delivery) -> str:
     """What a delivery is known by when it comes again."""
-    return f"delivery {delivery.message_id or hashlib.sha256(delivery.body).hexdigest()}"
+    name = f"{delivery.routing_key}:{delivery.message_id}".encode() if delivery.message_id else delivery.body
+    return f"delivery {hashlib.sha256(name).hexdigest()}"

@@ -34,19 +34,24 @@ class Intake:
         delivery: Delivery,
         *,
         wanted: bool,
-        deadline: float,
+        begun: float,
+        patience: float,
         on_delivery: OnDelivery,
         on_poison: Callable[[Delivery, Poison], None],
+        is_done: Callable[[UpdateChunk], bool],
     ) -> None:
         self.manifest = manifest
         self.delivery = delivery
         self.wanted = wanted
-        self.deadline = deadline
+        self.begun = begun
+        self.deadline = begun + patience
         self._broker = broker
         self._on_poison = on_poison
+        self._is_done = is_done
         self._assembly = UpdateAssembly(manifest, keep=wanted)
-        self._taken: list[Delivery] = []
+        self._taken: dict[int, Delivery] = {}
         self._newer: list[Delivery] = []
+        self.passed: set[tuple[str, int, int]] = set()
         self._prefetch = manifest.chunks if wanted else _DISCARD_PREFETCH
         self._subscription: Subscription = broker.consume(
             topology.chunk_queue(manifest.node), on_delivery, prefetch=self._prefetch
@@ -64,11 +69,15 @@ class Intake:
             self._on_poison(delivery, poison)
             return False
         if taken and self.wanted:
-            self._taken.append(delivery)
+            if chunk.index in self._taken:
+                self._broker.ack(self._taken[chunk.index])  # published twice: it would take the place of another
+            self._taken[chunk.index] = delivery
         elif taken or self._is_older(chunk):
             self._broker.ack(delivery)
-        else:
+        elif chunk.sequence >= self.manifest.sequence:
             self._newer.append(delivery)
+        else:
+            self.passed.add((chunk.incarnation, chunk.sequence, chunk.attempt))
         if not self._assembly.complete and len(self._taken) + len(self._newer) >= self._prefetch:
             # should their manifest come, they will be missed and asked for again
             self._broker.ack(*self._newer)
@@ -81,7 +90,7 @@ class Intake:
 
     def settle(self) -> None:
         """The update is durable: remove it from the broker."""
-        self._broker.ack(*self._taken, self.delivery)
+        self._broker.ack(*self._taken.values(), self.delivery)
 
     def close(self) -> None:
         """Stop fetching; what was not acked goes back to its queue."""
@@ -92,4 +101,7 @@ class Intake:
         if chunk.incarnation != wanted.incarnation:
             # a wanted update is of the node's current incarnation; a queue is FIFO, so another one came before
             return self.wanted
-        return (chunk.sequence, chunk.attempt) < (wanted.sequence, wanted.attempt)
+        if chunk.sequence == wanted.sequence:
+            return chunk.attempt < wanted.attempt
+        # of a lower number that was asked for again, the manifest is on its way
+        return chunk.sequence < wanted.sequence and self._is_done(chunk)

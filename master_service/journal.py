@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from master_service.entries import Entry, Loggable, UpdateFacts
 from master_service.message_log import MessageLog
 from master_service.retention import prune
 from master_service.snapshot import read_snapshot, write_snapshot
-from master_service.storage import Storage
+from master_service.storage import Storage, is_full
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -41,6 +42,11 @@ class Journal:
             self.log = MessageLog(config.state_dir)
             self.fold = read_snapshot(self._snapshots, self.log, set_aside=True)
             self.attempts = Attempts(config.state_dir, self.log)
+        except sqlite3.OperationalError as error:
+            self._lock.close()
+            if is_full(error):
+                raise StorageFull(f"{config.state_dir}: {error}; make room and start again") from None
+            raise
         except BaseException:
             self._lock.close()
             raise

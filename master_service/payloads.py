@@ -29,7 +29,8 @@ class PayloadStore:
             return digest
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
-            sync(self._directory)
+            for directory in (self._directory, self._directory.parent):
+                sync(directory)
         beside = path.with_suffix(".part")
         with beside.open("wb") as file:
             file.write(payload)

@@ -24,6 +24,7 @@ from common.messages import (
     Message,
     Resend,
     StatusReport,
+    UpdateChunk,
     UpdateManifest,
 )
 from common.parameters import ParameterSet
@@ -54,7 +55,7 @@ from master_service.inbox import identity, understood
 from master_service.intake import Intake
 from master_service.journal import Journal
 from master_service.publisher import Publisher
-from master_service.registry import export_encoder
+from master_service.registry import check_export_directory, export_encoder
 from master_service.status import Live, report
 
 log = structlog.get_logger()
@@ -63,16 +64,18 @@ _POLL_SECONDS = 0.25
 #: Between two looks whether there is room on the disk again.
 _ROOM_SECONDS = 0.5
 #: An update that does not count is answered at once; its chunks, which were there before its manifest, are thrown away
-#: until none has come for so long. What is left is thrown away with those of the node's next update that counts.
-_DISCARD_SECONDS = 0.1
+#: until none has come for so long, or for the longer time in all: what else a node sends must not hold up the others.
+#: What is left is thrown away with those of the node's next update that counts.
+_DISCARD_SECONDS = (0.1, 1.0)
 
 
 @dataclass
 class MasterService:
     """Runs until stopped, or until all encoders are finished if so configured.
 
-    Made: the state directory is locked and the newest snapshot read. Raises LockHeld, which names the holder, or
-    Damaged. `on_change` is called in the service's thread whenever something happened that is worth showing.
+    Made: the state directory is locked and the newest snapshot read. Raises LockHeld, which names the holder, Damaged,
+    or UserError for an export directory that holds something else. `on_change` is called in the service's thread
+    whenever something happened that is worth showing.
     """
 
     config: MasterConfig
@@ -89,8 +92,12 @@ class MasterService:
         self._held: deque[Delivery] = deque()
         self._manifests: deque[Delivery] = deque()
         self._intake: Intake | None = None
+        #: By node: chunks that the last intake in vain has passed by.
+        self._passed: dict[str, set[tuple[str, int, int]]] = {}
         self._lost = threading.Event()
         self._stop = threading.Event()
+        if self.config.export_dir is not None:
+            check_export_directory(self.config.export_dir)
         self._journal = Journal(self.config, self.clock, self._wait_for_room)
         self._fold = self._journal.fold
         self._publisher = Publisher(self.broker, self.topology, self.config.encoding, self._ended)
@@ -160,6 +167,9 @@ class MasterService:
         self._record(Started(epoch=max(state.epoch + 1, int(self.clock())), fingerprint=fingerprint()))
         if state.settings != self.settings:
             self._record(Configured(settings=self.settings))
+        # who has vanished meanwhile is missed as if it had been heard just now
+        for known in state.nodes.values():
+            self.live.begin(known.node, known.present, self.clock())
 
     def _kills(self, entry: Entry) -> bool:
         """Whether an entry has killed the master often enough. The master's own records are never skipped."""
@@ -219,7 +229,7 @@ class MasterService:
             if intake.add(delivery):
                 self._take_update(intake)
             elif not intake.wanted:
-                intake.deadline = time.monotonic() + _DISCARD_SECONDS
+                intake.deadline = min(time.monotonic() + _DISCARD_SECONDS[0], intake.begun + _DISCARD_SECONDS[1])
             return
         if delivery.queue not in (self.topology.master_inbox, self.topology.master_updates):
             return  # a chunk of an intake that has ended: it went back to its queue when that closed
@@ -271,19 +281,23 @@ class MasterService:
         manifest = decode(delivery.body)
         assert isinstance(manifest, UpdateManifest)
         self.live.seen(manifest.node, self.clock())
-        wanted = self._fold.coordinator.wants_payload(manifest)
+        # one that kills the master is not fetched any more, and is refused for want of its payload
+        deadly = self._journal.attempts.fatal(_update(manifest))
+        wanted = not deadly and self._fold.coordinator.wants_payload(manifest)
         if not wanted:
-            self._record(manifest, message_id=_delivery_id(manifest), delivery=identity(delivery))
-        patience = self.config.chunk_timeout_seconds if wanted else _DISCARD_SECONDS
+            self._record(manifest, message_id=_delivery_id(manifest), delivery=_update(manifest))
+        patience = self.config.chunk_timeout_seconds if wanted else _DISCARD_SECONDS[0]
         self._intake = Intake(
             self.broker,
             self.topology,
             manifest,
             delivery,
             wanted=wanted,
-            deadline=time.monotonic() + patience,
+            begun=time.monotonic(),
+            patience=patience,
             on_delivery=self._events.put,
             on_poison=self._dead_letter,
+            is_done=self._is_done,
         )
 
     def _take_update(self, intake: Intake) -> None:
@@ -293,17 +307,25 @@ class MasterService:
             if self._fold.coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
                 self._ask_again(intake)
                 return
-            payload, delivered = intake.payload(), identity(intake.delivery)
+            payload = intake.payload()
             size = self._fold.coordinator.state.encoders[manifest.encoder].size
-            with self._journal.attempts.at(delivered):
+            with self._journal.attempts.at(_update(manifest)):
                 finite, norm = measure(payload, size, manifest.encoding)
             digest = self._journal.write_payload(payload)
             facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-            self._record(manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest, delivery=delivered)
+            self._record(
+                manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest, delivery=_update(manifest)
+            )
         reached("before ack of an update")
         intake.settle()
         reached("after ack of an update")
         self._end_intake(intake)
+
+    def _is_done(self, chunk: UpdateChunk) -> bool:
+        """Whether a chunk of a lower number is of no use: its update is answered, or an intake before this one had to
+        pass it by already, so that its manifest should have come."""
+        passed = (chunk.incarnation, chunk.sequence, chunk.attempt) in self._passed.get(chunk.node, set())
+        return passed or self._fold.coordinator.is_done(chunk)
 
     def _is_spent(self, delivery_id: str) -> bool:
         """Whether this very delivery is in the log to no effect: its node was not known then, or its payload was lost.
@@ -329,6 +351,7 @@ class MasterService:
             sequence=manifest.sequence,
             attempt=manifest.attempt + 1,
         )
+        self._passed[manifest.node] = intake.passed
         self._publisher.send(manifest.node, resend)
         self.broker.ack(intake.delivery)
         self._end_intake(intake)
@@ -410,7 +433,12 @@ class MasterService:
         encoder = self._fold.coordinator.state.encoders[effect.encoder]
         directory = self.config.export_dir or self.config.state_dir / "encoders" / effect.encoder
         reached("before export")
-        export_encoder(directory, encoder, self._fold.aggregator.targets[effect.encoder].parameters)
+        try:
+            export_encoder(directory, encoder, self._fold.aggregator.targets[effect.encoder].parameters)
+        except OSError as error:
+            again = f"shared-encoder export {effect.encoder} --state {self.config.state_dir}"
+            log.error("the finished encoder could not be exported", problem=str(error), later=again)
+            return
         log.info("encoder finished", encoder=effect.encoder, version=effect.version, directory=str(directory))
 
     def _wait_for_room(self) -> bool:
@@ -468,6 +496,11 @@ def _generated(effect: Generate) -> _Outcome:
 
 def _delivery_id(manifest: UpdateManifest) -> str:
     return f"{manifest.update_id}/{manifest.attempt}"
+
+
+def _update(manifest: UpdateManifest) -> str:
+    """What an update is known by, however often it is sent."""
+    return f"update {manifest.update_id}"
 
 
 def _row(offset: int) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import structlog
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from common.durable import sync
+from common.durable import save_tensors, sync
 from common.errors import Damaged
 from common.layout import Layout
 from common.parameters import ParameterSet
@@ -48,13 +48,21 @@ def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final, beside = directory / f"{fold.offset:012d}", directory / f"{fold.offset:012d}.part"
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        return _write(directory, final, beside, fold, checksum)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # half a snapshot must not take the room that is missing
+        raise
+
+
+def _write(directory: Path, final: Path, beside: Path, fold: Fold, checksum: str) -> Path:
     beside.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for encoder, target in fold.aggregator.targets.items():
         tensors[f"{encoder}/target"] = target.parameters.vector
         if target.momentum is not None:
             tensors[f"{encoder}/momentum"] = target.momentum
-    save_file(tensors, beside / "tensors.safetensors")
+    save_tensors(beside / "tensors.safetensors", tensors)
     state = fold.coordinator.state
     (beside / "state.json").write_text(state.model_dump_json())
     manifest = {

@@ -24,6 +24,13 @@ class Live:
     def seen(self, node: str, at: float) -> None:
         self.last_seen[node] = at
 
+    def begin(self, node: str, present: bool, at: float) -> None:
+        """What the log knew of a node when this master started."""
+        if present:
+            self.last_seen[node] = at
+        else:
+            self.absent.add(node)
+
     def alive(self, message: Alive) -> None:
         self.said[message.node] = message
 

@@ -46,7 +46,7 @@ def observe_loss(encoder: EncoderState, losses: Sequence[float], rule: StopRule)
     finite = [loss for loss in losses if math.isfinite(loss)]
     if not finite:
         return
-    mean = math.fsum(finite) / len(finite)
+    mean = math.fsum(loss / len(finite) for loss in finite)  # a sum first could pass what a float holds
     margin = rule.plateau.min_change if rule.plateau else 0.0
     if encoder.best_loss is None or mean < encoder.best_loss - margin:
         encoder.best_loss, encoder.versions_without_gain = mean, 0

@@ -31,7 +31,7 @@ class Storage:
         try:
             done = action()
         except (OSError, sqlite3.OperationalError) as error:
-            if not _is_full(error):
+            if not is_full(error):
                 raise
             self.short = True
             raise StorageFull(f"{self._directory}: {error}") from None
@@ -46,7 +46,8 @@ class Storage:
         return {"short": self.short, "free_bytes": self.free_bytes(), "needed_bytes": self._needed}
 
 
-def _is_full(error: OSError | sqlite3.OperationalError) -> bool:
+def is_full(error: OSError | sqlite3.OperationalError) -> bool:
+    """Whether an error says that the disk, or what of it is ours, is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "full" in str(error)

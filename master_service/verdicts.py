@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from common.layout import Layout
-from common.messages import MAX_COUNT, Receipt, UpdateManifest
+from common.messages import MAX_COUNT, Receipt, UpdateChunk, UpdateManifest
 from common.receipts import receipt_hash
 from common.slicing import payload_size, slice_count
 from master_service.entries import UpdateFacts
@@ -119,9 +119,9 @@ def stored(member: Member, manifest: UpdateManifest) -> Receipt | None:
     return receipt if receipt is not None and receipt.digest == manifest.digest else None
 
 
-def pending(encoder: EncoderState, manifest: UpdateManifest) -> Buffered | None:
+def pending(encoder: EncoderState, update: UpdateManifest | UpdateChunk) -> Buffered | None:
     """This update, if it is in the buffer already."""
-    key = (manifest.node, manifest.incarnation, manifest.sequence)
+    key = (update.node, update.incarnation, update.sequence)
     waiting = [*encoder.buffer, *(weighed.item for weighed in encoder.stepping)]
     return next((item for item in waiting if (item.node, item.incarnation, item.sequence) == key), None)
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from common.durable import sync, write_durably
+from common.durable import save_tensors, sync, write_durably
 from common.errors import UserError
 from common.steps import reached
 from node_service.update_rule import SinceReturn
@@ -75,8 +74,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     place = directory / _FILE
     beside = place.with_suffix(".part")
     reached("node before checkpoint")
-    save_file(tensors, beside, {_FACTS: checkpoint.facts.model_dump_json()})
-    sync(beside)
+    save_tensors(beside, tensors, {_FACTS: checkpoint.facts.model_dump_json()})
     reached("node during checkpoint")
     beside.replace(place)
     sync(directory)

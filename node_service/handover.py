@@ -48,9 +48,10 @@ class Handover:
                 self.send_again(sequence)
 
     def send_again(self, sequence: int, attempt: int | None = None) -> None:
-        """The same update as another attempt, the next by default."""
+        """The same update as another attempt, the next by default; not as one that it was sent as already: that one is
+        on its way, and each stale answer would beget another."""
         owed = self._state.find(sequence)
-        if owed is None:
+        if owed is None or (attempt is not None and attempt <= owed.manifest.attempt):
             return
         number = owed.manifest.attempt + 1 if attempt is None else attempt
         manifest = owed.manifest.model_copy(update={"attempt": number})
@@ -58,13 +59,10 @@ class Handover:
         self._send(manifest, owed.bodies())
 
     def mistaken(self, receipt: Receipt) -> bool:
-        """Whether a receipt is for another update of the number of one that is owed."""
+        """Whether a receipt is for another update of the number of one that is owed; of whatever encoder, because an
+        incarnation gives a number once."""
         owed = self._state.manifest(receipt.sequence)
-        return (
-            owed is not None
-            and (owed.incarnation, owed.encoder) == (receipt.incarnation, receipt.encoder)
-            and owed.digest != receipt.digest
-        )
+        return owed is not None and owed.incarnation == receipt.incarnation and owed.digest != receipt.digest
 
     def settle(self, receipt: Receipt) -> bool:
         """An update is answered: remember that, then forget the update. False for a receipt that came before."""

@@ -138,7 +138,8 @@ class NodeService:
                 self._train()
             elif self._agent.rule is not None:
                 self.figures.waiting_seconds += time.monotonic() - now
-            if now - alive_at >= self.config.alive_every_seconds:
+            # while nothing leaves, more of the same need not wait to leave
+            if now - alive_at >= self.config.alive_every_seconds and not self._outbox.problem:
                 alive_at = now
                 encoder = self._agent.current.encoder if self._agent.current else None
                 sent = self.broker.status().bytes_out
@@ -146,7 +147,7 @@ class NodeService:
                 self._handover.send_unanswered(self.config.resend_after_seconds)
             if now - heard >= self.config.ask_after_seconds:
                 heard = now
-                if not ready:
+                if not ready and not self._outbox.problem:
                     # without a rule yet, the ack may be what got lost: joining again brings the instruction again
                     self._perform(self._agent.ask_for_version() or self._agent.join())
                 self._perform(self._agent.look())
@@ -257,6 +258,7 @@ class NodeService:
                 self._build(instruction, corpus)
             except UserError as error:
                 log.error("refusing the instruction", node=self.node, encoder=instruction.encoder, problem=str(error))
+                self.figures.note = f"refused {instruction.encoder}: {error}"
                 self._perform(self._agent.samples_checked(instruction, 0, str(error)))
                 return
         if self._agent.rule is None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from common.errors import UserError
 
+#: No width, length or depth is larger: what anybody may ask for must not keep a service busy for ever.
+_LARGEST = 1 << 20
+
 
 def merge_settings(what: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`defaults` with the values of `given`; numbers must be positive and of the default's kind.
@@ -31,6 +34,8 @@ def _fitting(what: str, default: Any, value: Any) -> Any:
     whole = isinstance(default, int)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
         raise UserError(f"{what} must be a positive {'whole number' if whole else 'number'}, not {value!r}")
+    if whole and value > max(_LARGEST, default):
+        raise UserError(f"{what} must be at most {_LARGEST:,}, not {value:,}")
     return value if whole else float(value)
 
 

@@ -572,7 +572,7 @@ class SimNode:
         mistaken = (
             owed is not None
             and isinstance(message, Receipt)
-            and (owed[0].incarnation, owed[0].encoder) == (message.incarnation, message.encoder)
+            and owed[0].incarnation == message.incarnation
             and owed[0].digest != message.digest
         )
         self._perform(self.agent.mistaken() if mistaken else self.agent.receive(message))
@@ -749,6 +749,8 @@ class SimNode:
         if sequence in self.disk.owed:
             manifest, token = self.disk.owed[sequence]
             number = manifest.attempt + 1 if attempt is None else attempt
+            if number <= manifest.attempt:
+                return
             manifest = manifest.model_copy(update={"attempt": number})
             self.disk.owed[sequence] = (manifest, token)
             self._send(manifest, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +54,13 @@ def server() -> MemoryServer:
 
 
 @contextmanager
-def dying_master(server: MemoryServer, directory: Path, settings: Any = None, **config: Any) -> Iterator[Master]:
-    """A master that is expected to die of a Bang while the block runs."""
+def dying_master(
+    server: MemoryServer, directory: Path, settings: Any = None, *, dies_of: type[BaseException] = Bang, **config: Any
+) -> Iterator[Master]:
+    """A master that is expected to die while the block runs."""
     master = Master(server, directory, settings or decided(), **config)
     yield master
-    with pytest.raises(Bang):
+    with pytest.raises(dies_of):
         master.party.wait(20.0)
     master.broker.close()
 
@@ -294,6 +297,15 @@ def test_a_disk_that_is_really_full(server: MemoryServer, tmp_path: Path) -> Non
             assert not answered(node)
             filler.unlink()
             assert node.hear(Receipt).accepted
+            # nor does a snapshot that finds no room end it
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(bytes(4096))
+            master.service.config = master.service.config.model_copy(update={"snapshot_every_seconds": 0.01})
+            time.sleep(1.0)
+            assert not master.party.wait(0.0)
+            filler.unlink()
+            eventually(lambda: list((place / "m" / "snapshots").glob("*[0-9]")))
         log = MessageLog(place / "m", read_only=True)
         assert all(check is None or check.identical for _, check in verify(log, origin(log).fold))
         log.close()

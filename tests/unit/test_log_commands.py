@@ -95,7 +95,7 @@ def test_damage_and_what_is_not_there_are_one_line(command: Command, run: Federa
         ("--set", "outer"): "write it as section.key=value",
         ("--without", "z"): "no node 'z' is in the log; there are: a, b, c",
         ("--encoder", "text-1"): f"no encoder text-1 is in the log; there are: {run.encoder}",
-        ("--version", "99", "--out", "x"): f"version 99 of {run.encoder} is not in the log, its newest is",
+        ("--version", "99", "--out", "x"): f"version 99 is not in the log: {run.encoder}'s newest is",
     }.items():
         code, _, err = command("replay", "--state", run.directory, *arguments)
         assert code == 2 and words in err.splitlines()[-1], err
