@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from master_service.audit import issued
 
+from master_service.audit import issued
 from master_service.entries import Configured, Settings, StopRule
 from master_service.message_log import MessageLog
 from master_service.replay import Refold, origin, verify
