@@ -40,6 +40,7 @@ def run_master(file: Path | None, flags: dict[str, Any]) -> None:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.service import MasterService
         stop = threading.Event()
+        threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
         with stop_on_signals(stop), MasterDisplay(quiet=config.log.json_lines) as display:
             service = MasterService(
                 config.master, decided, broker, topology, get=config.encoder.get, on_change=display.update
@@ -49,6 +50,15 @@ def run_master(file: Path | None, flags: dict[str, Any]) -> None:
         broker.close()
     if stop.is_set():
         log.info("stopped; the state is in a snapshot, a start with the same --state continues")
+
+
+def end_of_waiting(stop: threading.Event, broker: Broker) -> None:
+    """An alarm of the broker is waited out, however long; but not by whoever was asked to end. What did not leave is
+    sent at the next start."""
+    stop.wait()
+    while broker.status().blocked is None:
+        time.sleep(0.2)
+    broker.close()
 
 
 def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:

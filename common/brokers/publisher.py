@@ -46,12 +46,12 @@ class Publisher:
         self.link.post(lambda: self._send(batch))
         try:
             while not batch.done.wait(0.2):
+                if self.link.closing.is_set():
+                    raise BrokerUnavailable("the connection is closed")
                 if self.link.blocked is not None:
                     batch.progress_at = time.monotonic()  # an alarm is waited out, however long
                 elif time.monotonic() - batch.progress_at > timeout:
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
-                elif self.link.closing.is_set():
-                    raise BrokerUnavailable("the connection is closed")
         finally:
             with self._guard:
                 self._batches.remove(batch)

@@ -16,6 +16,7 @@ from common.brokers import open_broker
 from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Transient
 from common.topology import Binding, Declarations, Exchange, Queue
 from deploy.local_rabbitmq import LocalRabbitMQ
+from deploy.run import end_of_waiting
 from tests.integration.harness import eventually
 
 EXCHANGE = Exchange("x")
@@ -184,9 +185,23 @@ def test_an_alarm_stops_publishers_and_lets_consumers_drain(private_rabbitmq: Lo
         assert delivery.body == b"%d" % number
         broker.ack(delivery)
     assert not done.wait(6.0), "a publish must wait for as long as the alarm lasts"
+    # but not one of somebody who was asked to end
+    other, stop, given_up = connect(private_rabbitmq.url), threading.Event(), threading.Event()
+    threading.Thread(target=end_of_waiting, args=(stop, other), daemon=True).start()
+
+    def publish_too() -> None:
+        with pytest.raises(BrokerUnavailable, match="closed"):
+            other.publish(Publication("x", "k", b"too"))
+        given_up.set()
+
+    threading.Thread(target=publish_too, daemon=True).start()
+    assert not given_up.wait(2.0)
+    stop.set()
+    assert given_up.wait(15)
     private_rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
     assert done.wait(20) and broker.status().blocked is None
-    assert arrived.get(timeout=10).body == b"late"
+    while arrived.get(timeout=10).body != b"late":
+        pass  # what was given up may have arrived too
     broker.close()
 
 
