@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from common.errors import Damaged
@@ -80,17 +79,6 @@ class Fold:
             raise PayloadsLost(dict.fromkeys(outcome.lost, "damaged or missing"))
         same = outcome is not None and outcome.version == body.version
         return Check(body.encoder, body.version, body.digest, outcome.digest if outcome is not None and same else "")
-
-    def replay(self, entries: Iterable[Entry]) -> Iterator[Check]:
-        """Fold a log from where this fold stands; yields every version with the digest that was logged for it."""
-        for entry in entries:
-            body = entry.body
-            if isinstance(body, Versioned):
-                yield self.check(body)
-            self.apply(entry)
-            if isinstance(body, Generated):
-                target = self.aggregator.targets[body.encoder]
-                yield Check(body.encoder, 0, body.digest, target.parameters.digest())
 
 
 def _why(entry: Entry) -> str:

@@ -56,9 +56,6 @@ class PayloadStore:
             return "missing"
         return None if found == digest else "damaged"
 
-    def has(self, digest: str) -> bool:
-        return self.path(digest).exists()
-
     def size(self, digest: str) -> int:
         """Bytes; 0 if it is not there."""
         try:

@@ -133,12 +133,11 @@ def test_a_node_is_killed_at_every_step() -> None:
 
 
 def _found() -> list[Any]:
-    """The recorded plans. `open`: not mended yet, so it must still fail; that word goes with the defect."""
+    """The recorded plans."""
     cases = []
     for case in json.loads(FOUND.read_text()):
         actions = tuple(tuple(act) for act in case["plan"].pop("actions"))
-        marks = [pytest.mark.xfail(strict=True, reason=case["open"])] if "open" in case else []
-        cases.append(pytest.param(Plan(**case["plan"], actions=actions), id=case["name"], marks=marks))
+        cases.append(pytest.param(Plan(**case["plan"], actions=actions), id=case["name"]))
     return cases
 
 

@@ -21,7 +21,7 @@ from master_service.entries import Configured, Generated, Loggable, Settings, St
 from master_service.fold import Fold
 from master_service.message_log import MessageLog
 from master_service.payloads import PayloadStore
-from master_service.replay import rebuild
+from master_service.replay import rebuild, verify
 from master_service.rules.model import OuterOptimizer, aggregation_rule
 from master_service.snapshot import read_snapshot, write_snapshot
 
@@ -119,7 +119,7 @@ def test_the_log_alone_rebuilds_every_version_bit_for_bit(tmp_path: Path, preset
     # a snapshot and the log after it lead to the same state and the same bits
     fold = read_snapshot(tmp_path / "snapshots", reader)
     assert 0 < fold.offset < reader.last_offset
-    assert all(check.identical for check in fold.replay(reader.entries(fold.offset)))
+    assert all(check is None or check.identical for _, check in verify(reader, fold))
     assert fold.coordinator.state == run.fold.coordinator.state
     assert fold.aggregator.targets[run.encoder].parameters.digest() == run.state.digest
 
