@@ -48,7 +48,7 @@ class Journal:
                 raise StorageFull(f"{config.state_dir}: {error}; make room and start again") from None
             raise
         except BaseException:
-            self._lock.close()
+            self._lock.close()  # whatever it was: who is not made must not keep the directory from the next
             raise
         self.storage = Storage(config.state_dir, config.min_free)
         #: The effects of all entries up to this offset have left.

@@ -65,7 +65,7 @@ class LocalState:
         try:
             self._open(node)
         except BaseException:
-            self._lock.close()
+            self._lock.close()  # whatever it was: who is not made must not keep the directory from the next
             raise
 
     def close(self) -> None:
