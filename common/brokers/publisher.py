@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from common.broker import Publication
@@ -14,10 +15,17 @@ from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError
 
 #: After a reconnect a queue that is missing may only not be up yet, for so many seconds.
 _QUEUES_UP_SECONDS = 10.0
+#: So long without a confirm on a connection that was reopened, and its channel is doubted, once.
+_DOUBT_SECONDS = 15.0
 
 
 class Publisher:
-    """Publishes batches in confirm mode; what had no confirm when the connection went is published again."""
+    """Publishes batches in confirm mode; what had no confirm when the connection went is published again.
+
+    A channel on which a confirm is overdue is not published on any more: a RabbitMQ that has just started may give a
+    message to a stream's writer that it is about to replace; that message is never confirmed, and of those that follow
+    on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, at one kill in some forty).
+    """
 
     def __init__(
         self,
@@ -35,6 +43,7 @@ class Publisher:
         self._channel: Any = None
         self._tag = 0
         self._unconfirmed: dict[int, tuple[Batch, int]] = {}
+        self._doubted = 1
         self.link = Link("publish", connect, failures, self._open_channel)
 
     def publish(self, publications: tuple[Publication, ...], timeout: float) -> None:
@@ -50,13 +59,30 @@ class Publisher:
                     raise BrokerUnavailable("the connection is closed")
                 if self.link.blocked is not None:
                     batch.progress_at = time.monotonic()  # an alarm is waited out, however long
-                elif time.monotonic() - batch.progress_at > timeout:
+                    continue
+                silence = time.monotonic() - batch.progress_at
+                if silence > timeout:
+                    self._renew(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
+                if silence > _DOUBT_SECONDS and self._doubted < self.link.generation:
+                    self._doubted = self.link.generation
+                    self._renew(self._channel)
         finally:
             with self._guard:
                 self._batches.remove(batch)
         if batch.error is not None:
             raise batch.error
+
+    def _renew(self, channel: Any) -> None:
+        """Close a channel, if it is still the one in use, and publish what is unconfirmed on another."""
+
+        def renew() -> None:
+            if channel is None or channel is not self._channel or not channel.is_open:
+                return
+            self._open_channel()
+            channel.close()
+
+        self.link.post(renew)
 
     def _open_channel(self) -> None:
         self._channel = None
@@ -65,7 +91,7 @@ class Publisher:
     def _channel_open(self, channel: Any) -> None:
         channel.add_on_return_callback(self._returned)
         channel.add_on_close_callback(self._channel_closed)
-        channel.confirm_delivery(self._confirmed, callback=lambda frame: self._ready(channel))
+        channel.confirm_delivery(partial(self._confirmed, channel), callback=lambda frame: self._ready(channel))
 
     def _ready(self, channel: Any) -> None:
         self._channel, self._tag, self._unconfirmed = channel, 0, {}
@@ -100,12 +126,14 @@ class Publisher:
         A broker that has just started takes connections before all of its queues are up: then it is worth another try.
         """
         batch, index = self._unconfirmed.get(int(properties.correlation_id), (None, 0))
-        if batch is not None:
+        if batch is not None and channel is self._channel:
             text = f"no queue takes {method.routing_key!r} of {method.exchange}"
             early = self.link.reopened_within(_QUEUES_UP_SECONDS)
             batch.settle(index, BrokerUnavailable(f"{text} yet") if early else Unroutable(text))
 
-    def _confirmed(self, frame: Any) -> None:
+    def _confirmed(self, channel: Any, frame: Any) -> None:
+        if channel is not self._channel:
+            return
         method = frame.method
         tags = (
             [tag for tag in self._unconfirmed if tag <= method.delivery_tag]
@@ -120,10 +148,14 @@ class Publisher:
 
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
         """The broker closes a channel for one bad publish: that one fails, the others go again on a new channel."""
+        if self._channel not in (None, channel):
+            return
         self._channel, self._unconfirmed = None, {}
         error = self._refusal(reason)
         if error is None:
             return
+        if isinstance(error, Unroutable) and self.link.reopened_within(_QUEUES_UP_SECONDS):
+            error = BrokerUnavailable(f"{error} yet")  # a broker that lost its disk: all is declared again beside this
         with self._guard:
             for batch in self._batches:
                 if any(f"'{publication.exchange}'" in str(error) for publication in batch.left.values()):
