@@ -94,11 +94,13 @@ class Continue(Message):
 
 
 class Fetch(NodeMessage):
-    """A node waits for a version newer than the one it has."""
+    """A node waits for a version newer than the one it has. `sought`: it was told of that one, and the stream does not
+    hold it, as after a broker that lost what it had confirmed."""
 
     kind: Literal["request.fetch"] = "request.fetch"
     encoder: Id
     have_version: int = Field(ge=-1)
+    sought: int | None = Field(default=None, ge=0)
 
 
 class Leave(NodeMessage):

@@ -8,6 +8,9 @@ from master_service.entries import Settings
 from master_service.state import EncoderState, Member
 from master_service.stopping import progress
 
+#: Between two publications of one version, seconds; a node looks for it on the stream for half as long.
+_PUBLISH_AGAIN_SECONDS = 30.0
+
 
 def instruction(encoder: EncoderState) -> Instruction:
     return Instruction(
@@ -48,6 +51,18 @@ def publish(settings: Settings, encoder: EncoderState, at: float) -> Publish:
     """The order to publish the newest version; the state knows from here on that it is."""
     encoder.published_version, encoder.published_at = encoder.version, at
     return Publish(encoder.encoder, encoder.version, progress(encoder, settings.stop, at))
+
+
+def publish_again(settings: Settings, encoder: EncoderState, sought: int | None, at: float) -> list[Effect]:
+    """Publish the newest version once more for a node that did not find what it was told of on the stream.
+
+    A broker that dies can lose the end of a stream that it had confirmed, or all of it with its disk. Many nodes miss
+    the same version then, and one of them may lie: once in a while is enough for all.
+    """
+    lost = sought is not None and sought <= encoder.published_version
+    if not lost or at - encoder.published_at < _PUBLISH_AGAIN_SECONDS:
+        return []
+    return [publish(settings, encoder, at)]
 
 
 def notify(settings: Settings, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:

@@ -21,7 +21,7 @@ from common.messages import (
     UpdateManifest,
 )
 from master_service import requests
-from master_service.answers import finish, instruction, notify, publish
+from master_service.answers import finish, instruction, notify, publish, publish_again
 from master_service.effects import (
     Broadcast,
     Conclude,
@@ -261,15 +261,16 @@ class Coordinator:
         encoder = self.state.encoders.get(fetch.encoder)
         if encoder is None or not encoder.layout:
             return []
+        again = publish_again(self.state.settings, encoder, fetch.sought, at)
         if encoder.status == "finished":
-            return [publish(self.state.settings, encoder, at), Send(fetch.node, finish(encoder))]
+            return [*again, Send(fetch.node, finish(encoder))]
         member = encoder.members.get(fetch.node)
         if member is None:
             return [Send(fetch.node, Introduce(node=fetch.node))]
         if fetch.have_version >= encoder.version:
             member.waiting = True
             return []
-        return notify(self.state.settings, encoder, [member], at)
+        return [*again, *notify(self.state.settings, encoder, [member], at)]
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 

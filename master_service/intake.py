@@ -99,7 +99,8 @@ class Intake:
     def _is_older(self, chunk: UpdateChunk) -> bool:
         wanted = self.manifest
         if chunk.incarnation != wanted.incarnation:
-            # a wanted update is of the node's current incarnation; a queue is FIFO, so another one came before
+            # a wanted update is of the node's current incarnation, so another one came before; what a broker that dies
+            # puts into another order is missed here, and asked for again
             return self.wanted
         if chunk.sequence == wanted.sequence:
             return chunk.attempt < wanted.attempt

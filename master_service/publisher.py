@@ -53,17 +53,20 @@ class Publisher:
         self.bytes_out += sum(len(body) for body in bodies)
 
         def write() -> None:
-            self._hints[effect.encoder] = publish_version(
-                self._broker,
-                self._topology,
-                encoder=effect.encoder,
-                epoch=epoch,
-                version=effect.version,
-                encoding=self._encoding,
-                layout_digest=parameters.layout.digest,
-                bodies=bodies,
-                progress=effect.progress,
-            )
+            try:
+                self._hints[effect.encoder] = publish_version(
+                    self._broker,
+                    self._topology,
+                    encoder=effect.encoder,
+                    epoch=epoch,
+                    version=effect.version,
+                    encoding=self._encoding,
+                    layout_digest=parameters.layout.digest,
+                    bodies=bodies,
+                    progress=effect.progress,
+                )
+            except Unroutable as error:  # the stream was deleted between its declaration and this
+                raise BrokerUnavailable(str(error)) from None
 
         reached("before publish")
         self._persist(write)

@@ -197,17 +197,18 @@ class Agent:
 
     def read_failed(self) -> list[Action]:
         """The version that was wanted did not come over the stream: ask the master for it."""
-        self.wanted = self.version
-        return self.ask_for_version()
+        sought = self.wanted if self.wanted >= 0 else None
+        # the last version is read even if it was trained on already, to end with exactly that
+        self.wanted = self.version if self.finishing is None else min(self.version, self.finishing.version - 1)
+        return self._fetch(sought)
 
-    def ask_for_version(self) -> list[Action]:
-        """Nothing was heard for long while there is nothing to train: ask for a version newer than ours."""
-        if self.current is None or self.rule is None:
-            return []
-        fetch = Fetch(
-            node=self.node, incarnation=self.incarnation, encoder=self.current.encoder, have_version=self.version
-        )
-        return [Say(fetch)]
+    def ask(self) -> list[Action]:
+        """Nothing was heard for long while there is nothing to train: ask for a version newer than ours.
+
+        Without a rule the ack or the rule may be what got lost, or the encoder has ended long since and its instruction
+        came twice: joining again brings every running instruction, so that letting go of this one loses nothing.
+        """
+        return self._fetch() if self.rule is not None else [*self._turn(), *self.join()]
 
     def look(self) -> list[Action]:
         """Nothing was heard for long: the master may be away, and what it published last is on the stream."""
@@ -219,6 +220,18 @@ class Agent:
     def training(self) -> bool:
         """Whether there is an encoder to train now."""
         return self.rule is not None and self.finishing is None and self.version >= 0
+
+    def _fetch(self, sought: int | None = None) -> list[Action]:
+        if self.current is None or self.rule is None:
+            return []
+        fetch = Fetch(
+            node=self.node,
+            incarnation=self.incarnation,
+            encoder=self.current.encoder,
+            have_version=self.version,
+            sought=sought,
+        )
+        return [Say(fetch)]
 
     def _holds(self, encoder: str, version: int, exact: bool) -> bool:
         """Whether a version that was read is one that the master knows, of the current encoder."""
@@ -257,7 +270,7 @@ class Agent:
             case "future" if current and self.finishing is None and receipt.version < self.version:
                 self.lost = max(self.lost, self.version, self.wanted)
                 self.version = self.wanted = -1
-                return [Settle(receipt), *self.ask_for_version()]
+                return [Settle(receipt), *self._fetch()]
         return [Settle(receipt)]
 
     def _finish(self, finish: Finish) -> list[Action]:

@@ -13,8 +13,8 @@ from common.topology import Topology
 from common.transfer import CompleteVersion
 from common.versions import VersionReader
 
-#: A version that is named exactly stands near its hint, or not at all; waiting longer would hold up the next.
-_EXACT_SECONDS = 15.0
+#: A version that the master told of is on the stream, or lost: after so long without one more chunk it is asked for.
+_PATIENCE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,7 @@ class VersionThread:
         reader = self._readers.setdefault(wanted.encoder, fresh)
         if wanted.look:
             return reader.look(wanted.at_least)
-        if wanted.exact:
-            return reader.read(wanted.at_least, wanted.published_at, exact=True, timeout=_EXACT_SECONDS)
-        return reader.read(wanted.at_least, wanted.published_at)
+        return reader.read(wanted.at_least, wanted.published_at, exact=wanted.exact, timeout=_PATIENCE_SECONDS)
 
     def _newest(self) -> _Wanted | None:
         wanted = self._wanted.get()

@@ -148,8 +148,7 @@ class NodeService:
             if now - heard >= self.config.ask_after_seconds:
                 heard = now
                 if not ready and not self._outbox.problem:
-                    # without a rule yet, the ack may be what got lost: joining again brings the instruction again
-                    self._perform(self._agent.ask_for_version() or self._agent.join())
+                    self._perform(self._agent.ask())
                 self._perform(self._agent.look())
             if self._training is not None and now - saved_at >= self.config.checkpoint_every_seconds:
                 saved_at = now

@@ -117,10 +117,9 @@ class RabbitMQBroker:
     # --- the protocol ------------------------------------------------------------------------------------------------
 
     def declare(self, declarations: Declarations) -> None:
-        if declarations in self._declared:
-            return
         self._consumer.call(partial(self._in_turn, partial(self._declaring, declarations)), timeout=_DECLARE_SECONDS)
-        self._declared.append(declarations)
+        if declarations not in self._declared:
+            self._declared.append(declarations)
 
     def delete_queue(self, name: str) -> None:
         self._declared = [_without_queue(each, name) for each in self._declared]

@@ -106,6 +106,8 @@ class World(WorldLike):
         self.restored: set[str] = set()
         self.answers: Counter[str] = Counter()
         self.settings = plan.settings()
+        self.acked = {}
+        self.stream_lost = False
         self.operator = Wire(self, "operator")
         self.operator.declare(TOPOLOGY.observer("operator"))
         self.operator_outbox: list[Publication] = []
@@ -202,6 +204,41 @@ class World(WorldLike):
 
     def do_channel(self, who: str | int) -> None:
         self._wire(who).reopen()
+
+    def do_kill_broker(self, late: int) -> None:
+        """It is back at once, and every channel is new. RabbitMQ promises no order then: what was unacked may come
+        after up to `late` others, and what was acked last may come again. A stream may have lost its end."""
+        self.seen["killed: broker"] += 1
+        for wire in self._wires():
+            wire.reopen()
+        acked, self.acked = self.acked, {}
+        for name, found in self.server._queues.items():
+            if found.declared.kind == "stream":
+                for _ in range(min(late, len(found.ready))):
+                    found.bytes -= found.ready.pop().size
+                    found.next_offset -= 1
+                    self.stream_lost = True
+                continue
+            again = [*acked.get(name, ())] if late % 2 else []
+            found.bytes += sum(message.size for message in again)
+            while found.ready and found.ready[0].redelivered:
+                again.append(found.ready.popleft())
+            overtaking = [found.ready.popleft() for _ in range(min(late, len(found.ready)))]
+            for message in again:
+                message.redelivered = True
+            found.ready.extendleft(reversed([*overtaking, *again]))
+
+    def do_wipe_broker(self) -> None:
+        """It is back at once with an empty disk; everybody declares again what is theirs, but for the streams."""
+        self.seen["wiped: broker"] += 1
+        for wire in self._wires():
+            wire.reopen()
+        for found in self.server._queues.values():
+            found.ready.clear()
+            found.bytes = 0
+        self.stream_lost = True
+        self.confirmed.clear()
+        self.acked.clear()
 
     def do_kill_master(self, steps: int) -> None:
         """Now, or at a labelled step to come."""
@@ -540,6 +577,10 @@ class World(WorldLike):
 
     def _bodies(self, queue: str) -> list[bytes]:
         return [message.publication.body for message in self.server.queue(queue).ready]
+
+    def _wires(self) -> list[Wire]:
+        parties = [*self.nodes.values(), *([self.master] if self.master is not None else [])]
+        return [self.operator, *(party.wire for party in parties)]
 
     def _pick(self, index: int) -> SimNode:
         return list(self.nodes.values())[index % len(self.nodes)]

@@ -73,6 +73,8 @@ TOPOLOGY = Topology("sim")
 SLICE = 24
 LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
 TYPES = ("text", "image")
+#: How long a node looks for a version on the stream that it was told of.
+READ_SECONDS = 15.0
 CONFIG = MasterConfig(state_dir=Path("nowhere"), presence_timeout_seconds=45.0, snapshot_every_seconds=1.0)
 
 
@@ -150,7 +152,9 @@ class Wire:
                 done = delivery.message_id in self._world.disk.ids or delivery.message_id in self._world.asked_again
                 demand(done, f"{delivery.message_id} is acked, and not in the log")
             subscription, tag = delivery.handle  # type: ignore[misc]
-            subscription.unacked.pop(tag, None)
+            message = subscription.unacked.pop(tag, None)
+            if message is not None:
+                self._world.acked.setdefault(delivery.queue, deque(maxlen=3)).append(message)
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
         self.publish(dead_letter(TOPOLOGY.dead_letters, delivery, reason, detail))
@@ -522,6 +526,8 @@ class SimNode:
         self.training: Instruction | None = None
         self.kill_in = -1
         self.sent_at: dict[int, float] = {}
+        self.searching: Read | None = None
+        self.give_up_at = 0.0
 
     def start(self) -> None:
         self.wire.declare(TOPOLOGY.node(self.name, TYPES))
@@ -642,8 +648,16 @@ class SimNode:
         named = [each for each in self.reads if isinstance(each, Read)]
         wanted, self.reads = (named or self.reads)[-1], []
         found = self._scan(wanted)
+        if found is None and isinstance(wanted, Read):
+            demand(self.world.stream_lost, f"{self.name} was told of {wanted}, and the stream does not hold it")
+            if self.searching != wanted:
+                self.searching, self.give_up_at = wanted, self.world.clock() + READ_SECONDS
+            if self.world.clock() < self.give_up_at:
+                self.reads = [wanted]
+                return False
+            self._perform(self.agent.read_failed())
+        self.searching = None
         if found is None:
-            demand(isinstance(wanted, Look), f"{self.name} was told of {wanted}, and the stream does not hold it")
             return True
         if self.training is None or self.training.encoder != wanted.encoder:
             return True
@@ -668,7 +682,7 @@ class SimNode:
     def ask(self) -> None:
         """Nothing was heard for long."""
         if not self.may_train():
-            self._perform(self.agent.ask_for_version() or self.agent.join())
+            self._perform(self.agent.ask())
         self._perform(self.agent.look())
 
     def leave(self) -> None:
@@ -790,6 +804,10 @@ class WorldLike:
     disk: MasterDisk
     seen: Counter[str]
     confirmed: list[Publication]
+    #: Of each queue the messages that were acked last: a broker that dies may have forgotten that.
+    acked: dict[str, deque[Any]]
+    #: Whether a broker's death has taken something that a stream held.
+    stream_lost: bool
     asked_again: set[str]
     heard: list[Receipt]
     trail: dict[str, UpdateManifest]

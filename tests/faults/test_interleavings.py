@@ -53,6 +53,7 @@ def _actions() -> list[Act]:
         ("deadly",),
     ] * 2
     master += [("fault", "master", fault) for fault in FAULTS] * 2
+    master += [*(("kill_broker", late) for late in (0, 1, 2, 3, 5, 8, 13)), ("wipe_broker",), ("wipe_broker",)]
     master += [("later", 5.0), ("later", 31.0), ("later", 46.0), *(("settings", rule) for rule in RULES)]
     operator: list[Act] = [("operator", what) for what in ("stop", "continue", "continue", "get", "image")]
     operator += [("fault", "operator", fault) for fault in FAULTS]
@@ -210,6 +211,10 @@ def snapshots_without_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryJournal, "snapshot", snapshot)
 
 
+def lost_versions_are_only_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("master_service.coordinator.publish_again", lambda settings, encoder, sought, at: [])
+
+
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("master_service.coordinator.issued", lambda encoder, receipt: receipt)
 
@@ -223,6 +228,7 @@ def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         duplicates_are_counted,
         effects_are_not_repeated,
         snapshots_without_receipts,
+        lost_versions_are_only_named,
         answers_of_another_chain,
     ],
 )

@@ -404,6 +404,13 @@ def test_a_version_that_nobody_waits_for_is_published_every_so_often() -> None:
     # who asks is told at once, from what is published already
     fetch = Fetch(node="a", incarnation="first", encoder=name, have_version=0)
     assert [type(e) for e in run.apply(fetch)] == [Send]
+    # unless the stream has lost it: then it is published once more, and once is enough for all who miss it
+    missing = fetch.model_copy(update={"sought": 1})
+    assert [type(e) for e in run.apply(missing)] == [Send]
+    run.at += 30.0
+    assert [type(e) for e in run.apply(missing.model_copy(update={"sought": 2}))] == [Send]  # it was never published
+    assert [type(e) for e in run.apply(missing)] == [Publish, Send]
+    assert [type(e) for e in run.apply(missing)] == [Send]
     # and who has the newest is told of the next, once
     run.apply(fetch.model_copy(update={"have_version": 1}))
     assert len(sent(run.update("a", name, 1), Notice)) == 1
