@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +114,10 @@ class LocalRabbitMQ:
         """End at once, as a power cut would."""
         self._end(signal.SIGKILL)
 
+    def forget(self) -> None:
+        """While it is down: lose all that it kept, as with a new disk."""
+        shutil.rmtree(self._directory / "data")
+
     def ctl(self, *arguments: str) -> str:
         """Run rabbitmqctl against this server; gives what it prints. Raises CalledProcessError."""
         program = server_program("rabbitmqctl")
@@ -166,6 +171,10 @@ def _started_with(port: int) -> list[int]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that systems give to outgoing connections: while the server is down, a client that tries to connect
+    to a port of theirs can be given that very port, and is then connected to itself."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Literal
 
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, SharedEncoderError
@@ -118,7 +119,7 @@ class Arena:
                     what = self._maltreat(role)
                 self._start(role, self._plan(role))
             if self.random.random() < 0.0015 and time.monotonic() - self._broker_since > _SETTLED_SECONDS:
-                on_fault(self, self.restart_broker())
+                on_fault(self, self.mistreat_broker())
 
     def finish(self, seconds: float = 60.0) -> Findings:
         """No more faults: everybody is there, the training ends, what is owed is answered; then all is examined."""
@@ -216,15 +217,22 @@ class Arena:
             shutil.copytree(state, backup)
         return f"{role} as it was"
 
-    def restart_broker(self) -> str:
+    def restart_broker(self, how: Literal["kill", "stop"], *, forget: bool = False) -> str:
+        """`forget`: it comes back with an empty disk."""
         self.restarts += 1
-        if self.random.random() < 0.5:
+        if how == "kill":
             self.rabbitmq.kill()
         else:
             self.rabbitmq.stop()
+        if forget:
+            self.rabbitmq.forget()
         self.rabbitmq.start()
         self._broker_since = time.monotonic()
-        return "broker restarted"
+        return "broker lost its disk" if forget else "broker restarted"
+
+    def mistreat_broker(self) -> str:
+        """Kill or stop it; one time in five it loses its disk."""
+        return self.restart_broker(self.random.choice(("kill", "stop")), forget=self.random.random() < 0.2)
 
     def _end(self, role: str) -> None:
         """Ask it to end; it may have been killed by its plan meanwhile."""

@@ -57,7 +57,7 @@ def soak(arena: Arena, seconds: float) -> None:
             befell[_event(arena, there)] += 1
         if now >= broker_at:
             broker_at = now + _BROKER_EVERY_SECONDS
-            befell[arena.restart_broker()] += 1
+            befell[arena.mistreat_broker()] += 1
         if now >= report_at:
             report_at += 60.0
             _report(arena, round((now - begun) / 60.0), len(there), befell)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import SharedEncoderError
+from master_service.message_log import MessageLog
 from tests.faults.__main__ import line
 from tests.faults.arena import MASTER_STEPS, NODE_STEPS, Arena
+from tests.integration.harness import eventually
 
 
 @pytest.mark.timeout(300)
@@ -19,6 +22,32 @@ def test_nothing_is_lost_and_nothing_counted_twice_whoever_dies(tmp_path: Path, 
     assert found.problems == [], line(arena, found)
     assert (found.lost, found.doubled, found.equal) == (0, 0, True)
     assert arena.kills + arena.restarts >= 16 and found.accepted > 10 and found.versions > 3
+
+
+@pytest.mark.timeout(300)
+def test_a_broker_that_loses_its_disk_costs_time_and_no_update(tmp_path: Path) -> None:
+    """Under a rule whose nodes wait: a notice, a receipt or a version that is gone would stop them for ever."""
+    with Arena(tmp_path, seed=1, nodes=2, preset="fedavg") as arena:
+        for role in ("master", *arena.nodes):
+            arena.start(role)
+
+        def versions() -> int:
+            assert all(arena.running(role) for role in ("master", *arena.nodes))
+            try:
+                log = MessageLog(tmp_path / "master", read_only=True)
+            except SharedEncoderError:
+                return 0  # not begun yet
+            count = log.count("versioned")
+            log.close()
+            return count
+
+        eventually(lambda: versions() >= 3, 60.0, "a training")
+        arena.restart_broker("kill", forget=True)
+        before = versions()
+        eventually(lambda: versions() >= before + 3, 120.0, "a version over the new disk")
+        found = arena.finish()
+    assert found.problems == [], line(arena, found)
+    assert (found.lost, found.doubled, found.equal) == (0, 0, True) and found.accepted > 6
 
 
 def test_every_labelled_step_of_the_code_is_one_that_the_harness_kills_at() -> None:
