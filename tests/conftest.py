@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,14 @@ def private_rabbitmq(tmp_path: Path) -> Iterator[LocalRabbitMQ]:
     """A server of one test's own, to be killed, restarted and alarmed."""
     with LocalRabbitMQ(tmp_path / "rabbitmq") as server:
         yield server
+
+
+def pytest_unconfigure() -> None:
+    """A thread that is not a daemon would keep the interpreter from ending, without a word and without a limit."""
+    left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread.is_alive()]
+    if left != [threading.main_thread().name]:
+        print(f"threads that do not end: {', '.join(left)}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

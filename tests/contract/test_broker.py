@@ -216,7 +216,8 @@ def test_acks_from_another_thread_and_publishers_in_parallel(bench: Bench) -> No
 
     threading.Thread(target=work, daemon=True).start()
     publishers = [
-        threading.Thread(target=lambda p=p: [bench.publish(b"%d-%03d" % (p, i)) for i in range(30)]) for p in range(4)
+        threading.Thread(target=lambda p=p: [bench.publish(b"%d-%03d" % (p, i)) for i in range(30)], daemon=True)
+        for p in range(4)
     ]
     for publisher in publishers:
         publisher.start()

@@ -86,7 +86,7 @@ def test_a_flood_of_chunks_holds_nobody_up(server: MemoryServer, tmp_path: Path)
                 evil.say(".chunk", junk, TOPOLOGY.update)
 
         evil.say(".ready", wrong, TOPOLOGY.update)
-        thread = threading.Thread(target=flood)
+        thread = threading.Thread(target=flood, daemon=True)
         thread.start()
         try:
             time.sleep(0.2)
