@@ -14,30 +14,24 @@ import structlog
 import torch
 
 from common.broker import Broker, Delivery
-from common.codec import decode
-from common.errors import BrokerUnavailable, Damaged, Poison, UserError
+from common.errors import BrokerUnavailable, Damaged, Poison
 from common.messages import (
     Alive,
     AskStatus,
     Get,
     Introduce,
     Message,
-    Resend,
     StatusReport,
-    UpdateChunk,
     UpdateManifest,
 )
-from common.parameters import ParameterSet
 from common.steps import reached
 from common.topology import Topology
-from master_service.aggregator import PayloadsLost, measure
+from master_service.aggregator import PayloadsLost
 from master_service.config import MasterConfig
 from master_service.effects import Broadcast, Conclude, Effect, Generate, Publish, Refused, Send, SetAside, Step
 from master_service.entries import (
     Configured,
     Entry,
-    Generated,
-    GenerationFailed,
     Loggable,
     Presence,
     Record,
@@ -50,23 +44,19 @@ from master_service.entries import (
     Versioned,
 )
 from master_service.fingerprint import fingerprint
-from master_service.generation import generate
 from master_service.inbox import identity, understood
-from master_service.intake import Intake
 from master_service.journal import Journal
+from master_service.outcomes import Outcome, generated
 from master_service.publisher import Publisher
 from master_service.registry import check_export_directory, export_encoder
 from master_service.status import Live, report
+from master_service.updates import Updates
 
 log = structlog.get_logger()
 
 _POLL_SECONDS = 0.25
 #: Between two looks whether there is room on the disk again.
 _ROOM_SECONDS = 0.5
-#: An update that does not count is answered at once; its chunks, which were there before its manifest, are thrown away
-#: until none has come for so long, or for the longer time in all: what else a node sends must not hold up the others.
-#: What is left is thrown away with those of the node's next update that counts.
-_DISCARD_SECONDS = (0.1, 1.0)
 
 
 @dataclass
@@ -90,10 +80,6 @@ class MasterService:
     def __post_init__(self) -> None:
         self._events: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._held: deque[Delivery] = deque()
-        self._manifests: deque[Delivery] = deque()
-        self._intake: Intake | None = None
-        #: By node: chunks that the last intake in vain has passed by.
-        self._passed: dict[str, set[tuple[str, int, int]]] = {}
         self._lost = threading.Event()
         self._stop = threading.Event()
         if self.config.export_dir is not None:
@@ -101,6 +87,17 @@ class MasterService:
         self._journal = Journal(self.config, self.clock, self._wait_for_room)
         self._fold = self._journal.fold
         self._publisher = Publisher(self.broker, self.topology, self.config.encoding, self._ended)
+        self._updates = Updates(
+            self.broker,
+            self.topology,
+            self._journal,
+            self._fold.coordinator,
+            self._publisher,
+            patience=self.config.chunk_timeout_seconds,
+            record=self._record,
+            on_delivery=self._events.put,
+            on_poison=self._dead_letter,
+        )
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -137,8 +134,7 @@ class MasterService:
         finally:
             for subscription in subscriptions:
                 subscription.close()
-            if self._intake is not None:
-                self._intake.close()
+            self._updates.close()
 
     def _recover(self) -> None:
         """Fold what the log holds after the snapshot, repeat what may not have left, and tell everybody."""
@@ -159,8 +155,8 @@ class MasterService:
             ) from None
         journal.carried_out = fold.offset
         with journal.attempts.at(_row(fold.offset)):
-            outcomes = [_Outcome(fold.compute(encoder)) for encoder in fold.pending]
-            outcomes += [_generated(effect) for effect in fold.coordinator.unmade()]
+            outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
+            outcomes += [generated(effect) for effect in fold.coordinator.unmade()]
         self._record_all(outcomes)
         state = fold.coordinator.state
         # later than every epoch before, also when rows of the log were lost
@@ -210,26 +206,18 @@ class MasterService:
             self._record(Tick())
         for node, present in self.live.transitions(now, self.config.presence_timeout_seconds):
             self._record(Presence(node=node, present=present))
-        if self._intake is not None and time.monotonic() > self._intake.deadline:
-            self._chunks_missing(self._intake)
+        self._updates.look()
         self._journal.snapshot(due_after=self.config.snapshot_every_seconds)
         self.on_change(self)
 
     def _patience(self) -> float:
         """How long to wait for a delivery, in seconds."""
-        if self._intake is None:
-            return _POLL_SECONDS
-        return min(_POLL_SECONDS, max(0.0, self._intake.deadline - time.monotonic()) + 0.001)
+        return min(_POLL_SECONDS, self._updates.seconds_left() + 0.001)
 
     # --- what comes in -----------------------------------------------------------------------------------------------
 
     def _receive(self, delivery: Delivery) -> None:
-        intake = self._intake
-        if intake is not None and delivery.queue == self.topology.chunk_queue(intake.manifest.node):
-            if intake.add(delivery):
-                self._take_update(intake)
-            elif not intake.wanted:
-                intake.deadline = min(time.monotonic() + _DISCARD_SECONDS[0], intake.begun + _DISCARD_SECONDS[1])
+        if self._updates.took(delivery):
             return
         if delivery.queue not in (self.topology.master_inbox, self.topology.master_updates):
             return  # a chunk of an intake that has ended: it went back to its queue when that closed
@@ -242,9 +230,9 @@ class MasterService:
         except Poison as poison:
             self._dead_letter(delivery, poison)
             return
-        if delivery.queue == self.topology.master_updates:
-            self._manifests.append(delivery)
-            self._next_manifest()
+        if isinstance(message, UpdateManifest):
+            self.live.seen(message.node, self.clock())
+            self._updates.announced(message, delivery)
         else:
             self._handle_message(delivery, message)
 
@@ -272,94 +260,6 @@ class MasterService:
         else:
             return False
         return True
-
-    def _next_manifest(self) -> None:
-        """Begin with the next update, if none is being fetched. One that does not count is answered here."""
-        if self._intake is not None or not self._manifests:
-            return
-        delivery = self._manifests.popleft()
-        manifest = decode(delivery.body)
-        assert isinstance(manifest, UpdateManifest)
-        self.live.seen(manifest.node, self.clock())
-        # one that kills the master is not fetched any more, and is refused for want of its payload
-        deadly = self._journal.attempts.fatal(_update(manifest))
-        wanted = not deadly and self._fold.coordinator.wants_payload(manifest)
-        if not wanted:
-            self._record(manifest, message_id=_delivery_id(manifest), delivery=_update(manifest))
-        patience = self.config.chunk_timeout_seconds if wanted else _DISCARD_SECONDS[0]
-        self._intake = Intake(
-            self.broker,
-            self.topology,
-            manifest,
-            delivery,
-            wanted=wanted,
-            begun=time.monotonic(),
-            patience=patience,
-            on_delivery=self._events.put,
-            on_poison=self._dead_letter,
-            is_done=self._is_done,
-        )
-
-    def _take_update(self, intake: Intake) -> None:
-        """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
-        manifest = intake.manifest
-        if intake.wanted:
-            if self._fold.coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
-                self._ask_again(intake)
-                return
-            payload = intake.payload()
-            size = self._fold.coordinator.state.encoders[manifest.encoder].size
-            with self._journal.attempts.at(_update(manifest)):
-                finite, norm = measure(payload, size, manifest.encoding)
-            digest = self._journal.write_payload(payload)
-            facts = UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm)
-            self._record(
-                manifest, message_id=_delivery_id(manifest), facts=facts, payload=digest, delivery=_update(manifest)
-            )
-        reached("before ack of an update")
-        intake.settle()
-        reached("after ack of an update")
-        self._end_intake(intake)
-
-    def _is_done(self, chunk: UpdateChunk) -> bool:
-        """Whether a chunk of a lower number is of no use: its update is answered, or an intake before this one had to
-        pass it by already, so that its manifest should have come."""
-        passed = (chunk.incarnation, chunk.sequence, chunk.attempt) in self._passed.get(chunk.node, set())
-        return passed or self._fold.coordinator.is_done(chunk)
-
-    def _is_spent(self, delivery_id: str) -> bool:
-        """Whether this very delivery is in the log to no effect: its node was not known then, or its payload was lost.
-        One that was skipped is not asked for again; it is refused."""
-        entry = self._journal.log.find(delivery_id)
-        return entry is not None and not entry.skipped
-
-    def _chunks_missing(self, intake: Intake) -> None:
-        """Of an update that does not count they are not missed; of another the node has them still."""
-        if intake.wanted:
-            self._ask_again(intake)
-        else:
-            self._take_update(intake)
-
-    def _ask_again(self, intake: Intake) -> None:
-        """The node sends the chunks again as another attempt."""
-        manifest = intake.manifest
-        log.warning("chunks missing, asking the node to send again", update=manifest.update_id)
-        resend = Resend(
-            encoder=manifest.encoder,
-            node=manifest.node,
-            incarnation=manifest.incarnation,
-            sequence=manifest.sequence,
-            attempt=manifest.attempt + 1,
-        )
-        self._passed[manifest.node] = intake.passed
-        self._publisher.send(manifest.node, resend)
-        self.broker.ack(intake.delivery)
-        self._end_intake(intake)
-
-    def _end_intake(self, intake: Intake) -> None:
-        intake.close()
-        self._intake = None
-        self._next_manifest()
 
     def _dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         self.live.poison += 1
@@ -392,14 +292,14 @@ class MasterService:
             outcomes = []
             for effect in effects:
                 if isinstance(effect, Step):
-                    outcomes.append(_Outcome(self._fold.compute(effect.encoder)))
+                    outcomes.append(Outcome(self._fold.compute(effect.encoder)))
                 elif isinstance(effect, Generate):
-                    outcomes.append(_generated(effect))
+                    outcomes.append(generated(effect))
         self._send_out(effects)
         journal.carried_out = entry.offset
         self._record_all(outcomes)
 
-    def _record_all(self, outcomes: list[_Outcome]) -> None:
+    def _record_all(self, outcomes: list[Outcome]) -> None:
         """What was computed because of an entry: logged after everything else that the entry led to."""
         for outcome in outcomes:
             body, payload = outcome.body, None
@@ -467,40 +367,6 @@ class MasterService:
         """What `status` shows. Times in seconds, sizes in bytes."""
         plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
         return plain | {"bytes_published": self._publisher.bytes_out} | self._journal.report()
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a step or a generation led to; version 0 comes with its parameters."""
-
-    body: Versioned | StepFailed | Generated | GenerationFailed
-    parameters: ParameterSet | None = None
-
-
-def _generated(effect: Generate) -> _Outcome:
-    log.info("making the encoder", encoder=effect.encoder, generation=effect.generation)
-    try:
-        architecture, parameters = generate(effect)
-    except UserError as error:
-        log.error("the encoder could not be made", encoder=effect.encoder, problem=str(error))
-        return _Outcome(GenerationFailed(encoder=effect.encoder, reason=str(error)))
-    body = Generated(
-        encoder=effect.encoder,
-        architecture=architecture,
-        layout=parameters.layout.plain(),
-        layout_digest=parameters.layout.digest,
-        digest=parameters.digest(),
-    )
-    return _Outcome(body, parameters)
-
-
-def _delivery_id(manifest: UpdateManifest) -> str:
-    return f"{manifest.update_id}/{manifest.attempt}"
-
-
-def _update(manifest: UpdateManifest) -> str:
-    """What an update is known by, however often it is sent."""
-    return f"update {manifest.update_id}"
 
 
 def _row(offset: int) -> str:

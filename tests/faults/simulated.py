@@ -24,8 +24,10 @@ import common.slicing
 import common.transfer
 import common.versions
 import master_service.journal
+import master_service.outcomes
 import master_service.publisher
 import master_service.service
+import master_service.updates
 from common.broker import Delivery, OnDelivery, Publication, dead_letter
 from common.brokers.memory import MemoryServer, MemorySubscription
 from common.codec import decode, encode
@@ -53,6 +55,7 @@ from master_service.fold import Fold
 from master_service.journal import Journal
 from master_service.service import MasterService
 from master_service.state import State
+from master_service.updates import Updates
 from node_service.agent import (
     Action,
     Agent,
@@ -421,6 +424,8 @@ class SimMaster(MasterService):
         self.wire = Wire(world, "master")
         super().__init__(CONFIG, settings, self.wire, TOPOLOGY, get="text", clock=world.clock)  # type: ignore[arg-type]
         self._events: Any = Events()
+        updates: Any = self._updates
+        updates._on_delivery, updates.ask_again = self._events.put, self.ask_again
 
     def start(self) -> None:
         """As `run` does until its loop."""
@@ -435,7 +440,8 @@ class SimMaster(MasterService):
     def prefetch(self, name: str) -> bool:
         """Take a delivery from a queue; it waits in memory."""
         if name == "chunks":
-            consumer: Any = self._intake._subscription if self._intake is not None else None
+            intake = self._updates.intake
+            consumer: Any = intake._subscription if intake is not None else None
         else:
             consumer = self.queues[name]
         delivery = consumer.take() if consumer is not None else None
@@ -450,12 +456,12 @@ class SimMaster(MasterService):
         return len(self._events) > 0
 
     def intake(self) -> bool:
-        return self._intake is not None
+        return self._updates.intake is not None
 
     def chunks_missing(self) -> None:
         """The time for an update's chunks is over."""
-        if self._intake is not None:
-            self._intake.deadline = -1.0
+        if self._updates.intake is not None:
+            self._updates.intake.deadline = -1.0
             self.turn()
 
     def snapshot(self) -> None:
@@ -474,10 +480,10 @@ class SimMaster(MasterService):
     def _ended(self, seconds: float) -> bool:
         return False
 
-    def _ask_again(self, intake: Any) -> None:
+    def ask_again(self, intake: Any) -> None:
         manifest = intake.manifest
         self.world.asked_again.add(f"{manifest.update_id}/{manifest.attempt}")
-        super()._ask_again(intake)
+        Updates.ask_again(self._updates, intake)
 
     def _send_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -865,14 +871,17 @@ def simulated() -> Iterator[None]:
             service,
             {
                 "Journal": MemoryJournal,
-                "generate": _generate,
-                "measure": lambda payload, size, encoding: (True, 1.0),
                 "fingerprint": dict,
                 "export_encoder": lambda directory, encoder, parameters: None,
                 "reached": step,
                 "log": quiet,
             },
         ),
+        (
+            master_service.updates,
+            {"measure": lambda payload, size, encoding: (True, 1.0), "reached": step, "log": quiet},
+        ),
+        (master_service.outcomes, {"generate": _generate, "log": quiet}),
         (journal, {"reached": step, "uuid": _IDS, "log": quiet}),
         (
             publisher,

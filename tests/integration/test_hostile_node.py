@@ -17,6 +17,7 @@ from common.messages import Answer, Get, Message, Receipt, UpdateChunk
 from common.topology import Topology
 from common.transfer import checksum
 from master_service import service as service_module
+from master_service import updates as updates_module
 from master_service.config import MasterConfig
 from master_service.rules.model import aggregation_rule
 from master_service.service import MasterService
@@ -105,7 +106,7 @@ def test_an_update_that_kills_before_it_is_a_row_is_refused_in_the_end(
 
     node = HandNode(server, "a")
     with monkeypatch.context() as patch:
-        patch.setattr(service_module, "measure", measure)
+        patch.setattr(updates_module, "measure", measure)
         with dying_master(server, tmp_path, dies_of=Bang):
             instruction = node.enter()
             bodies = numbers(instruction)
