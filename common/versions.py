@@ -28,11 +28,16 @@ def publish_version(
     layout_digest: str,
     bodies: Sequence[bytes],
     progress: float,
+    declare: bool = True,
 ) -> float:
-    """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds)."""
+    """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds).
+
+    `declare`: the stream may not be there yet. Raises Unroutable if it is not and was not declared.
+    """
     hint = max(0.0, time.time() - HINT_MARGIN_SECONDS)
     size, digest = sum(len(body) for body in bodies), payload_digest(bodies)
-    broker.declare(topology.parameters(encoder, size))
+    if declare:
+        broker.declare(topology.parameters(encoder, size))
     broker.publish(
         *(
             Publication(

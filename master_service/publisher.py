@@ -35,6 +35,8 @@ class Publisher:
         self._encoding = encoding
         self._ended = ended
         self._hints: dict[str, float] = {}
+        #: The encoders whose streams are declared.
+        self._streams: set[str] = set()
 
     def send(self, to: str, message: Message) -> None:
         """To one node or observer."""
@@ -64,8 +66,11 @@ class Publisher:
                     layout_digest=parameters.layout.digest,
                     bodies=bodies,
                     progress=effect.progress,
+                    declare=effect.encoder not in self._streams,
                 )
-            except Unroutable as error:  # the stream was deleted between its declaration and this
+                self._streams.add(effect.encoder)
+            except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
+                self._streams.discard(effect.encoder)
                 raise BrokerUnavailable(str(error)) from None
 
         reached("before publish")

@@ -10,13 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.broker import Delivery, Publication
 from common.brokers import open_broker
+from common.encodings import decode_vector
 from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Transient
-from common.topology import Binding, Declarations, Exchange, Queue
+from common.layout import Layout
+from common.parameters import ParameterSet
+from common.topology import Binding, Declarations, Exchange, Queue, Topology
+from common.versions import VersionReader
 from deploy.local_rabbitmq import LocalRabbitMQ
 from deploy.run import end_of_waiting
+from master_service.effects import Publish
+from master_service.publisher import Publisher
 from tests.integration.harness import eventually
 
 EXCHANGE = Exchange("x")
@@ -158,6 +165,23 @@ def test_a_broker_that_restarts_again_and_again(private_rabbitmq: LocalRabbitMQ)
     assert not lost.is_set()
     publisher.close()
     consumer.close()
+
+
+def test_a_stream_that_somebody_deleted_is_there_again_with_the_next_version(amqp_url: str) -> None:
+    topology, layout = Topology(f"deleted-{time.time_ns()}"), Layout([("weight", (3,))])
+    broker, somebody = connect(amqp_url), connect(amqp_url)
+    broker.declare(topology.master())
+    master = Publisher(broker, topology, "float32", lambda seconds: time.sleep(0.1) is not None)
+    reader = VersionReader(somebody, topology, "tiny-1", layout.digest)
+    for version in (1, 2):
+        master.version(Publish("tiny-1", version, 0.0), 1, ParameterSet(layout, torch.full((3,), float(version))))
+        read = reader.read(version, 0.0, timeout=20.0, patience=1.0)
+        assert read.version == version and decode_vector(read.payload, 3, "float32").tolist() == [version] * 3
+        somebody.delete_queue(topology.stream("tiny-1"))
+    for queue_name in (topology.master_inbox, topology.master_updates):
+        somebody.delete_queue(queue_name)
+    broker.close()
+    somebody.close()
 
 
 def test_an_alarm_stops_publishers_and_lets_consumers_drain(private_rabbitmq: LocalRabbitMQ) -> None:
