@@ -70,7 +70,7 @@ class VersionReader:
     """Reads the newest version at or above a wanted one from a stream.
 
     The hint may be wrong in either direction (clocks, retention): when nothing comes for `patience` seconds the reader
-    starts again at the first message that the stream still holds.
+    starts again at the first message that the stream still holds, and waits longer for each chunk.
     """
 
     def __init__(self, broker: Broker, topology: Topology, encoder: str, layout_digest: str) -> None:
@@ -79,6 +79,7 @@ class VersionReader:
         self._encoder = encoder
         self._layout_digest = layout_digest
         self._unseen: StreamPosition = "first"
+        self._furthest = -1
 
     def read(
         self,
@@ -91,15 +92,17 @@ class VersionReader:
     ) -> CompleteVersion:
         """The newest complete version ≥ `at_least` on the stream now; `exact`: that very one, as written last.
 
-        Raises BrokerUnavailable after `timeout` seconds.
+        Raises BrokerUnavailable after `timeout` seconds in which it got no further than before.
         """
         start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
-        deadline = time.monotonic() + timeout
+        deadline, furthest = time.monotonic() + timeout, self._furthest
         while (left := deadline - time.monotonic()) > 0:
             found = self._scan(start, at_least, exact, min(patience, left))
             if found is not None:
                 return found
-            start = "first"
+            if self._furthest > furthest:
+                furthest, deadline = self._furthest, time.monotonic() + timeout
+            start, patience = "first", 2 * patience
         raise BrokerUnavailable(
             f"version {at_least} of {self._encoder} did not come over the stream in {timeout:.0f} s"
         )
@@ -122,6 +125,7 @@ class VersionReader:
                 except queue.Empty:
                     return newest
                 self._broker.ack(delivery)
+                self._furthest = max(self._furthest, delivery.offset or 0)
                 try:
                     chunk = decode(delivery.body)
                     done = assembly.add(chunk) if isinstance(chunk, ParameterChunk) else None

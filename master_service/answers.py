@@ -8,8 +8,8 @@ from master_service.entries import Settings
 from master_service.state import EncoderState, Member
 from master_service.stopping import progress
 
-#: Between two publications of one version, seconds; a node looks for it on the stream for half as long.
-_PUBLISH_AGAIN_SECONDS = 30.0
+#: After the last publication, seconds; a node looks for a version on the stream for half as long.
+PUBLISH_AGAIN_SECONDS = 30.0
 
 
 def instruction(encoder: EncoderState) -> Instruction:
@@ -60,7 +60,7 @@ def publish_again(settings: Settings, encoder: EncoderState, sought: int | None,
     the same version then, and one of them may lie: once in a while is enough for all.
     """
     lost = sought is not None and sought <= encoder.published_version
-    if not lost or at - encoder.published_at < _PUBLISH_AGAIN_SECONDS:
+    if not lost or at - encoder.published_at < PUBLISH_AGAIN_SECONDS:
         return []
     return [publish(settings, encoder, at)]
 

@@ -261,15 +261,18 @@ class Coordinator:
         encoder = self.state.encoders.get(fetch.encoder)
         if encoder is None or not encoder.layout:
             return []
-        again = publish_again(self.state.settings, encoder, fetch.sought, at)
         if encoder.status == "finished":
+            again = publish_again(self.state.settings, encoder, fetch.sought, at)
             return [*again, Send(fetch.node, finish(encoder))]
         member = encoder.members.get(fetch.node)
         if member is None:
             return [Send(fetch.node, Introduce(node=fetch.node))]
+        if not encoder.started:
+            return []  # nobody trains yet; all are told when that begins
         if fetch.have_version >= encoder.version:
             member.waiting = True
             return []
+        again = publish_again(self.state.settings, encoder, fetch.sought, at)
         return [*again, *notify(self.state.settings, encoder, [member], at)]
 
     # --- updates and versions ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from common.parameters import ParameterSet
 from common.steps import reached
 from common.topology import Topology
 from common.versions import publish_version
+from master_service.answers import PUBLISH_AGAIN_SECONDS
 from master_service.effects import Publish
 
 log = structlog.get_logger()
@@ -35,6 +37,8 @@ class Publisher:
         self._encoding = encoding
         self._ended = ended
         self._hints: dict[str, float] = {}
+        #: By encoder: epoch and version that were written last, and when that had ended.
+        self._written: dict[str, tuple[tuple[int, int], float]] = {}
         #: The encoders whose streams are declared.
         self._streams: set[str] = set()
 
@@ -50,7 +54,11 @@ class Publisher:
         self._publish(self._topology.instruction, encoder_type, message)
 
     def version(self, effect: Publish, epoch: int, parameters: ParameterSet) -> None:
-        """Write a version to its encoder's stream."""
+        """Write a version to its encoder's stream. One that was written a moment ago is there: on a slow line, many who
+        miss it may have asked for it while it was written."""
+        what, (last, ended_at) = (epoch, effect.version), self._written.get(effect.encoder, ((-1, -1), 0.0))
+        if what == last and time.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS:
+            return
         bodies = encode_vector(parameters.vector, self._encoding)
         self.bytes_out += sum(len(body) for body in bodies)
 
@@ -75,6 +83,7 @@ class Publisher:
 
         reached("before publish")
         self._persist(write)
+        self._written[effect.encoder] = what, time.monotonic()
         reached("after publish")
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:

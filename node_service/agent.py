@@ -195,9 +195,11 @@ class Agent:
         finish = self.finishing
         return finish is not None and version >= finish.version and self._holds(encoder, version, exact)
 
-    def read_failed(self) -> list[Action]:
-        """The version that was wanted did not come over the stream: ask the master for it."""
-        sought = self.wanted if self.wanted >= 0 else None
+    def read_failed(self, encoder: str, sought: int) -> list[Action]:
+        """The version that was wanted did not come over the stream: ask the master for it, unless a newer one is on its
+        way."""
+        if not self._is_current(encoder) or sought < self.wanted:
+            return []
         # the last version is read even if it was trained on already, to end with exactly that
         self.wanted = self.version if self.finishing is None else min(self.version, self.finishing.version - 1)
         return self._fetch(sought)
@@ -205,10 +207,10 @@ class Agent:
     def ask(self) -> list[Action]:
         """Nothing was heard for long while there is nothing to train: ask for a version newer than ours.
 
-        Without a rule the ack or the rule may be what got lost, or the encoder has ended long since and its instruction
-        came twice: joining again brings every running instruction, so that letting go of this one loses nothing.
+        Without a rule the instruction, the ack or the rule may be what got lost, and joining again brings them; or the
+        encoder has ended long since and its instruction came twice, and what answers the fetch is its end.
         """
-        return self._fetch() if self.rule is not None else [*self._turn(), *self.join()]
+        return [*(self.join() if self.rule is None else []), *self._fetch()]
 
     def look(self) -> list[Action]:
         """Nothing was heard for long: the master may be away, and what it published last is on the stream."""
@@ -222,7 +224,7 @@ class Agent:
         return self.rule is not None and self.finishing is None and self.version >= 0
 
     def _fetch(self, sought: int | None = None) -> list[Action]:
-        if self.current is None or self.rule is None:
+        if self.current is None:
             return []
         fetch = Fetch(
             node=self.node,
@@ -253,6 +255,7 @@ class Agent:
     def _ruled(self, rule: Rule) -> list[Action]:
         assert self.current is not None
         known, self.rule = self.rule, rule
+        self.finishing = None  # it goes on; should the rule be an old one, the next update is answered by the end again
         begin: Action = Begin(self.current, rule) if known is None else Retune(rule)
         # what came while the master did not know this node was not looked at
         again = [Republish(sequence) for sequence in sorted(self.unanswered)] if self.unknown else []

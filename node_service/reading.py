@@ -13,15 +13,16 @@ from common.topology import Topology
 from common.transfer import CompleteVersion
 from common.versions import VersionReader
 
-#: A version that the master told of is on the stream, or lost: after so long without one more chunk it is asked for.
+#: A version that the master told of is on the stream, or lost: after so long without getting further it is asked for.
 _PATIENCE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class VersionRead:
-    """A version that was read, or why it could not be. `exact`: the very version that the master named."""
+    """A version ≥ `wanted` that was read, or why none could be. `exact`: that very one, which the master named."""
 
     encoder: str
+    wanted: int
     exact: bool
     version: CompleteVersion | None
     problem: str = ""
@@ -65,10 +66,10 @@ class VersionThread:
             try:
                 version = self._read(wanted)
                 if version is not None:
-                    self._done(VersionRead(wanted.encoder, wanted.exact, version))
+                    self._done(VersionRead(wanted.encoder, wanted.at_least, wanted.exact, version))
             except SharedEncoderError as error:
                 if not wanted.look:
-                    self._done(VersionRead(wanted.encoder, wanted.exact, None, str(error)))
+                    self._done(VersionRead(wanted.encoder, wanted.at_least, wanted.exact, None, str(error)))
 
     def _read(self, wanted: _Wanted) -> CompleteVersion | None:
         fresh = VersionReader(self._broker, self._topology, wanted.encoder, wanted.layout_digest)

@@ -133,7 +133,7 @@ class NodeService:
             now = time.monotonic()
             ready = self._may_train()
             if self._handle_events(wait=0.0 if ready else _POLL_SECONDS):
-                heard, ready = now, self._may_train()
+                heard, ready = time.monotonic(), self._may_train()  # after a model was built that is a good while later
             if ready:
                 self._train()
             elif self._agent.rule is not None:
@@ -199,7 +199,7 @@ class NodeService:
         training = self._training
         if read.version is None:
             log.warning("a version could not be read, asking for it", node=self.node, problem=read.problem)
-            self._perform(self._agent.read_failed())
+            self._perform(self._agent.read_failed(read.encoder, read.wanted))
             return
         if training is None or training.instruction.encoder != read.encoder:
             return

@@ -10,13 +10,22 @@ from common.errors import SharedEncoderError
 
 
 class Batch:
-    """`left` holds what is unconfirmed, in order; `done` is set when nothing is left."""
+    """`left` holds what is unconfirmed, in order; `done` is set when nothing is left.
+
+    `progress_at`, `sent_at`: when something of it was last settled, and when it was last given to a channel, both in
+    seconds of the monotonic clock.
+    """
 
     def __init__(self, publications: tuple[Publication, ...]) -> None:
+        self._all = publications
         self.left = dict(enumerate(publications))
         self.done = threading.Event()
         self.error: SharedEncoderError | None = None
-        self.progress_at = time.monotonic()
+        self.progress_at = self.sent_at = time.monotonic()
+
+    def restart(self) -> None:
+        """Its confirms so far are not believed."""
+        self.left = dict(enumerate(self._all))
 
     def settle(self, index: int, error: SharedEncoderError | None = None) -> None:
         self.left.pop(index, None)

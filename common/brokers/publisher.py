@@ -13,9 +13,9 @@ from common.brokers.batch import Batch
 from common.brokers.link import Connect, Link
 from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError, Unroutable
 
-#: After a reconnect a queue that is missing may only not be up yet, for so many seconds.
+#: After a reconnect a queue or an exchange that is missing may only not be up yet, for so many seconds.
 _QUEUES_UP_SECONDS = 10.0
-#: So long without a confirm on a connection that was reopened, and its channel is doubted, once.
+#: So long without a confirm, and a channel is doubted, once a connection.
 _DOUBT_SECONDS = 15.0
 
 
@@ -24,7 +24,9 @@ class Publisher:
 
     A channel on which a confirm is overdue is not published on any more: a RabbitMQ that has just started may give a
     message to a stream's writer that it is about to replace; that message is never confirmed, and of those that follow
-    on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, at one kill in some forty).
+    on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, at one kill in some forty). So
+    what is unconfirmed then goes out on another channel, and with it the rest of its batch. What another thread has
+    published on that channel meanwhile, and believes stored, is out of reach: one thread alone may write to streams.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Publisher:
         self._refusal = refusal
         self._guard = threading.Lock()
         self._batches: list[Batch] = []
+        #: The channel that was opened last, and the same once it can be published on.
+        self._newest: Any = None
         self._channel: Any = None
         self._tag = 0
         self._unconfirmed: dict[int, tuple[Batch, int]] = {}
-        self._doubted = 1
+        self._doubted = 0
         self.link = Link("publish", connect, failures, self._open_channel)
 
     def publish(self, publications: tuple[Publication, ...], timeout: float) -> None:
@@ -60,12 +64,12 @@ class Publisher:
                 if self.link.blocked is not None:
                     batch.progress_at = time.monotonic()  # an alarm is waited out, however long
                     continue
-                silence = time.monotonic() - batch.progress_at
-                if silence > timeout:
+                now = time.monotonic()
+                if now - batch.progress_at > timeout:
                     self._renew(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
-                if silence > _DOUBT_SECONDS and self._doubted < self.link.generation:
-                    self._doubted = self.link.generation
+                overdue = now - max(batch.progress_at, batch.sent_at) > _DOUBT_SECONDS
+                if overdue and self._doubted < self.link.generation:
                     self._renew(self._channel)
         finally:
             with self._guard:
@@ -74,21 +78,26 @@ class Publisher:
             raise batch.error
 
     def _renew(self, channel: Any) -> None:
-        """Close a channel, if it is still the one in use, and publish what is unconfirmed on another."""
+        """Close a channel, if it is still the one in use, and publish every open batch anew on another."""
 
         def renew() -> None:
             if channel is None or channel is not self._channel or not channel.is_open:
                 return
+            self._doubted = self.link.generation
+            with self._guard:
+                for batch in self._batches:
+                    batch.restart()
             self._open_channel()
             channel.close()
 
         self.link.post(renew)
 
     def _open_channel(self) -> None:
-        self._channel = None
+        self._newest = self._channel = None
         self.link.connection.channel(on_open_callback=self._channel_open)
 
     def _channel_open(self, channel: Any) -> None:
+        self._newest = channel
         channel.add_on_return_callback(self._returned)
         channel.add_on_close_callback(self._channel_closed)
         channel.confirm_delivery(partial(self._confirmed, channel), callback=lambda frame: self._ready(channel))
@@ -106,6 +115,7 @@ class Publisher:
             return
         if any(each is batch for each, _ in self._unconfirmed.values()):
             return
+        batch.sent_at = time.monotonic()
         for index, publication in list(batch.left.items()):
             self._tag += 1
             self._unconfirmed[self._tag] = (batch, index)
@@ -148,7 +158,7 @@ class Publisher:
 
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
         """The broker closes a channel for one bad publish: that one fails, the others go again on a new channel."""
-        if self._channel not in (None, channel):
+        if channel is not self._newest:
             return
         self._channel, self._unconfirmed = None, {}
         error = self._refusal(reason)

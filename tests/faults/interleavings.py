@@ -15,7 +15,7 @@ from typing import Any
 from common.broker import Publication
 from common.brokers.memory import MemoryServer, MemorySubscription
 from common.codec import decode, encode
-from common.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable, Unroutable
 from common.messages import (
     Answer,
     Continue,
@@ -107,7 +107,9 @@ class World(WorldLike):
         self.answers: Counter[str] = Counter()
         self.settings = plan.settings()
         self.acked = {}
-        self.stream_lost = False
+        self.lost = set()
+        #: What was in the log before a wipe: its answers may be gone.
+        self.unanswered_for: set[str] = set()
         self.operator = Wire(self, "operator")
         self.operator.declare(TOPOLOGY.observer("operator"))
         self.operator_outbox: list[Publication] = []
@@ -215,9 +217,12 @@ class World(WorldLike):
         for name, found in self.server._queues.items():
             if found.declared.kind == "stream":
                 for _ in range(min(late, len(found.ready))):
-                    found.bytes -= found.ready.pop().size
+                    message = found.ready.pop()
+                    found.bytes -= message.size
                     found.next_offset -= 1
-                    self.stream_lost = True
+                    chunk = decode(message.publication.body)
+                    assert isinstance(chunk, ParameterChunk)
+                    self.lost.add((chunk.encoder, chunk.version))
                 continue
             again = [*acked.get(name, ())] if late % 2 else []
             found.bytes += sum(message.size for message in again)
@@ -229,14 +234,15 @@ class World(WorldLike):
             found.ready.extendleft(reversed([*overtaking, *again]))
 
     def do_wipe_broker(self) -> None:
-        """It is back at once with an empty disk; everybody declares again what is theirs, but for the streams."""
+        """It is back at once with an empty disk; who is there declares again what is theirs."""
         self.seen["wiped: broker"] += 1
+        for name in [each for each in self.server._queues if each.startswith(TOPOLOGY.stream(""))]:
+            encoder = name.removeprefix(TOPOLOGY.stream(""))
+            self.lost |= {(encoder, chunk.version) for chunk in self.stream(encoder)}
+        self.server = MemoryServer(clock=self.clock)
         for wire in self._wires():
-            wire.reopen()
-        for found in self.server._queues.values():
-            found.ready.clear()
-            found.bytes = 0
-        self.stream_lost = True
+            wire.move()
+        self.unanswered_for = set(self.disk.ids)
         self.confirmed.clear()
         self.acked.clear()
 
@@ -521,7 +527,9 @@ class World(WorldLike):
                 name = f"{publication.routing_key}:{publication.message_id}"
                 demand(name in self.disk.ids, f"{name} was confirmed and is not in the log")
         asked = sum(
-            p.exchange == TOPOLOGY.request and p.routing_key in ("operator.get", "operator.update")
+            p.exchange == TOPOLOGY.request
+            and p.routing_key in ("operator.get", "operator.update")
+            and f"{p.routing_key}:{p.message_id}" not in self.unanswered_for
             for p in self.confirmed
         )
         skipped = sum(self.disk.rows[n][0].body.kind in ("request.get", "request.update") for n in self.disk.skipped)
@@ -579,8 +587,9 @@ class World(WorldLike):
         return [message.publication.body for message in self.server.queue(queue).ready]
 
     def _wires(self) -> list[Wire]:
-        parties = [*self.nodes.values(), *([self.master] if self.master is not None else [])]
-        return [self.operator, *(party.wire for party in parties)]
+        """Of who is there."""
+        nodes = [node.wire for node in self.nodes.values() if node.alive]
+        return [self.operator, *nodes, *([self.master.wire] if self.master is not None else [])]
 
     def _pick(self, index: int) -> SimNode:
         return list(self.nodes.values())[index % len(self.nodes)]
@@ -632,7 +641,7 @@ class World(WorldLike):
             return False
         try:
             self.operator.publish(self.operator_outbox[0])
-        except BrokerUnavailable:
+        except (BrokerUnavailable, Unroutable):
             return True
         self.operator_outbox.pop(0)
         return True

@@ -100,9 +100,9 @@ def demand(condition: object, words: str) -> None:
 class Consumer:
     """A consumer that outlives its channel: what was unacked comes again when that closes."""
 
-    def __init__(self, server: MemoryServer, queue_name: str, on_delivery: OnDelivery, prefetch: int) -> None:
+    def __init__(self, world: WorldLike, queue_name: str, on_delivery: OnDelivery, prefetch: int) -> None:
         self.queue, self.on_delivery, self.closed = queue_name, on_delivery, False
-        self._open = lambda: MemorySubscription(server, queue_name, on_delivery, prefetch, None)
+        self._open = lambda: MemorySubscription(world.server, queue_name, on_delivery, prefetch, None)
         self._channel = self._open()
 
     def take(self) -> Delivery | None:
@@ -110,6 +110,12 @@ class Consumer:
 
     def reopen(self) -> None:
         self._channel.close()
+        self._channel = self._open()
+
+    def move(self) -> None:
+        """The broker has lost its disk, and what was unacked with it."""
+        self._channel.closed = True
+        self._channel.unacked.clear()
         self._channel = self._open()
 
     def close(self) -> None:
@@ -125,9 +131,19 @@ class Wire:
         self._world, self._user = world, user
         self.faults: deque[str] = deque()
         self.consumers: list[Consumer] = []
+        self._declared: list[Any] = []
 
     def declare(self, declarations: Any) -> None:
         self._world.server.declare(declarations)
+        self._declared.append(declarations)
+
+    def move(self) -> None:
+        """To a broker with an empty disk."""
+        for declarations in self._declared:
+            self._world.server.declare(declarations)
+        for consumer in self.consumers:
+            if not consumer.closed:
+                consumer.move()
 
     def lock(self, name: str, on_lost: Any) -> None:
         pass
@@ -145,7 +161,7 @@ class Wire:
         self._world.confirmed += publications
 
     def consume(self, queue_name: str, on_delivery: OnDelivery, *, prefetch: int) -> Consumer:
-        consumer = Consumer(self._world.server, queue_name, on_delivery, prefetch)
+        consumer = Consumer(self._world, queue_name, on_delivery, prefetch)
         self.consumers = [each for each in self.consumers if not each.closed] + [consumer]
         return consumer
 
@@ -655,13 +671,14 @@ class SimNode:
         wanted, self.reads = (named or self.reads)[-1], []
         found = self._scan(wanted)
         if found is None and isinstance(wanted, Read):
-            demand(self.world.stream_lost, f"{self.name} was told of {wanted}, and the stream does not hold it")
+            told = (wanted.encoder, wanted.at_least)
+            demand(told in self.world.lost, f"{self.name} was told of {wanted}, and the stream does not hold it")
             if self.searching != wanted:
                 self.searching, self.give_up_at = wanted, self.world.clock() + READ_SECONDS
             if self.world.clock() < self.give_up_at:
                 self.reads = [wanted]
                 return False
-            self._perform(self.agent.read_failed())
+            self._perform(self.agent.read_failed(wanted.encoder, wanted.at_least))
         self.searching = None
         if found is None:
             return True
@@ -696,7 +713,10 @@ class SimNode:
         self.train(wants_version=False)
         self._perform(self.agent.leave())
         while self.outbox and not self.wire.faults:
+            left = len(self.outbox)
             self.flush()
+            if len(self.outbox) == left:
+                break  # no queue takes it
         self.kill()
 
     # --- what follows ------------------------------------------------------------------------------------------------
@@ -812,8 +832,8 @@ class WorldLike:
     confirmed: list[Publication]
     #: Of each queue the messages that were acked last: a broker that dies may have forgotten that.
     acked: dict[str, deque[Any]]
-    #: Whether a broker's death has taken something that a stream held.
-    stream_lost: bool
+    #: Versions (of an encoder) that a broker's death has taken from a stream, or a part of them.
+    lost: set[tuple[str, int]]
     asked_again: set[str]
     heard: list[Receipt]
     trail: dict[str, UpdateManifest]
@@ -889,6 +909,7 @@ def simulated() -> Iterator[None]:
                 "reached": step,
                 "uuid": _IDS,
                 "log": quiet,
+                "time": SimpleNamespace(monotonic=lambda: WORLD[0].clock()),
                 "encode_vector": lambda digest, encoding: [digest[:32].encode(), digest[32:].encode()],
             },
         ),

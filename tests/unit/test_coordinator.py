@@ -409,6 +409,9 @@ def test_a_version_that_nobody_waits_for_is_published_every_so_often() -> None:
     assert [type(e) for e in run.apply(missing)] == [Send]
     run.at += 30.0
     assert [type(e) for e in run.apply(missing.model_copy(update={"sought": 2}))] == [Send]  # it was never published
+    # whoever is told nothing moves nothing: a stranger, and who has the newest
+    assert [type(e) for e in run.apply(missing.model_copy(update={"node": "nobody"}))] == [Send]
+    assert run.apply(missing.model_copy(update={"have_version": 1})) == []
     assert [type(e) for e in run.apply(missing)] == [Publish, Send]
     assert [type(e) for e in run.apply(missing)] == [Send]
     # and who has the newest is told of the next, once

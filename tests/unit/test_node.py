@@ -148,7 +148,7 @@ def test_the_agent_follows_the_protocol() -> None:
     notice = Notice(encoder="text-1", version=4, digest=DIGEST, published_at=9.0)
     assert agent.receive(notice) == [Read("text-1", 4, 9.0)]
     assert agent.receive(notice) == []  # it is on its way
-    assert isinstance(agent.read_failed()[0].message, Fetch)  # type: ignore[union-attr]
+    assert isinstance(agent.read_failed("text-1", 4)[0].message, Fetch)  # type: ignore[union-attr]
     assert agent.receive(notice) == [Read("text-1", 4, 9.0)]
     # a master that starts again states everything again: no second beginning, no older version
     assert agent.receive(instruction()) == [CheckSamples(instruction())]
@@ -156,7 +156,11 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(Introduce(node="n")) == agent.join()
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert agent.receive(finish()) == []  # once is enough, unless the reading fails
-    agent.read_failed()
+    assert agent.read_failed("text-1", 4) == []  # what is wanted now is newer
+    # training that goes on before the last version was found is gone on with
+    assert agent.receive(rule(version=5)) == [Retune(rule(version=5))] and agent.training
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)] and not agent.training
+    agent.read_failed("text-1", 5)
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert not agent.training
     assert agent.version_read("text-1", 5) == [CheckSamples(instruction("text-2"))]

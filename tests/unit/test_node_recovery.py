@@ -626,7 +626,7 @@ def test_a_version_that_could_not_be_read_is_read_again_when_it_is_named_again()
     assert agent.look() == [Look("fake-1", 3)]
     for _ in range(3):
         assert agent.receive(notice(5)) == [Read("fake-1", 5, 9.0)]
-        [ask] = agent.read_failed()
+        [ask] = agent.read_failed("fake-1", 5)
         assert isinstance(ask, Say) and isinstance(ask.message, Fetch) and ask.message.have_version == 2
         assert ask.message.sought == 5  # else the master would only name it again
     agent.receive(Finish(encoder="fake-1", encoder_type="fake", version=6, digest=DIGEST, published_at=9.0))

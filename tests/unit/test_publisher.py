@@ -138,9 +138,22 @@ def test_a_channel_whose_confirm_is_overdue_is_replaced_and_nothing_is_lost(
 ) -> None:
     broker, publisher = bench
     monkeypatch.setattr(common.brokers.publisher, "_DOUBT_SECONDS", 0.3)
-    publish(publisher, b"first")
-    publish(publisher, b"second")
-    assert broker.stored == [b"before", b"first", b"second"]
+    chunks = [b"first", b"second", b"third"]
+    publisher.publish(tuple(Publication("x", "k", chunk) for chunk in chunks), 20.0)
+    publish(publisher, b"next")
+    assert broker.stored == [b"before", *chunks, b"next"]
+
+
+def test_a_channel_is_not_doubted_for_the_time_that_the_broker_was_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, publisher = bench
+    monkeypatch.setattr(common.brokers.publisher, "_DOUBT_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.link.BACKOFF_SECONDS", (1.0, 1.0))
+    broker.connections[1].close()
+    eventually(lambda: not publisher.link.connected)
+    publish(publisher, b"waited")  # longer than the time after which it would be doubted
+    assert broker.stored == [b"before", b"waited"] and len(broker.connections[2].channels) == 1
 
 
 def test_what_is_published_after_one_that_was_given_up_is_not_lost_with_it(bench: Bench) -> None:
