@@ -33,8 +33,11 @@ def private_rabbitmq(tmp_path: Path) -> Iterator[LocalRabbitMQ]:
 
 def pytest_unconfigure() -> None:
     """A thread that is not a daemon would keep the interpreter from ending, without a word and without a limit."""
-    left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread.is_alive()]
-    if left != [threading.main_thread().name]:
+    others = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    for thread in others:
+        thread.join(2.0)
+    left = [thread.name for thread in others if thread.is_alive()]
+    if left:
         print(f"threads that do not end: {', '.join(left)}", file=sys.stderr, flush=True)
         os._exit(1)
 
