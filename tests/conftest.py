@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from deploy.local_rabbitmq import LocalRabbitMQ
+
+# The suite says the same of the same code; FAULT_EXAMPLES=20000 (see tests/faults/test_interleavings.py) looks further.
+settings.register_profile("repeatable", derandomize=True)
+if "FAULT_EXAMPLES" not in os.environ:
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
