@@ -17,8 +17,9 @@ import torch
 from common.broker import Publication
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.codec import decode
-from common.messages import UpdateChunk, UpdateManifest, UpdateRule
+from common.messages import Stop, UpdateChunk, UpdateManifest, UpdateRule
 from common.slicing import payload_size
+from deploy.observe import Observer
 from deploy.parties import ThreadParty
 from master_service.entries import StopRule
 from master_service.message_log import MessageLog
@@ -28,7 +29,7 @@ from node_service.config import NodeConfig
 from node_service.corpus import CorpusConfig, load_corpus
 from node_service.service import NodeService
 from node_service.training import Training
-from tests.integration.harness import TOPOLOGY, HandNode, decided, eventually, numbers, running_master
+from tests.integration.harness import TOPOLOGY, HandNode, connection, decided, eventually, numbers, running_master
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
@@ -90,19 +91,28 @@ def lines(seed: int, extra: str = "") -> list[str]:
 @pytest.mark.parametrize("preset", ["return-count", "fedavg"])
 def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> None:
     server = MemoryServer()
-    settings = decided(rule=aggregation_rule(preset), stop=StopRule(updates=30), min_nodes=2)
+    settings = decided(rule=aggregation_rule(preset), min_nodes=2)
     with running_master(server, tmp_path / "master", settings, export_dir=tmp_path / "encoder") as master:
         state = master.service._fold.coordinator.state
         first = [Node(server, tmp_path, name, lines(seed)) for seed, name in enumerate("ab")]
         encoder = eventually(lambda: next((e for e in state.encoders.values() if e.version >= 3), None), 60)
         late = Node(server, tmp_path, "late", lines(9))
         with nodes(*first, late):
+            # however long it takes the late one to build its model, and then some more of all together
+            eventually(lambda: "late" in encoder.members and encoder.members["late"].returns > 0, 60)
+            enough = encoder.updates + 10
+            eventually(lambda: encoder.updates >= enough, 60)
+            operator = connection(server, "operator")
+            observer = Observer(operator, TOPOLOGY)
+            observer.say(Stop(sender=observer.name))
             eventually(lambda: encoder.status == "finished", 60)
             for node in (*first, late):
                 eventually(lambda node=node: node.party.wait(0.0), 30)  # they end by themselves
-        assert encoder.members["late"].returns > 0 and encoder.members["late"].version >= 3
+            observer.close()
+            operator.close()
+        assert encoder.members["late"].version >= 3
         assert {node.service.figures.version for node in first} == {encoder.version}
-        assert sum(member.returns for member in encoder.members.values()) == encoder.updates == 30
+        assert sum(member.returns for member in encoder.members.values()) == encoder.updates >= enough
         digest = encoder.digest
     # the log alone makes the same encoder, and the export opens with what everybody uses
     assert rebuild(MessageLog(tmp_path / "master", read_only=True), encoder.encoder)[1].digest() == digest
