@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -29,6 +27,7 @@ from pika.exceptions import (
 
 from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
 from common.brokers.arguments import queue_arguments, version_of
+from common.brokers.exclusive import Locks, Step
 from common.brokers.link import Link
 from common.brokers.publisher import Publisher
 from common.brokers.subscription import LinkSubscription
@@ -40,7 +39,6 @@ from common.errors import (
     Unroutable,
     UserError,
 )
-from common.locks import this_process
 from common.topology import Declarations
 
 log = structlog.get_logger()
@@ -53,19 +51,11 @@ FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats, which takes it two to three
 #: intervals; until then it is our own ghost.
 _LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
-#: How long a lock that another connection holds is tried: a predecessor may be closing, or writing its note.
-_REFUSAL_SECONDS = 3.0
 #: How long the broker may take to answer; to make quorum queues and streams takes it longer.
 _ANSWER_SECONDS = 10.0
 _DECLARE_SECONDS = 30.0
-#: A note is the newest message of a queue without expiry: publishing is no use of a queue, so that one with an expiry
-#: would be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
-_NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
 #: An alarm may keep a note from being written; nobody waits for it longer than this.
 _NOTE_BLOCKED_SECONDS = 3.0
-
-#: A method of a channel with its arguments, which lacks only the `callback` for the broker's answer.
-_Step = Callable[..., object]
 
 
 def _connecting(parameters: Any, opened: Callable[[Any], None], gone: Callable[[Any, BaseException], None]) -> Any:
@@ -73,14 +63,6 @@ def _connecting(parameters: Any, opened: Callable[[Any], None], gone: Callable[[
     return pika.SelectConnection(
         parameters, on_open_callback=opened, on_open_error_callback=gone, on_close_callback=gone
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Lock:
-    """A lock that this connection holds, and what its note says of the holder."""
-
-    on_lost: Callable[[], None]
-    note: str
 
 
 class RabbitMQBroker:
@@ -98,17 +80,18 @@ class RabbitMQBroker:
         self._declared: list[Declarations] = []
         self._subscriptions: set[LinkSubscription] = set()
         self._consuming = False
-        self._locks: dict[str, _Lock] = {}
-        self._locks_lost_at = 0.0
-        self._lock_lost = False
         self._bytes_in = 0
         self._server_version: tuple[int, ...] = ()
         self._connect(connect_timeout)
         self._consumer = Link("consume", partial(_connecting, self._parameters), FAILURES, self._consumer_open)
+        properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._parameters.credentials.username)
+        self._locks = Locks(
+            self._consumer, self._in_turn, self._short_connection, properties, patience=_LOCK_PATIENCE_SECONDS
+        )
         self._publisher = Publisher(
             partial(_connecting, self._parameters),
             FAILURES,
-            partial(pika.BasicProperties, delivery_mode=2, user_id=self._parameters.credentials.username),
+            properties,
             lambda reason: _explained(reason) if isinstance(reason, ChannelClosedByBroker) else None,
         )
         self._consumer.start()
@@ -151,26 +134,7 @@ class RabbitMQBroker:
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
-        lock = _Lock(on_lost, this_process())
-
-        def take(taken: Future[None]) -> None:
-            # kept in the link's own thread: no reconnect can come between taking it and taking it again
-            taken.add_done_callback(lambda done: None if done.exception() else self._locks.update({name: lock}))
-            self._acquire(name, taken)
-
-        deadline = time.monotonic() + _REFUSAL_SECONDS
-        while True:
-            try:
-                self._consumer.call(take, timeout=_ANSWER_SECONDS)
-                break
-            except LockHeld:
-                if time.monotonic() > deadline:
-                    raise LockHeld(
-                        f"{name} is held by another connection{self._read_note(name)}: it is running already, here or "
-                        "elsewhere; stop that one, or use another id or --namespace"
-                    ) from None
-                time.sleep(0.3)
-        self._leave_note(name, lock.note)
+        self._locks.take(name, on_lost)
 
     def status(self) -> BrokerStatus:
         links = (self._consumer, self._publisher.link)
@@ -184,8 +148,7 @@ class RabbitMQBroker:
 
     def close(self) -> None:
         self._publisher.link.close()
-        if self._locks and self._consumer.connected:
-            self._remove_notes()
+        self._locks.release_notes()
         self._consumer.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -208,8 +171,13 @@ class RabbitMQBroker:
     def _consumer_open(self) -> None:
         """In the consuming thread, at every opening: what was declared, the locks, then the consumers."""
         self._consuming = False
-        self._locks_lost_at = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        self._declare_again(list(self._declared), then=lambda: self._take_locks_again(list(self._locks)))
+        self._declare_again(list(self._declared), then=lambda: self._locks.take_again(then=self._consume))
+
+    def _consume(self) -> None:
+        """Only once every lock is ours again: another may have taken over while the connection was away."""
+        self._consuming = True
+        for subscription in list(self._subscriptions):
+            subscription.open()
 
     def _declare_again(self, left: list[Declarations], then: Callable[[], None]) -> None:
         """One after the other, without making the loop wait. A queue whose part of the broker is not up yet is tried
@@ -234,41 +202,7 @@ class RabbitMQBroker:
         declared.add_done_callback(done)
         self._in_turn(partial(self._declaring, declarations), declared)
 
-    def _take_locks_again(self, names: list[str]) -> None:
-        """Consume only once every lock is ours again: another may have taken over while the connection was away."""
-        if self._lock_lost:
-            return  # its owner is told and ends; until then a further reconnect must not bring it back to work
-        if not names:
-            self._consuming = True
-            for subscription in list(self._subscriptions):
-                subscription.open()
-            return
-        name, *others = names
-        taken: Future[None] = Future()
-
-        def done(future: Future[None]) -> None:
-            if not self._consumer.connection.is_open:
-                return  # the next opening begins again
-            if future.exception() is None:
-                # another may have held it meanwhile and left its note; to write ours may take long
-                note = self._locks[name].note
-                threading.Thread(target=self._leave_note, args=(name, note), name="amqp-note", daemon=True).start()
-                self._take_locks_again(others)
-            elif time.monotonic() < self._locks_lost_at:
-                self._consumer.connection.ioloop.call_later(1.0, lambda: self._take_locks_again(names))
-            else:
-                self._lock_lost = True
-                self._locks.pop(name).on_lost()
-
-        taken.add_done_callback(done)
-        self._acquire(name, taken)
-
-    def _acquire(self, name: str, taken: Future[None]) -> None:
-        """In the consuming thread: declare the exclusive queue. It lasts as long as the connection, not the channel."""
-        options = {"exclusive": True, "arguments": {"x-queue-type": "classic"}}
-        self._in_turn(lambda channel: [partial(channel.queue_declare, name, **options)], taken)
-
-    def _in_turn(self, steps: Callable[[Any], Iterable[_Step]], done: Future[None]) -> None:
+    def _in_turn(self, steps: Callable[[Any], Iterable[Step]], done: Future[None]) -> None:
         """In the consuming thread: one step after the other on a channel of their own, which an error closes."""
 
         def closed(channel: Any, reason: Exception) -> None:
@@ -295,7 +229,7 @@ class RabbitMQBroker:
         else:
             done.set_exception(BrokerUnavailable("the connection to the broker is away"))
 
-    def _declaring(self, declarations: Declarations, channel: Any) -> Iterator[_Step]:
+    def _declaring(self, declarations: Declarations, channel: Any) -> Iterator[Step]:
         for exchange in declarations.exchanges:
             yield partial(channel.exchange_declare, exchange.name, exchange.kind, durable=True)
         for queue in declarations.queues:
@@ -303,47 +237,6 @@ class RabbitMQBroker:
             yield partial(channel.queue_declare, queue.name, durable=True, arguments=arguments)
         for binding in declarations.bindings:
             yield partial(channel.queue_bind, binding.queue, binding.exchange, binding.routing_key)
-
-    # --- the note of a lock's holder: it helps who is refused, and nothing depends on it ------------------------------
-
-    def _leave_note(self, name: str, text: str) -> None:
-        """Over a connection of its own: a publish on the consuming one would stop its acks under an alarm.
-
-        Emptied first, which an alarm does not stop: better no note than the predecessor's.
-        """
-        properties = pika.BasicProperties(delivery_mode=2, user_id=self._parameters.credentials.username)
-        try:
-            with self._short_connection() as connection:
-                channel = connection.channel()
-                channel.confirm_delivery()
-                channel.queue_declare(_note(name), durable=True, arguments=_NOTE_ARGUMENTS)
-                channel.queue_purge(_note(name))
-                channel.basic_publish("", _note(name), text.encode(), properties)
-        except SharedEncoderError as error:
-            log.debug("no note of who holds the lock", lock=name, problem=str(error))
-
-    def _read_note(self, name: str) -> str:
-        """Who holds a lock, as far as is known. Not acked: the note goes back when this connection closes."""
-        try:
-            with self._short_connection() as connection:
-                got, properties, body = connection.channel().basic_get(_note(name))
-        except SharedEncoderError:
-            return ""
-        if got is None:
-            return ""
-        text = f"user {properties.user_id}, {body.decode(errors='replace')}"
-        return f" ({''.join(letter for letter in text if letter.isprintable())[:200]})"
-
-    def _remove_notes(self) -> None:
-        """Before the locks are let go, so that no successor's note is removed."""
-
-        def deleting(channel: Any) -> Iterator[_Step]:
-            return (partial(channel.queue_delete, _note(name)) for name in list(self._locks))
-
-        try:
-            self._consumer.call(partial(self._in_turn, deleting), timeout=3.0)
-        except SharedEncoderError as error:
-            log.debug("a note of a lock stays behind", problem=str(error))
 
     def _connect(self, timeout: float) -> None:
         """Try for `timeout` seconds; what cannot get better by waiting is raised at once."""
@@ -362,10 +255,6 @@ class RabbitMQBroker:
 
     def _short_connection(self) -> _ShortConnection:
         return _ShortConnection(self._parameters)
-
-
-def _note(lock: str) -> str:
-    return f"{lock}.holder"
 
 
 def _without_queue(declarations: Declarations, name: str) -> Declarations:

@@ -254,7 +254,7 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
 
 
 def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.brokers.rabbitmq._REFUSAL_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.exclusive._REFUSAL_SECONDS", 0.5)
     url = private_rabbitmq.url
     first, second, third = connect(url), connect(url), connect(url)
     first.lock("lock", lambda: None)

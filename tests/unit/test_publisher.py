@@ -95,9 +95,11 @@ class FakeBroker:
     def __init__(self) -> None:
         self.connections: list[Connection] = []
         self.stored: list[bytes] = []
-        self.silent = False
+        self.silent = self.away = False
 
     def connect(self, opened: Any, gone: Any) -> Connection:
+        if self.away:
+            raise OSError("nobody listens")
         self.connections.append(connection := Connection(self, len(self.connections) + 1, opened, gone))
         return connection
 
@@ -149,10 +151,13 @@ def test_a_channel_is_not_doubted_for_the_time_that_the_broker_was_away(
 ) -> None:
     broker, publisher = bench
     monkeypatch.setattr(common.brokers.publisher, "_DOUBT_SECONDS", 0.5)
-    monkeypatch.setattr("common.brokers.link.BACKOFF_SECONDS", (1.0, 1.0))
+    broker.away = True
     broker.connections[1].close()
     eventually(lambda: not publisher.link.connected)
-    publish(publisher, b"waited")  # longer than the time after which it would be doubted
+    back = threading.Timer(1.0, setattr, (broker, "away", False))
+    back.daemon = True
+    back.start()
+    publish(publisher, b"waited")
     assert broker.stored == [b"before", b"waited"] and len(broker.connections[2].channels) == 1
 
 
