@@ -15,13 +15,12 @@ from common.messages import (
     Join,
     Leave,
     Resend,
-    Rule,
     Stop,
     UpdateChunk,
     UpdateManifest,
 )
-from master_service import requests
-from master_service.answers import finish, instruction, notify, publish, publish_again
+from master_service import membership, requests
+from master_service.answers import finish, instruction, notify, publish
 from master_service.effects import (
     Broadcast,
     Conclude,
@@ -47,8 +46,8 @@ from master_service.entries import (
     Versioned,
 )
 from master_service.rules.buffer import is_ready
-from master_service.state import KEPT_NORMS, Buffered, EncoderState, Member, NodeState, State
-from master_service.stopping import observe_loss, progress, stop_reason
+from master_service.state import KEPT_NORMS, Buffered, EncoderState, State
+from master_service.stopping import observe_loss, stop_reason
 from master_service.verdicts import (
     accepted,
     count,
@@ -56,7 +55,6 @@ from master_service.verdicts import (
     pending,
     refusal,
     refused,
-    remember,
     settle,
     stored,
     stranger,
@@ -81,15 +79,15 @@ class Coordinator:
             case StepFailed():
                 return self._step_failed(body, at)
             case InstructionAck():
-                return self._ack(body, at)
+                return membership.ack(self.state, body, at, self._advance)
             case Join():
-                return self._join(body)
+                return membership.join(self.state, body)
             case Fetch():
-                return self._fetch(body, at)
+                return membership.fetch(self.state, body, at)
             case Leave():
-                return self._leave(body, at)
+                return membership.leave(self.state, body, at, self._advance)
             case Presence():
-                return self._presence(body, at)
+                return membership.presence(self.state, body, at, self._advance)
             case Get():
                 return requests.get(self.state, entry, body)
             case Continue():
@@ -168,112 +166,6 @@ class Coordinator:
                 encoder.stop_requested = f"stopped by {stop.sender}"
                 effects += self._advance(encoder, at)
         return effects
-
-    # --- nodes come and go -------------------------------------------------------------------------------------------
-
-    def _join(self, join: Join) -> list[Effect]:
-        self.state.nodes[join.node] = NodeState(node=join.node, incarnation=join.incarnation, types=join.types)
-        return [
-            Send(join.node, instruction(encoder))
-            for encoder in self.state.encoders.values()
-            if encoder.status == "running" and encoder.encoder_type in join.types
-        ]
-
-    def _ack(self, ack: InstructionAck, at: float) -> list[Effect]:
-        """A node is in, or refuses. Its returns are kept when it comes back under a new incarnation."""
-        encoder = self.state.encoders.get(ack.encoder)
-        if encoder is None or encoder.status != "running":
-            return []
-        known = self.state.nodes.get(ack.node)
-        if known is None or known.incarnation != ack.incarnation:
-            return [Send(ack.node, Introduce(node=ack.node))]
-        known.present = True
-        member = encoder.members.get(ack.node)
-        if not ack.accepted:
-            if member is not None:
-                member.accepted = False
-            return self._advance(encoder, at)
-        if member is None:
-            member = Member(node=ack.node, incarnation=ack.incarnation, samples=ack.samples)
-            encoder.members[ack.node] = member
-        member.incarnation = ack.incarnation
-        remember(member, ack.incarnation)
-        member.accepted, member.present, member.samples = True, True, ack.samples
-        return self._rules(encoder, [ack.node], at) if encoder.started else self._begin(encoder, at)
-
-    def _begin(self, encoder: EncoderState, at: float) -> list[Effect]:
-        """The training starts once enough nodes are there."""
-        if encoder.started or encoder.status != "running" or len(encoder.active()) < self.state.settings.min_nodes:
-            return []
-        encoder.started, encoder.run_started_at = True, at
-        return self._rules(encoder, [member.node for member in encoder.members.values() if member.accepted], at)
-
-    def _rules(self, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
-        """Everybody starts from the current version."""
-        settings = self.state.settings
-        update_rule = settings.update_rule
-        if settings.rule.synchronous:
-            update_rule = update_rule.model_copy(update={"wait": True})
-        effects: list[Effect] = (
-            [publish(self.state.settings, encoder, at)] if encoder.published_version < encoder.version else []
-        )
-        for node in nodes:
-            rule = Rule(
-                encoder=encoder.encoder,
-                node=node,
-                update_rule=update_rule,
-                version=encoder.version,
-                published_at=0.0,
-                progress=progress(encoder, settings.stop, at),
-            )
-            effects.append(Send(node, rule))
-        return effects
-
-    def _leave(self, leave: Leave, at: float) -> list[Effect]:
-        """A node goes: nobody waits for it any more. What it handed in stays; to come back it joins again."""
-        known = self.state.nodes.get(leave.node)
-        if known is None or known.incarnation != leave.incarnation:
-            return []
-        known.present = False
-        effects: list[Effect] = []
-        for encoder in self.state.encoders.values():
-            member = encoder.members.get(leave.node)
-            if member is not None and member.accepted:
-                member.accepted, member.waiting = False, False
-                effects += self._advance(encoder, at)
-        return effects
-
-    def _presence(self, presence: Presence, at: float) -> list[Effect]:
-        """A node vanished, or is back without having left: the rules count with it or not."""
-        known = self.state.nodes.get(presence.node)
-        if known is None:
-            return []
-        known.present = presence.present
-        effects: list[Effect] = []
-        for encoder in self.state.encoders.values():
-            member = encoder.members.get(presence.node)
-            if member is not None and member.present != presence.present:
-                member.present = presence.present
-                effects += self._begin(encoder, at) + self._advance(encoder, at)
-        return effects
-
-    def _fetch(self, fetch: Fetch, at: float) -> list[Effect]:
-        encoder = self.state.encoders.get(fetch.encoder)
-        if encoder is None or not encoder.layout:
-            return []
-        if encoder.status == "finished":
-            again = publish_again(self.state.settings, encoder, fetch.sought, at)
-            return [*again, Send(fetch.node, finish(encoder))]
-        member = encoder.members.get(fetch.node)
-        if member is None:
-            return [Send(fetch.node, Introduce(node=fetch.node))]
-        if not encoder.started:
-            return []  # nobody trains yet; all are told when that begins
-        if fetch.have_version >= encoder.version:
-            member.waiting = True
-            return []
-        again = publish_again(self.state.settings, encoder, fetch.sought, at)
-        return [*again, *notify(self.state.settings, encoder, [member], at)]
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 

@@ -212,7 +212,7 @@ def snapshots_without_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost_versions_are_only_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("master_service.coordinator.publish_again", lambda settings, encoder, sought, at: [])
+    monkeypatch.setattr("master_service.membership.publish_again", lambda settings, encoder, sought, at: [])
 
 
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
