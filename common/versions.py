@@ -66,11 +66,37 @@ def publish_version(
     return hint
 
 
+class _Search:
+    """What is looked for, and how long yet: `timeout` seconds from the last chunk that brought it nearer.
+
+    On a slow line those on the way to it do; but not those that are published behind a very version that is lost.
+    """
+
+    def __init__(self, at_least: int, exact: bool, timeout: float) -> None:
+        self._at_least = at_least
+        self._exact = exact
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._met: set[tuple[int, int, int]] = set()
+
+    def wants(self, version: int) -> bool:
+        return version == self._at_least if self._exact else version >= self._at_least
+
+    def met(self, chunk: ParameterChunk) -> None:
+        key = (chunk.epoch, chunk.version, chunk.index)
+        if key not in self._met and (not self._exact or chunk.version <= self._at_least):
+            self._met.add(key)
+            self._deadline = time.monotonic() + self._timeout
+
+    def seconds_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+
 class VersionReader:
     """Reads the newest version at or above a wanted one from a stream.
 
     The hint may be wrong in either direction (clocks, retention): when nothing comes for `patience` seconds the reader
-    starts again at the first message that the stream still holds, and waits longer for each chunk.
+    starts again at the first message that the stream still holds, and waits longer.
     """
 
     def __init__(self, broker: Broker, topology: Topology, encoder: str, layout_digest: str) -> None:
@@ -79,7 +105,6 @@ class VersionReader:
         self._encoder = encoder
         self._layout_digest = layout_digest
         self._unseen: StreamPosition = "first"
-        self._furthest = -1
 
     def read(
         self,
@@ -92,26 +117,24 @@ class VersionReader:
     ) -> CompleteVersion:
         """The newest complete version ≥ `at_least` on the stream now; `exact`: that very one, as written last.
 
-        Raises BrokerUnavailable after `timeout` seconds in which it got no further than before.
+        Raises BrokerUnavailable after `timeout` seconds without a chunk that it had not met yet.
         """
         start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
-        deadline, furthest = time.monotonic() + timeout, self._furthest
-        while (left := deadline - time.monotonic()) > 0:
-            found = self._scan(start, at_least, exact, min(patience, left))
+        search = _Search(at_least, exact, timeout)
+        while search.seconds_left() > 0:
+            found = self._scan(start, search, patience)
             if found is not None:
                 return found
-            if self._furthest > furthest:
-                furthest, deadline = self._furthest, time.monotonic() + timeout
-            start, patience = "first", 2 * patience
+            start, patience = "first", timeout
         raise BrokerUnavailable(
             f"version {at_least} of {self._encoder} did not come over the stream in {timeout:.0f} s"
         )
 
     def look(self, at_least: int, *, patience: float = 1.0) -> CompleteVersion | None:
         """The newest version ≥ `at_least` among those that this reader has not seen yet; None is no failure."""
-        return self._scan(self._unseen, at_least, False, patience)
+        return self._scan(self._unseen, _Search(at_least, False, float("inf")), patience)
 
-    def _scan(self, start: StreamPosition, at_least: int, exact: bool, patience: float) -> CompleteVersion | None:
+    def _scan(self, start: StreamPosition, search: _Search, patience: float) -> CompleteVersion | None:
         """Read on until the wanted version is there and nothing newer is at hand, or until silence."""
         arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         assembly = VersionAssembly(self._encoder, self._layout_digest)
@@ -121,22 +144,25 @@ class VersionReader:
             while True:
                 try:
                     # once the wanted version is whole, take only what follows at once
-                    delivery = arrived.get(timeout=0.02 if newest else patience)
+                    wait = 0.02 if newest else max(0.0, min(patience, search.seconds_left()))
+                    delivery = arrived.get(timeout=wait)
                 except queue.Empty:
                     return newest
                 self._broker.ack(delivery)
-                self._furthest = max(self._furthest, delivery.offset or 0)
                 try:
                     chunk = decode(delivery.body)
-                    done = assembly.add(chunk) if isinstance(chunk, ParameterChunk) else None
+                    if not isinstance(chunk, ParameterChunk):
+                        continue
+                    done = assembly.add(chunk)
+                    search.met(chunk)
                 except Poison:
                     continue  # a damaged version is not on the stream for this reader; the next one will be
                 if done is None:
                     continue
                 if delivery.offset is not None:
                     self._unseen = delivery.offset + 1
-                wanted = done.version == at_least if exact else done.version >= at_least
-                if wanted and (newest is None or (done.epoch, done.version) >= (newest.epoch, newest.version)):
+                newer = newest is None or (done.epoch, done.version) >= (newest.epoch, newest.version)
+                if newer and search.wants(done.version):
                     newest = done
         finally:
             subscription.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from common.messages import Answer, Finish, Instruction, Notice
 from master_service.effects import Effect, Publish, Send
 from master_service.entries import Settings
@@ -62,7 +64,7 @@ def publish_again(settings: Settings, encoder: EncoderState, sought: int | None,
     lost = sought is not None and sought <= encoder.published_version
     if not lost or at - encoder.published_at < PUBLISH_AGAIN_SECONDS:
         return []
-    return [publish(settings, encoder, at)]
+    return [replace(publish(settings, encoder, at), again=True)]
 
 
 def notify(settings: Settings, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:

@@ -58,11 +58,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Write the current version to the encoder's stream, before any message that follows it here."""
+    """Write the current version to the encoder's stream, before any message that follows it here. `again`: only for a
+    node that did not find it there."""
 
     encoder: str
     version: int
     progress: float
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,10 @@ class Publisher:
         self._publish(self._topology.instruction, encoder_type, message)
 
     def version(self, effect: Publish, epoch: int, parameters: ParameterSet) -> None:
-        """Write a version to its encoder's stream. One that was written a moment ago is there: on a slow line, many who
-        miss it may have asked for it while it was written."""
+        """Write a version to its encoder's stream. One that was missed is not written again a moment later: on a slow
+        line, many may have asked for it while it was written."""
         what, (last, ended_at) = (epoch, effect.version), self._written.get(effect.encoder, ((-1, -1), 0.0))
-        if what == last and time.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS:
+        if effect.again and what == last and time.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS:
             return
         bodies = encode_vector(parameters.vector, self._encoding)
         self.bytes_out += sum(len(body) for body in bodies)

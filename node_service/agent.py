@@ -166,15 +166,7 @@ class Agent:
         """The answer to CheckSamples: how many samples match, or why this node does not take part."""
         if refusal and self._is_current(instruction.encoder):
             self.current = None
-        ack = InstructionAck(
-            node=self.node,
-            incarnation=self.incarnation,
-            encoder=instruction.encoder,
-            accepted=not refusal,
-            samples=samples,
-            reason=refusal[:2000],
-        )
-        return [Say(ack), *([] if self.current else self._next())]
+        return [self._acknowledge(instruction, samples, refusal), *([] if self.current else self._next())]
 
     def version_read(self, encoder: str, version: int) -> list[Action]:
         """A version that `adopts` or `finishes` is here; after the last one the next encoder's turn comes."""
@@ -208,9 +200,16 @@ class Agent:
         """Nothing was heard for long while there is nothing to train: ask for a version newer than ours.
 
         Without a rule the instruction, the ack or the rule may be what got lost, and joining again brings them; or the
-        encoder has ended long since and its instruction came twice, and what answers the fetch is its end.
+        encoder has ended long since and its instruction came twice, and what answers the fetch is its end. If another
+        one waits, it has its turn: this one may never begin, and its master is told not to count on this node.
         """
-        return [*(self.join() if self.rule is None else []), *self._fetch()]
+        if self.rule is not None:
+            return self._fetch()
+        if self.current is None or not self.waiting:
+            return [*self.join(), *self._fetch()]
+        put_off, self.current = self.current, None
+        self.waiting[put_off.encoder] = put_off
+        return [self._acknowledge(put_off, 0, "another encoder has its turn"), *self.join(), *self._next()]
 
     def look(self) -> list[Action]:
         """Nothing was heard for long: the master may be away, and what it published last is on the stream."""
@@ -222,6 +221,18 @@ class Agent:
     def training(self) -> bool:
         """Whether there is an encoder to train now."""
         return self.rule is not None and self.finishing is None and self.version >= 0
+
+    def _acknowledge(self, instruction: Instruction, samples: int, refusal: str) -> Say:
+        return Say(
+            InstructionAck(
+                node=self.node,
+                incarnation=self.incarnation,
+                encoder=instruction.encoder,
+                accepted=not refusal,
+                samples=samples,
+                reason=refusal[:2000],
+            )
+        )
 
     def _fetch(self, sought: int | None = None) -> list[Action]:
         if self.current is None:

@@ -13,22 +13,31 @@ class Batch:
     """`left` holds what is unconfirmed, in order; `done` is set when nothing is left.
 
     `progress_at`, `sent_at`: when something of it was last settled, and when it was last given to a channel, both in
-    seconds of the monotonic clock.
+    seconds of the monotonic clock. `bytes_left`: of what is unconfirmed.
     """
 
     def __init__(self, publications: tuple[Publication, ...]) -> None:
-        self._all = publications
         self.left = dict(enumerate(publications))
+        self.bytes_left = sum(len(each.body) for each in publications)
         self.done = threading.Event()
         self.error: SharedEncoderError | None = None
         self.progress_at = self.sent_at = time.monotonic()
+        self._given: dict[int, Publication] = {}
+
+    def give(self) -> list[tuple[int, Publication]]:
+        """What is to be published on a channel now."""
+        self.sent_at, self._given = time.monotonic(), dict(self.left)
+        return list(self.left.items())
 
     def restart(self) -> None:
-        """Its confirms so far are not believed."""
-        self.left = dict(enumerate(self._all))
+        """What the channel has said of what it was given is not believed."""
+        if self._given and not self.done.is_set():
+            self.left, self.error = dict(self._given), None
+            self.bytes_left = sum(len(each.body) for each in self.left.values())
 
     def settle(self, index: int, error: SharedEncoderError | None = None) -> None:
-        self.left.pop(index, None)
+        publication = self.left.pop(index, None)
+        self.bytes_left -= len(publication.body) if publication is not None else 0
         self.error = self.error or error
         self.progress_at = time.monotonic()
         if not self.left:

@@ -17,16 +17,19 @@ from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError
 _QUEUES_UP_SECONDS = 10.0
 #: So long without a confirm, and a channel is doubted, once a connection.
 _DOUBT_SECONDS = 15.0
+#: What a slow line is granted beyond that, bytes a second.
+_SLOW_LINE = 64 * 1024
 
 
 class Publisher:
     """Publishes batches in confirm mode; what had no confirm when the connection went is published again.
 
-    A channel on which a confirm is overdue is not published on any more: a RabbitMQ that has just started may give a
-    message to a stream's writer that it is about to replace; that message is never confirmed, and of those that follow
-    on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, after 2 of 129 kills). So
-    what is unconfirmed then goes out on another channel, and with it the rest of its batch. What another thread has
-    published on that channel meanwhile, and believes stored, is out of reach: one thread alone may write to streams.
+    A channel on which a confirm is overdue is not published on any more: a RabbitMQ that has just started may give
+    a message to a stream's writer that it is about to replace; that message is never confirmed, and of those that
+    follow on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, after 2 of 129
+    kills). So what is unconfirmed then goes out on another channel, and with it all that its batch had on the old
+    one. What another thread has published there meanwhile, and believes stored, is out of reach: one thread alone
+    may write to streams.
     """
 
     def __init__(
@@ -68,8 +71,8 @@ class Publisher:
                 if now - batch.progress_at > timeout:
                     self._renew(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
-                overdue = now - max(batch.progress_at, batch.sent_at) > _DOUBT_SECONDS
-                if overdue and self._doubted < self.link.generation:
+                silence, on_its_way = now - max(batch.progress_at, batch.sent_at), batch.bytes_left / _SLOW_LINE
+                if silence > _DOUBT_SECONDS + on_its_way and self._doubted < self.link.generation:
                     self._renew(self._channel)
         finally:
             with self._guard:
@@ -115,8 +118,7 @@ class Publisher:
             return
         if any(each is batch for each, _ in self._unconfirmed.values()):
             return
-        batch.sent_at = time.monotonic()
-        for index, publication in list(batch.left.items()):
+        for index, publication in batch.give():
             self._tag += 1
             self._unconfirmed[self._tag] = (batch, index)
             properties = self._properties(

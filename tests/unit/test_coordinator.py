@@ -419,6 +419,14 @@ def test_a_version_that_nobody_waits_for_is_published_every_so_often() -> None:
     assert len(sent(run.update("a", name, 1), Notice)) == 1
 
 
+def test_before_a_training_begins_nobody_is_told_of_a_version() -> None:
+    run = Scenario(min_nodes=2)
+    name = run.generate()
+    run.join("a", name)
+    assert run.apply(Fetch(node="a", incarnation="first", encoder=name, have_version=-1)) == []
+    assert [type(effect) for effect in run.join("b", name)] == [Send, Send, Send]  # the instruction, and two rules
+
+
 def test_joining_never_needs_an_order() -> None:
     run = Scenario()
     name = run.generate()

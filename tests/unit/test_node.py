@@ -166,6 +166,24 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.version_read("text-1", 5) == [CheckSamples(instruction("text-2"))]
 
 
+def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> None:
+    agent = Agent("n", "i", ("text",))
+    agent.receive(instruction("text-1"))
+    agent.samples_checked(instruction("text-1"), 50)
+    join, fetch = agent.ask()  # as long as there is nothing else, it is asked for again, and for its end
+    assert isinstance(join, Say) and isinstance(join.message, Join)
+    assert isinstance(fetch, Say) and isinstance(fetch.message, Fetch) and fetch.message.have_version == -1
+    agent.receive(instruction("text-2"))
+    refusal, join, check = agent.ask()
+    # its master must not count on this node any more
+    assert isinstance(refusal, Say) and isinstance(refusal.message, InstructionAck)
+    assert (refusal.message.encoder, refusal.message.accepted) == ("text-1", False)
+    assert isinstance(join, Say) and isinstance(join.message, Join) and check == CheckSamples(instruction("text-2"))
+    agent.samples_checked(instruction("text-2"), 50)
+    assert agent.receive(rule("text-1")) == []
+    assert agent.ask()[-1] == CheckSamples(instruction("text-1"))  # turn and turn about, until one of them begins
+
+
 def test_receipts_resends_and_conflicts() -> None:
     agent = Agent("n", "i", ("text",), unanswered={3, 4, 5})
     assert agent.receive(receipt(3)) == [Settle(receipt(3))]

@@ -12,6 +12,7 @@ import pytest
 
 import common.brokers.publisher
 from common.broker import Publication
+from common.brokers.batch import Batch
 from common.brokers.publisher import Publisher
 from common.errors import BrokerUnavailable, Unroutable
 from tests.integration.harness import eventually
@@ -96,6 +97,7 @@ class FakeBroker:
         self.connections: list[Connection] = []
         self.stored: list[bytes] = []
         self.silent = self.away = False
+        self.confirms_after = 0.0
 
     def connect(self, opened: Any, gone: Any) -> Connection:
         if self.away:
@@ -110,7 +112,9 @@ class FakeBroker:
         if not lossy:
             self.stored.append(body)
         if not lossy or tag > 1:
-            channel.confirm(tag)
+            later = threading.Timer(self.confirms_after, channel.confirm, (tag,))
+            later.daemon = True
+            later.start() if self.confirms_after else channel.confirm(tag)
 
 
 Bench = tuple[FakeBroker, Publisher]
@@ -151,7 +155,7 @@ def test_a_channel_is_not_doubted_for_the_time_that_the_broker_was_away(
 ) -> None:
     broker, publisher = bench
     monkeypatch.setattr(common.brokers.publisher, "_DOUBT_SECONDS", 0.5)
-    broker.away = True
+    broker.away, broker.confirms_after = True, 0.4  # in time, if the time is counted from the reopening
     broker.connections[1].close()
     eventually(lambda: not publisher.link.connected)
     back = threading.Timer(1.0, setattr, (broker, "away", False))
@@ -198,3 +202,35 @@ def test_an_exchange_that_is_missing_right_after_a_restart_is_waited_for(bench: 
     publisher.link.post(lambda: channel.close("NOT_FOUND - no exchange 'x'"))
     thread.join(10.0)
     assert len(problems) == 1 and "yet" in str(problems[0])
+
+
+def test_the_brokers_own_end_of_a_channel_that_is_given_up_fails_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, publisher = bench
+    monkeypatch.setattr(common.brokers.publisher, "_DOUBT_SECONDS", 0.3)
+    channel, close = broker.connections[1].channels[0], Channel.close
+    monkeypatch.setattr(Channel, "close", lambda self, reason="": close(self, "NOT_FOUND - no exchange 'x'"))
+    publish(publisher, b"kept")
+    assert broker.stored == [b"before", b"kept"]
+    assert broker.connections[1].channels[0] is channel and len(broker.connections[1].channels) == 2
+
+
+def test_a_doubt_is_about_what_the_doubted_channel_was_given() -> None:
+    publications = tuple(Publication("x", "k", body) for body in (b"one", b"four", b"sixsix"))
+    batch = Batch(publications)
+    batch.give()
+    batch.settle(0)  # by a channel that nobody doubts
+    batch.give()
+    batch.settle(1)
+    batch.settle(2, BrokerUnavailable("no queue yet"))
+    assert batch.done.is_set()
+    batch.restart()
+    assert batch.left == {}, "it is over, and its caller may be gone"
+    batch = Batch(publications)
+    batch.give()
+    batch.settle(0)
+    batch.give()
+    batch.settle(1, BrokerUnavailable("no queue yet"))
+    batch.restart()
+    assert [index for index, _ in batch.give()] == [1, 2] and batch.error is None and batch.bytes_left == 10

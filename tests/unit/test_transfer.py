@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.broker import Publication
+from common.broker import Delivery, Publication
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.codec import encode
 from common.errors import BrokerUnavailable, Poison
+from common.layout import Layout
 from common.messages import ParameterChunk, UpdateChunk
+from common.parameters import ParameterSet
 from common.slicing import SLICE
 from common.topology import Topology
 from common.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest, update_chunks
 from common.versions import VersionReader, publish_version
+from master_service.effects import Publish
+from master_service.publisher import Publisher
+from tests.integration.harness import eventually
 from tests.unit.scenario import DIGEST, Scenario
 
 BODIES = [b"first", b"second", b"", b"4"]
@@ -168,6 +175,55 @@ def test_the_newest_version_is_read_though_the_hint_is_wrong(broker: MemoryBroke
         read = reader.read(4, start, timeout=20.0, patience=0.1)
         assert (read.epoch, read.version, read.payload, read.progress) == (2, 5, b"2.5!", 0.5)
     assert reader.read(9, hint, patience=0.1).version == 9
+
+
+def test_a_very_version_that_is_lost_is_not_waited_for_as_long_as_others_come(broker: MemoryBroker) -> None:
+    write(broker, 1, 3)
+    problems: list[Exception] = []
+
+    def read() -> None:
+        try:
+            VersionReader(broker, TOPOLOGY, "text-1", DIGEST).read(4, 0.0, exact=True, timeout=0.5, patience=0.2)
+        except BrokerUnavailable as error:
+            problems.append(error)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    version = 4
+    while reading.is_alive() and version < 500:  # 25 s
+        version += 1
+        write(broker, 1, version)
+        reading.join(0.05)
+    assert len(problems) == 1
+
+
+def test_a_version_is_read_from_a_line_slower_than_the_first_patience(broker: MemoryBroker) -> None:
+    chunks = [encode(chunk) for chunk in version_chunks(1, 4)]
+    write(broker, 1, 3)  # the stream is there
+
+    def drip() -> None:
+        for body in chunks:
+            time.sleep(0.4)
+            broker.publish(Publication(TOPOLOGY.parameter, "text-1", body))
+
+    threading.Thread(target=drip, daemon=True).start()
+    assert VersionReader(broker, TOPOLOGY, "text-1", DIGEST).read(4, 0.0, timeout=5.0, patience=0.1).version == 4
+
+
+def test_a_version_that_was_missed_is_not_written_again_a_moment_later(broker: MemoryBroker) -> None:
+    layout = Layout([("weight", (3,))])
+    master = Publisher(broker, TOPOLOGY, "float32", lambda seconds: True)
+    for effect, there in (
+        (Publish("text-1", 1, progress=1.0), 1),
+        (Publish("text-1", 1, progress=1.0, again=True), 1),  # many asked for it while it was written
+        (Publish("text-1", 1, progress=0.0), 2),  # a training that goes on: with another progress
+    ):
+        master.version(effect, 1, ParameterSet(layout, torch.zeros(3)))
+        arrived: list[Delivery] = []
+        reader = broker.read_stream(TOPOLOGY.stream("text-1"), arrived.append, start="first", prefetch=10)
+        eventually(lambda arrived=arrived, there=there: len(arrived) >= there)
+        reader.close()
+        assert len(arrived) == there
 
 
 def test_a_version_that_does_not_come_is_waited_for_only_so_long(broker: MemoryBroker) -> None:
