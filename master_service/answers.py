@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common.messages import Answer, Finish, Instruction, Notice
+from common.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
 from master_service.effects import Effect, Publish, Send
 from master_service.entries import Settings
-from master_service.state import EncoderState, Member
+from master_service.state import Buffered, EncoderState, Member
 from master_service.stopping import progress
 
 #: After the last publication, seconds; a node looks for a version on the stream for half as long.
@@ -46,6 +46,17 @@ def answer(encoder: EncoderState) -> Answer:
         architecture=encoder.architecture,
         layout=encoder.layout,
         detail=encoder.reason,
+    )
+
+
+def resend(encoder: str, update: UpdateManifest | Buffered) -> Resend:
+    """The request to send an update once more, as the attempt after the one that came."""
+    return Resend(
+        encoder=encoder,
+        node=update.node,
+        incarnation=update.incarnation,
+        sequence=update.sequence,
+        attempt=update.attempt + 1,
     )
 
 

@@ -14,13 +14,12 @@ from common.messages import (
     Introduce,
     Join,
     Leave,
-    Resend,
     Stop,
     UpdateChunk,
     UpdateManifest,
 )
 from master_service import membership, requests
-from master_service.answers import finish, instruction, notify, publish
+from master_service.answers import finish, instruction, notify, publish, resend
 from master_service.effects import (
     Broadcast,
     Conclude,
@@ -305,14 +304,7 @@ class Coordinator:
         for item in items:
             if item.payload in body.lost:
                 count(encoder, item, -1)
-                resend = Resend(
-                    encoder=encoder.encoder,
-                    node=item.node,
-                    incarnation=item.incarnation,
-                    sequence=item.sequence,
-                    attempt=item.attempt + 1,
-                )
-                effects.append(Send(item.node, resend))
+                effects.append(Send(item.node, resend(encoder.encoder, item)))
         return effects + self._advance(encoder, at)
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:

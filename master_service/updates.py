@@ -11,12 +11,13 @@ import structlog
 
 from common.broker import Broker, Delivery, OnDelivery
 from common.errors import Poison
-from common.messages import Resend, UpdateChunk, UpdateManifest
+from common.messages import UpdateChunk, UpdateManifest
 from common.steps import reached
 from common.topology import Topology
 from master_service.aggregator import measure
+from master_service.answers import resend
 from master_service.coordinator import Coordinator
-from master_service.entries import Loggable, UpdateFacts
+from master_service.entries import UpdateFacts
 from master_service.intake import Intake
 from master_service.journal import Journal
 from master_service.publisher import Publisher
@@ -30,16 +31,16 @@ _DISCARD_SECONDS = (0.1, 1.0)
 
 
 class RecordUpdate(Protocol):
-    """Append to the log, fold, and carry out what follows."""
+    """Append an update to the log, with its payload if that was fetched; fold, and carry out what follows."""
 
     def __call__(
         self,
-        body: Loggable,
+        body: UpdateManifest,
         *,
-        message_id: str | None = None,
+        message_id: str,
+        delivery: str,
         facts: UpdateFacts | None = None,
         payload: str | None = None,
-        delivery: str = "",
     ) -> None: ...
 
 
@@ -112,15 +113,8 @@ class Updates:
         """The node sends the chunks again as another attempt."""
         manifest = intake.manifest
         log.warning("chunks missing, asking the node to send again", update=manifest.update_id)
-        resend = Resend(
-            encoder=manifest.encoder,
-            node=manifest.node,
-            incarnation=manifest.incarnation,
-            sequence=manifest.sequence,
-            attempt=manifest.attempt + 1,
-        )
         self._passed[manifest.node] = intake.passed
-        self._publisher.send(manifest.node, resend)
+        self._publisher.send(manifest.node, resend(manifest.encoder, manifest))
         self._broker.ack(intake.delivery)
         self._end(intake)
 

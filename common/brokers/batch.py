@@ -13,7 +13,7 @@ class Batch:
     """`left` holds what is unconfirmed, in order; `done` is set when nothing is left.
 
     `progress_at`, `sent_at`: when something of it was last settled, and when it was last given to a channel, both in
-    seconds of the monotonic clock. `bytes_left`: of what is unconfirmed.
+    seconds of the monotonic clock. `bytes_left`: of what is unconfirmed, kept because another thread reads it.
     """
 
     def __init__(self, publications: tuple[Publication, ...]) -> None:

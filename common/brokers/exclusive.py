@@ -21,8 +21,6 @@ log = structlog.get_logger()
 
 #: How long a lock that another connection holds is tried: a predecessor may be closing, or writing its note.
 _REFUSAL_SECONDS = 3.0
-#: How long the broker may take to answer.
-_ANSWER_SECONDS = 10.0
 #: A note is the newest message of a queue without expiry: publishing is no use of a queue, so that one with an expiry
 #: would be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
 _NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
@@ -75,7 +73,7 @@ class Locks:
         deadline = time.monotonic() + _REFUSAL_SECONDS
         while True:
             try:
-                self._link.call(take, timeout=_ANSWER_SECONDS)
+                self._link.call(take)
                 break
             except LockHeld:
                 if time.monotonic() > deadline:

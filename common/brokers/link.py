@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 #: The first and the longest wait between two attempts to connect, seconds.
 BACKOFF_SECONDS = (0.2, 5.0)
+#: How long the broker may take to answer.
+ANSWER_SECONDS = 10.0
 #: A connection that was open for so long begins with the shortest wait again, seconds.
 _HELD_SECONDS = 1.0
 
@@ -68,7 +70,7 @@ class Link:
             self._loop.add_callback_threadsafe(action)
             return True
 
-    def call(self, action: Callable[[Future[T]], None], timeout: float) -> T:
+    def call(self, action: Callable[[Future[T]], None], timeout: float = ANSWER_SECONDS) -> T:
         """Run `action` in the link's thread and wait for the future that it is given. Raises BrokerUnavailable."""
         future: Future[T] = Future()
         deadline = time.monotonic() + timeout

@@ -26,7 +26,7 @@ class Publisher:
 
     A channel on which a confirm is overdue is not published on any more: a RabbitMQ that has just started may give
     a message to a stream's writer that it is about to replace; that message is never confirmed, and of those that
-    follow on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, after 2 of 129
+    follow on the channel some are confirmed as duplicates and stored nowhere (seen with 3.10.8, after 2 of 113
     kills). So what is unconfirmed then goes out on another channel, and with it all that its batch had on the old
     one. What another thread has published there meanwhile, and believes stored, is out of reach: one thread alone
     may write to streams.

@@ -51,8 +51,7 @@ FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats, which takes it two to three
 #: intervals; until then it is our own ghost.
 _LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
-#: How long the broker may take to answer; to make quorum queues and streams takes it longer.
-_ANSWER_SECONDS = 10.0
+#: To make quorum queues and streams takes the broker longer than other answers.
 _DECLARE_SECONDS = 30.0
 #: An alarm may keep a note from being written; nobody waits for it longer than this.
 _NOTE_BLOCKED_SECONDS = 3.0
@@ -106,9 +105,7 @@ class RabbitMQBroker:
 
     def delete_queue(self, name: str) -> None:
         self._declared = [_without_queue(each, name) for each in self._declared]
-        self._consumer.call(
-            partial(self._in_turn, lambda channel: [partial(channel.queue_delete, name)]), timeout=_ANSWER_SECONDS
-        )
+        self._consumer.call(partial(self._in_turn, lambda channel: [partial(channel.queue_delete, name)]))
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
         self._publisher.publish(publications, timeout)

@@ -152,7 +152,7 @@ def test_a_broker_that_restarts_again_and_again(private_rabbitmq: LocalRabbitMQ)
     assert firsts == sorted(firsts), "a stream is in order, but for what was written twice"
     assert offsets == list(range(len(offsets))), "a stream is read on where it was: nothing twice, nothing left out"
     for broker in (publisher, consumer):
-        # an attempt that a starting broker takes and leaves lasts 15 s, and the next waits 5 s more
+        # the driver gives an attempt to connect 15 s, and the next waits up to 6 s more
         eventually(lambda broker=broker: broker.status().connected and broker.status().reconnects >= 3, 60)
     # declared again after each restart, but for what its declarer has deleted
     assert set(private_rabbitmq.ctl("-q", "list_queues", "name", "--no-table-headers").split()) == {
