@@ -19,7 +19,7 @@ from common.errors import (
     SharedEncoderError,
     UserError,
 )
-from deploy.log_commands import DEFAULT_STATE, State, log_app
+from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
 
 app = typer.Typer(
     name="shared-encoder",
@@ -58,7 +58,7 @@ def demo(
     ] = None,
 ) -> None:
     """Four nodes with one topic of Python's own library each train one encoder together, then it is evaluated."""
-    from deploy.demo import run_demo
+    from deploy.demo.demo import run_demo
 
     run_demo(out, quick=quick, broker_url=broker)
 
@@ -94,7 +94,7 @@ def master(
     json: JsonLogs = False,
 ) -> None:
     """Run the master: instruct nodes, weigh and merge their updates, publish versions, export the encoder."""
-    from deploy.run import run_master
+    from deploy.commands.run import run_master
 
     stop = {"versions": versions, "updates": updates, "seconds": seconds}
     flags: dict[str, Any] = {
@@ -145,7 +145,7 @@ def node(
     json: JsonLogs = False,
 ) -> None:
     """Run a node: train the shared encoder on this machine's samples; only its parameters leave."""
-    from deploy.run import run_node
+    from deploy.commands.run import run_node
 
     table: dict[str, Any] | None = {"path": corpus, "type": type_, "field": field}
     if not any(value is not None for value in (corpus, type_, field)):
@@ -180,7 +180,7 @@ def request_get(
     namespace: Namespace = None,
 ) -> None:
     """Ask for an encoder of a type: a finished one, the one being trained, or a new one."""
-    from deploy.observe import request_encoder
+    from deploy.commands.observe import request_encoder
 
     request_encoder(_broker_flags(broker, namespace), config, timeout, encoder_type=type_, fresh=fresh, out=out)
 
@@ -195,7 +195,7 @@ def request_update(
     namespace: Namespace = None,
 ) -> None:
     """Ask that a finished encoder be trained further."""
-    from deploy.observe import request_encoder
+    from deploy.commands.observe import request_encoder
 
     request_encoder(_broker_flags(broker, namespace), config, timeout, encoder=encoder, out=out)
 
@@ -208,7 +208,7 @@ def request_stop(
     namespace: Namespace = None,
 ) -> None:
     """End the training now: what is at hand becomes the last version, which is exported."""
-    from deploy.observe import request_stop as stop
+    from deploy.commands.observe import request_stop as stop
 
     stop(_broker_flags(broker, namespace), config, encoder)
 
@@ -223,7 +223,7 @@ def status(
     timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 10.0,
 ) -> None:
     """Show a running federation from outside, over the broker."""
-    from deploy.observe import show_status
+    from deploy.commands.observe import show_status
 
     show_status(_broker_flags(broker, namespace), config, timeout, watch=watch, as_json=json)
 
@@ -247,7 +247,7 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Compare the shared encoder with a random one and one trained alone, on held-out samples and a probe."""
-    from deploy.evaluation import run_evaluation
+    from deploy.commands.evaluate import run_evaluation
 
     run_evaluation(config, names or [], encoders=encoder or (), pooled=pooled, out=out, threads=threads)
 
@@ -262,7 +262,7 @@ def export(
     ),
 ) -> None:
     """Rebuild any version of an encoder from the message log and write it for transformers."""
-    from deploy.replaying import export_version
+    from deploy.commands.replay import export_version
 
     export_version(encoder, state, version, out)
 
@@ -289,7 +289,7 @@ def replay(
 
     Exit code 1 at the first version that is not what was published.
     """
-    from deploy.replaying import run_replay
+    from deploy.commands.replay import run_replay
 
     run_replay(
         state,

@@ -12,10 +12,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
-from common.messages import UpdateRule
+from common.wire.messages import UpdateRule
 from master_service.config import EncoderConfig, MasterConfig, RuleConfig, settings
-from master_service.entries import Settings, StopRule
-from master_service.rules.model import AggregationRule
+from master_service.decisions.records import Settings, StopRule
+from master_service.decisions.rules.model import AggregationRule
 from node_service.config import NodeConfig
 
 PREFIX = "SHARED_ENCODER_"

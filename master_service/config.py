@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field
 
 from common.config import Section
-from common.messages import EncodingName, UpdateRule
-from common.topology import MIB
-from master_service.entries import DEFAULT_VERSIONS, Settings, StopRule
-from master_service.rules.model import aggregation_rule
+from common.wire.messages import EncodingName, UpdateRule
+from common.wire.topology import MIB
+from master_service.decisions.records import DEFAULT_VERSIONS, Settings, StopRule
+from master_service.decisions.rules.model import aggregation_rule
 
 
 class MasterConfig(Section):

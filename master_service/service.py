@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import structlog
 import torch
 
-from common.broker import Broker, Delivery
+from common.crash_points import reached
 from common.errors import BrokerUnavailable, Damaged, Poison
-from common.messages import (
+from common.wire.broker import Broker, Delivery
+from common.wire.messages import (
     Alive,
     AskStatus,
     Get,
@@ -24,12 +25,24 @@ from common.messages import (
     StatusReport,
     UpdateManifest,
 )
-from common.steps import reached
-from common.topology import Topology
-from master_service.aggregator import PayloadsLost
+from common.wire.topology import Topology
+from master_service.arithmetic.aggregator import PayloadsLost
+from master_service.arithmetic.export import check_export_directory, export_encoder
+from master_service.arithmetic.fingerprint import fingerprint
+from master_service.arithmetic.outcomes import Outcome, generated
 from master_service.config import MasterConfig
-from master_service.effects import Broadcast, Conclude, Effect, Generate, Publish, Refused, Send, SetAside, Step
-from master_service.entries import (
+from master_service.decisions.effects import (
+    Broadcast,
+    Conclude,
+    Effect,
+    Generate,
+    Publish,
+    Refused,
+    Send,
+    SetAside,
+    Step,
+)
+from master_service.decisions.records import (
     Configured,
     Entry,
     Loggable,
@@ -43,14 +56,11 @@ from master_service.entries import (
     UpdateFacts,
     Versioned,
 )
-from master_service.fingerprint import fingerprint
-from master_service.inbox import identity, understood
-from master_service.journal import Journal
-from master_service.outcomes import Outcome, generated
-from master_service.publisher import Publisher
-from master_service.registry import check_export_directory, export_encoder
+from master_service.history.state_directory import Journal
 from master_service.status import Live, report
-from master_service.updates import Updates
+from master_service.wire.inbox import identity, understood
+from master_service.wire.publisher import Publisher
+from master_service.wire.updates import Updates
 
 log = structlog.get_logger()
 

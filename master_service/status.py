@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.broker import BrokerStatus
-from common.messages import Alive
-from master_service.state import State
-from master_service.stopping import progress
+from common.wire.broker import BrokerStatus
+from common.wire.messages import Alive
+from master_service.decisions.state import State
+from master_service.decisions.stopping import progress
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from common.messages import (
+from common.wire.messages import (
     Fetch,
     Finish,
     Instruction,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from common.config import Section
-from node_service.corpus import CorpusConfig
+from node_service.corpus.corpus import CorpusConfig
 
 
 class NodeConfig(Section):

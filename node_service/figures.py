@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.messages import Alive
+from common.wire.messages import Alive
 
 
 @dataclass

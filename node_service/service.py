@@ -13,12 +13,12 @@ from pathlib import Path
 import structlog
 import torch
 
-from common.broker import Broker, Delivery
-from common.codec import decode
+from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, UserError
-from common.messages import Answer, Get, Instruction, Receipt
-from common.steps import reached
-from common.topology import Topology
+from common.wire.broker import Broker, Delivery
+from common.wire.codec import decode
+from common.wire.messages import Answer, Get, Instruction, Receipt
+from common.wire.topology import Topology
 from node_service.agent import (
     Action,
     Agent,
@@ -34,14 +34,14 @@ from node_service.agent import (
     Settle,
 )
 from node_service.config import NodeConfig
-from node_service.corpus import Corpus
+from node_service.corpus.corpus import Corpus
 from node_service.figures import NodeFigures
-from node_service.handover import Handover
-from node_service.local_state import LocalState
-from node_service.outbox import Outbox
-from node_service.reading import VersionRead, VersionThread
-from node_service.trainer import choose_device
-from node_service.training import Training
+from node_service.handover.handover import Handover
+from node_service.handover.local_state import LocalState
+from node_service.handover.outbox import Outbox
+from node_service.handover.reading import VersionRead, VersionThread
+from node_service.training.session import Training
+from node_service.training.trainer import choose_device
 
 log = structlog.get_logger()
 

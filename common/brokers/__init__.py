@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from common.broker import Broker
 from common.errors import UserError
+from common.wire.broker import Broker
 
 
 def open_broker(url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0) -> Broker:
@@ -16,7 +16,7 @@ def open_broker(url: str, *, client_name: str, dead_letters: str, connect_timeou
     """
     if urlsplit(url).scheme not in ("amqp", "amqps"):
         raise UserError(f"broker URL {redacted(url)!r}: write it as amqp://user:password@host:5672/vhost (or amqps://)")
-    from common.brokers.rabbitmq import RabbitMQBroker
+    from common.brokers.amqp.rabbitmq import RabbitMQBroker
 
     return RabbitMQBroker(url, client_name=client_name, dead_letters=dead_letters, connect_timeout=connect_timeout)
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
-from common.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
 from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
 from common.locks import this_process
-from common.topology import Binding, Declarations, Exchange, Queue
+from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
+from common.wire.topology import Binding, Declarations, Exchange, Queue
 
 
 @dataclass(slots=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from master_service.audit import issued
-from master_service.entries import Configured, Settings, StopRule
-from master_service.message_log import MessageLog
-from master_service.replay import Refold, origin, verify
-from master_service.rules.model import aggregation_rule
-from tests.unit.test_fold import Federation
+from master_service.decisions.records import Configured, Settings, StopRule
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.history.audit import issued
+from master_service.history.replay import Refold, origin, verify
+from master_service.log.message_log import MessageLog
+from tests.unit.master.test_fold import Federation
 
 SIZES = (3_000, 82_000)
 PRESETS = ("fedasync", "return-count", "diloco")

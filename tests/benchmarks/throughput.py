@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from common.brokers.memory import MemoryServer
-from common.encodings import encode_vector
-from common.messages import Instruction, UpdateManifest
-from common.transfer import update_chunks
-from master_service import journal
-from master_service.entries import Entry, UpdateFacts
-from master_service.message_log import MessageLog
-from master_service.rules.model import aggregation_rule
+from common.numbers.encodings import encode_vector
+from common.wire.messages import Instruction, UpdateManifest
+from common.wire.transfer import update_chunks
+from master_service.decisions.records import Entry, UpdateFacts
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.history import state_directory
+from master_service.log.message_log import MessageLog
 from tests.integration.harness import HandNode, decided, eventually, running_master
 
 #: (hidden size, layers, updates): of about 3,000, 80,000 and 3.4 million shared parameters.
@@ -78,7 +78,7 @@ class Unlogged(MessageLog):
 
 def updates_per_second(directory: Path, log_type: type[MessageLog], hidden: int, layers: int, updates: int) -> float:
     """Hand in all updates while the master is away, then time how long it takes to answer them."""
-    journal.MessageLog = log_type  # type: ignore[misc]
+    state_directory.MessageLog = log_type  # type: ignore[misc]
     server = MemoryServer()
     architecture = {
         "hidden_size": hidden,

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from common.broker import Broker, Delivery, Publication, StreamPosition, Timestamp
 from common.brokers import open_broker
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.errors import LockHeld, PublishRejected, Unroutable, UserError
-from common.topology import MAX_BODY_BYTES, Binding, Declarations, Exchange, Queue
+from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Timestamp
+from common.wire.topology import MAX_BODY_BYTES, Binding, Declarations, Exchange, Queue
 
 
 class Bench:
@@ -367,7 +367,7 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
 
 
 def test_a_lock_has_one_holder_and_a_refused_one_is_told_who(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.brokers.exclusive._REFUSAL_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.amqp.locks._REFUSAL_SECONDS", 0.5)
     first, second, lost = bench.connect(), bench.connect(), threading.Event()
     monkeypatch.setattr("socket.gethostname", lambda: "host-of-the-first")
     first.lock(bench.name("lock"), lost.set)

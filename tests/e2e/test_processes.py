@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from common.brokers import open_broker
-from common.topology import Topology
+from common.wire.topology import Topology
 
 ARCHITECTURE = "{ hidden_size = 16, intermediate_size = 16, num_attention_heads = 2, num_hidden_layers = 1 }"
 NODES = ["a", "b", "c", "d", "e", "f"]

@@ -13,10 +13,10 @@ from typing import Literal
 
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, SharedEncoderError
-from common.messages import Stop
-from common.topology import Topology
+from common.wire.messages import Stop
+from common.wire.topology import Topology
+from deploy.commands.observe import Observer
 from deploy.local_rabbitmq import LocalRabbitMQ
-from deploy.observe import Observer
 from tests.faults.audit import Findings, examine
 from tests.faults.victim import Victim, live
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.messages import Receipt, UpdateManifest
-from common.receipts import receipt_hash
-from master_service.coordinator import Coordinator
-from master_service.effects import Send
-from master_service.entries import Versioned
-from master_service.message_log import MessageLog
-from master_service.replay import Refold, origin, verify
+from common.wire.messages import Receipt, UpdateManifest
+from common.wire.receipts import receipt_hash
+from master_service.decisions.coordinator import Coordinator
+from master_service.decisions.effects import Send
+from master_service.decisions.records import Versioned
+from master_service.history.replay import Refold, origin, verify
+from master_service.log.message_log import MessageLog
 
 #: encoder, node, incarnation, sequence
 UpdateId = tuple[str, str, str, int]

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.broker import Publication
 from common.brokers.memory import MemoryServer, MemorySubscription
-from common.codec import decode, encode
 from common.errors import BrokerUnavailable, Unroutable
-from common.messages import (
+from common.wire.broker import Publication
+from common.wire.codec import decode, encode
+from common.wire.messages import (
     Answer,
     Continue,
     Get,
@@ -27,12 +27,12 @@ from common.messages import (
     UpdateManifest,
     UpdateRule,
 )
-from common.receipts import receipt_hash
-from master_service.effects import Send
-from master_service.entries import Settings, StopRule, Versioned
-from master_service.fold import Fold
-from master_service.replay import Refold
-from master_service.rules.model import aggregation_rule
+from common.wire.receipts import receipt_hash
+from master_service.decisions.effects import Send
+from master_service.decisions.records import Settings, StopRule, Versioned
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.history.fold import Fold
+from master_service.history.replay import Refold
 from tests.faults.simulated import (
     TOPOLOGY,
     WORLD,

@@ -20,20 +20,21 @@ from unittest.mock import patch
 
 import structlog
 
-import common.slicing
-import common.transfer
-import common.versions
-import master_service.journal
-import master_service.outcomes
-import master_service.publisher
+import common.numbers.slicing
+import common.wire.transfer
+import common.wire.versions
+import master_service.arithmetic.outcomes
+import master_service.history.state_directory
 import master_service.service
-import master_service.updates
-from common.broker import Delivery, OnDelivery, Publication, dead_letter
+import master_service.wire.publisher
+import master_service.wire.updates
 from common.brokers.memory import MemoryServer, MemorySubscription
-from common.codec import decode, encode
 from common.errors import BrokerUnavailable, SharedEncoderError, Unroutable
-from common.layout import Layout
-from common.messages import (
+from common.numbers.layout import Layout
+from common.numbers.slicing import payload_size, slice_count
+from common.wire.broker import Delivery, OnDelivery, Publication, dead_letter
+from common.wire.codec import decode, encode
+from common.wire.messages import (
     Alive,
     Get,
     Instruction,
@@ -44,18 +45,27 @@ from common.messages import (
     Rule,
     UpdateManifest,
 )
-from common.slicing import payload_size, slice_count
-from common.topology import Topology
-from common.transfer import CompleteVersion, VersionAssembly, payload_digest, update_chunks
-from master_service.aggregator import PayloadsLost
+from common.wire.topology import Topology
+from common.wire.transfer import CompleteVersion, VersionAssembly, payload_digest, update_chunks
+from master_service.arithmetic.aggregator import PayloadsLost
 from master_service.config import MasterConfig
-from master_service.effects import Effect, Publish, Send, Step
-from master_service.entries import Entry, Loggable, Record, Settings, Skipped, UpdateFacts, Versioned, pack, unpack
-from master_service.fold import Fold
-from master_service.journal import Journal
+from master_service.decisions.effects import Effect, Publish, Send, Step
+from master_service.decisions.records import (
+    Entry,
+    Loggable,
+    Record,
+    Settings,
+    Skipped,
+    UpdateFacts,
+    Versioned,
+    pack,
+    unpack,
+)
+from master_service.decisions.state import State
+from master_service.history.fold import Fold
+from master_service.history.state_directory import Journal
 from master_service.service import MasterService
-from master_service.state import State
-from master_service.updates import Updates
+from master_service.wire.updates import Updates
 from node_service.agent import (
     Action,
     Agent,
@@ -295,7 +305,7 @@ class MemoryLog:
 
 
 class MemoryAttempts:
-    """Which message the master is working on, as `master_service.attempts` keeps it."""
+    """Which message the master is working on, as `master_service.log.deadly` keeps it."""
 
     def __init__(self, disk: MasterDisk) -> None:
         self._disk = disk
@@ -807,7 +817,7 @@ class SimNode:
         self.outbox += [chunks, [ready]]
 
     def _scan(self, wanted: Read | Look) -> CompleteVersion | None:
-        """The newest version on the stream that is new enough, as `common.versions` finds it."""
+        """The newest version on the stream that is new enough, as `common.wire.versions` finds it."""
         found = None
         assembly = VersionAssembly(wanted.encoder, LAYOUT.digest)
         for chunk in self.world.stream(wanted.encoder):
@@ -885,7 +895,11 @@ def _generate(effect: Any) -> tuple[dict[str, Any], Parameters]:
 def simulated() -> Iterator[None]:
     """The real modules with their clock, arithmetic, ids and labelled steps taken over."""
     quiet = structlog.wrap_logger(None, processors=[], wrapper_class=structlog.make_filtering_bound_logger(50))
-    service, journal, publisher = master_service.service, master_service.journal, master_service.publisher
+    service, journal, publisher = (
+        master_service.service,
+        master_service.history.state_directory,
+        master_service.wire.publisher,
+    )
     changes: list[tuple[Any, dict[str, Any]]] = [
         (
             service,
@@ -898,10 +912,10 @@ def simulated() -> Iterator[None]:
             },
         ),
         (
-            master_service.updates,
+            master_service.wire.updates,
             {"measure": lambda payload, size, encoding: (True, 1.0), "reached": step, "log": quiet},
         ),
-        (master_service.outcomes, {"generate": _generate, "log": quiet}),
+        (master_service.arithmetic.outcomes, {"generate": _generate, "log": quiet}),
         (journal, {"reached": step, "uuid": _IDS, "log": quiet}),
         (
             publisher,
@@ -913,9 +927,9 @@ def simulated() -> Iterator[None]:
                 "encode_vector": lambda digest, encoding: [digest[:32].encode(), digest[32:].encode()],
             },
         ),
-        (common.versions, {"time": SimpleNamespace(time=lambda: WORLD[0].clock())}),
-        (common.slicing, {"SLICE": SLICE}),
-        (common.transfer, {"SLICE": SLICE}),
+        (common.wire.versions, {"time": SimpleNamespace(time=lambda: WORLD[0].clock())}),
+        (common.numbers.slicing, {"SLICE": SLICE}),
+        (common.wire.transfer, {"SLICE": SLICE}),
     ]
     with ExitStack() as stack:
         for module, names in changes:

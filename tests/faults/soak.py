@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from master_service.message_log import MessageLog
+from master_service.log.message_log import MessageLog
 from tests.faults.__main__ import line
 from tests.faults.arena import Arena
 

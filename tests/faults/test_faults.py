@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from master_service.message_log import MessageLog
+from master_service.log.message_log import MessageLog
 from tests.faults.__main__ import line
 from tests.faults.arena import MASTER_STEPS, NODE_STEPS, Arena
 from tests.integration.harness import eventually

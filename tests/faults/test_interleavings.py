@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from common.broker import Delivery
-from common.messages import Message, UpdateManifest
-from master_service.coordinator import Coordinator
-from master_service.effects import Effect, Send
-from master_service.entries import Entry, Loggable, Versioned
+from common.wire.broker import Delivery
+from common.wire.messages import Message, UpdateManifest
+from master_service.decisions.coordinator import Coordinator
+from master_service.decisions.effects import Effect, Send
+from master_service.decisions.records import Entry, Loggable, Versioned
+from master_service.decisions.state import EncoderState, State
+from master_service.decisions.verdicts import accepted
 from master_service.service import MasterService
-from master_service.state import EncoderState, State
-from master_service.verdicts import accepted
 from tests.faults.interleavings import FAULTS, RULES, STOPS, Act, Plan, weather
 from tests.faults.simulated import MemoryJournal, MemoryLog, simulated
 
@@ -212,11 +212,11 @@ def snapshots_without_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lost_versions_are_only_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("master_service.membership.publish_again", lambda settings, encoder, sought, at: [])
+    monkeypatch.setattr("master_service.decisions.membership.publish_again", lambda settings, encoder, sought, at: [])
 
 
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("master_service.coordinator.issued", lambda encoder, receipt: receipt)
+    monkeypatch.setattr("master_service.decisions.coordinator.issued", lambda encoder, receipt: receipt)
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from common import steps
+from common import crash_points
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, EXIT_FAILED, BrokerUnavailable, SharedEncoderError
-from common.logging import configure_logging
-from common.messages import InnerOptimizer, ReturnWhen, UpdateRule
-from common.signals import stop_on_signals
-from common.topology import Topology
+from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.topology import Topology
+from deploy.logging import configure_logging
+from deploy.signals import stop_on_signals
 from master_service.config import MasterConfig
-from master_service.entries import Settings, StopRule
-from master_service.rules.model import aggregation_rule
+from master_service.decisions.records import Settings, StopRule
+from master_service.decisions.rules.model import aggregation_rule
 from master_service.service import MasterService
 from node_service.config import NodeConfig
-from node_service.corpus import Corpus
+from node_service.corpus.corpus import Corpus
 from node_service.service import NodeService
 from tests.faults.tiny import samples
 
@@ -118,7 +118,7 @@ def _die_at(label: str, count: int) -> None:
     left = [count]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == steps.EVENT and arguments[0] == label:
+        if event == crash_points.EVENT and arguments[0] == label:
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -12,17 +12,26 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.broker import Delivery, Publication
 from common.brokers.memory import MemoryBroker, MemoryServer
-from common.codec import decode, encode
-from common.encodings import encode_vector
-from common.messages import Instruction, InstructionAck, Join, Message, ReturnWhen, Rule, UpdateManifest, UpdateRule
-from common.topology import Topology
-from common.transfer import payload_digest, update_chunks
-from deploy.parties import ThreadParty
+from common.numbers.encodings import encode_vector
+from common.wire.broker import Delivery, Publication
+from common.wire.codec import decode, encode
+from common.wire.messages import (
+    Instruction,
+    InstructionAck,
+    Join,
+    Message,
+    ReturnWhen,
+    Rule,
+    UpdateManifest,
+    UpdateRule,
+)
+from common.wire.topology import Topology
+from common.wire.transfer import payload_digest, update_chunks
+from deploy.demo.parties import ThreadParty
 from master_service.config import MasterConfig
-from master_service.entries import Settings, StopRule
-from master_service.rules.model import aggregation_rule
+from master_service.decisions.records import Settings, StopRule
+from master_service.decisions.rules.model import aggregation_rule
 from master_service.service import MasterService
 
 M = TypeVar("M", bound=Message)

@@ -8,13 +8,13 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from common.broker import Publication
 from common.brokers.memory import MemoryServer
-from common.codec import encode
 from common.errors import LockHeld
-from common.layout import Layout
-from common.messages import Instruction, Join, Receipt, Resend
-from common.transfer import update_chunks
+from common.numbers.layout import Layout
+from common.wire.broker import Publication
+from common.wire.codec import encode
+from common.wire.messages import Instruction, Join, Receipt, Resend
+from common.wire.transfer import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,
     HandNode,

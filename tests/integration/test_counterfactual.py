@@ -9,9 +9,9 @@ import pytest
 import structlog
 
 from common.brokers.memory import MemoryServer
-from common.messages import Receipt
+from common.wire.messages import Receipt
 from deploy.cli import app, guarded
-from master_service.entries import StopRule
+from master_service.decisions.records import StopRule
 from tests.integration.harness import decided, eventually, running_master
 from tests.integration.test_federation import Node, lines
 

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from common.broker import Publication
 from common.brokers.memory import MemoryBroker, MemoryServer
-from common.codec import decode
-from common.messages import Stop, UpdateChunk, UpdateManifest, UpdateRule
-from common.slicing import payload_size
-from deploy.observe import Observer
-from deploy.parties import ThreadParty
-from master_service.entries import StopRule
-from master_service.message_log import MessageLog
-from master_service.replay import rebuild
-from master_service.rules.model import aggregation_rule
+from common.numbers.slicing import payload_size
+from common.wire.broker import Publication
+from common.wire.codec import decode
+from common.wire.messages import Stop, UpdateChunk, UpdateManifest, UpdateRule
+from deploy.commands.observe import Observer
+from deploy.demo.parties import ThreadParty
+from master_service.decisions.records import StopRule
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.history.replay import rebuild
+from master_service.log.message_log import MessageLog
 from node_service.config import NodeConfig
-from node_service.corpus import CorpusConfig, load_corpus
+from node_service.corpus.corpus import CorpusConfig, load_corpus
 from node_service.service import NodeService
-from node_service.training import Training
+from node_service.training.session import Training
 from tests.integration.harness import TOPOLOGY, HandNode, connection, decided, eventually, numbers, running_master
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from common.broker import Delivery, Publication
 from common.brokers.memory import MemoryServer
-from common.codec import encode
 from common.errors import UserError
-from common.messages import Answer, Get, Message, Receipt, UpdateChunk
-from common.topology import Topology
-from common.transfer import checksum
+from common.wire.broker import Delivery, Publication
+from common.wire.codec import encode
+from common.wire.messages import Answer, Get, Message, Receipt, UpdateChunk
+from common.wire.topology import Topology
+from common.wire.transfer import checksum
 from master_service import service as service_module
-from master_service import updates as updates_module
 from master_service.config import MasterConfig
-from master_service.rules.model import aggregation_rule
+from master_service.decisions.rules.model import aggregation_rule
 from master_service.service import MasterService
+from master_service.wire import updates as updates_module
 from tests.integration.harness import (
     TOPOLOGY,
     HandNode,

@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from common.broker import Delivery, Publication
 from common.brokers.memory import MemoryServer
-from common.codec import decode, encode
 from common.errors import BrokerUnavailable, Damaged, LockHeld
-from common.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport
-from common.receipts import receipt_hash
+from common.wire.broker import Delivery, Publication
+from common.wire.codec import decode, encode
+from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport
+from common.wire.receipts import receipt_hash
 from master_service import service as service_module
 from master_service.config import MasterConfig
-from master_service.coordinator import Coordinator
-from master_service.entries import Entry, StopRule
-from master_service.message_log import MessageLog
-from master_service.publisher import Publisher
-from master_service.replay import origin, rebuild, verify
-from master_service.rules.model import aggregation_rule
+from master_service.decisions.coordinator import Coordinator
+from master_service.decisions.records import Entry, StopRule
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.history.replay import origin, rebuild, verify
+from master_service.log.message_log import MessageLog
+from master_service.log.room import Storage
 from master_service.service import MasterService
-from master_service.storage import Storage
+from master_service.wire.publisher import Publisher
 from tests.integration.harness import (
     TOPOLOGY,
     HandNode,

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from common.brokers.memory import MemoryServer
-from common.encodings import encode_vector
 from common.errors import LockHeld
-from common.layout import Layout
-from common.messages import ReturnWhen, UpdateRule
-from common.versions import publish_version
-from master_service.entries import StopRule
-from master_service.rules.model import GuardRule, aggregation_rule
-from master_service.state import EncoderState
-from node_service.corpus import CorpusConfig
+from common.numbers.encodings import encode_vector
+from common.numbers.layout import Layout
+from common.wire.messages import ReturnWhen, UpdateRule
+from common.wire.versions import publish_version
+from master_service.decisions.records import StopRule
+from master_service.decisions.rules.model import GuardRule, aggregation_rule
+from master_service.decisions.state import EncoderState
+from node_service.corpus.corpus import CorpusConfig
 from tests.integration.harness import TOPOLOGY, HandNode, Master, decided, eventually, numbers, running_master
 from tests.integration.test_federation import Node, lines, nodes
 

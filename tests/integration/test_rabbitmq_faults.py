@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.broker import Delivery, Publication
 from common.brokers import open_broker
-from common.encodings import decode_vector
 from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Transient
-from common.layout import Layout
-from common.parameters import ParameterSet
-from common.topology import Binding, Declarations, Exchange, Queue, Topology
-from common.versions import VersionReader
+from common.numbers.encodings import decode_vector
+from common.numbers.layout import Layout
+from common.numbers.parameters import ParameterSet
+from common.wire.broker import Delivery, Publication
+from common.wire.topology import Binding, Declarations, Exchange, Queue, Topology
+from common.wire.versions import VersionReader
+from deploy.commands.run import end_of_waiting
 from deploy.local_rabbitmq import LocalRabbitMQ
-from deploy.run import end_of_waiting
-from master_service.effects import Publish
-from master_service.publisher import Publisher
+from master_service.decisions.effects import Publish
+from master_service.wire.publisher import Publisher
 from tests.integration.harness import eventually
 
 EXCHANGE = Exchange("x")
@@ -229,14 +229,14 @@ def test_an_alarm_stops_publishers_and_lets_consumers_drain(private_rabbitmq: Lo
 def test_a_lock_that_another_took_meanwhile_is_lost(
     private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.brokers.rabbitmq._LOCK_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("common.brokers.amqp.rabbitmq._LOCK_PATIENCE_SECONDS", 2.0)
     first, second = connect(private_rabbitmq.url), connect(private_rabbitmq.url)
     lost, arrived = threading.Event(), threading.Event()
     first.declare(DECLARED)
     first.lock("name", lost.set)
     first.consume("q", lambda delivery: arrived.set(), prefetch=1)
     # the broker cuts the first one's consuming connection, and the second is quicker
-    monkeypatch.setattr("common.brokers.link.BACKOFF_SECONDS", (3.0, 3.0))
+    monkeypatch.setattr("common.brokers.amqp.link.BACKOFF_SECONDS", (3.0, 3.0))
     private_rabbitmq.ctl("close_all_connections", "a test")
     eventually(lambda: not first.status().connected)
     third = connect(private_rabbitmq.url)
@@ -254,7 +254,7 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
 
 
 def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.brokers.exclusive._REFUSAL_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.amqp.locks._REFUSAL_SECONDS", 0.5)
     url = private_rabbitmq.url
     first, second, third = connect(url), connect(url), connect(url)
     first.lock("lock", lambda: None)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from common.brokers.memory import MemoryServer
-from common.messages import ReturnWhen, UpdateRule
-from master_service.entries import StopRule
-from master_service.exchange import export_log
-from master_service.message_log import MessageLog
-from master_service.rules.model import aggregation_rule
-from node_service.corpus import CorpusConfig
+from common.wire.messages import ReturnWhen, UpdateRule
+from master_service.decisions.records import StopRule
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.log.jsonl import export_log
+from master_service.log.message_log import MessageLog
+from node_service.corpus.corpus import CorpusConfig
 from tests.integration.harness import SMALL, Master, decided, eventually
 from tests.integration.test_federation import Node, lines
 

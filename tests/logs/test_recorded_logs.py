@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from common.messages import Leave
-from common.receipts import receipt_hash
-from master_service.audit import audit, examine, issued, read_receipts
-from master_service.entries import Configured, Started
-from master_service.exchange import opened
-from master_service.message_log import MessageLog
-from master_service.replay import Refold, origin, verify
+from common.wire.messages import Leave
+from common.wire.receipts import receipt_hash
+from master_service.decisions.records import Configured, Started
+from master_service.history.audit import audit, examine, issued, read_receipts
+from master_service.history.replay import Refold, origin, verify
+from master_service.log.jsonl import opened
+from master_service.log.message_log import MessageLog
 
 FILES = sorted(Path(__file__).parent.glob("*.jsonl.gz"))
 
@@ -97,7 +97,7 @@ def test_what_the_recorded_logs_cover() -> None:
 def test_the_bits_do_not_depend_on_the_processors_capability() -> None:
     """The plainest kernels that torch has must come to what the fastest of the recording machine came to."""
     code = (
-        "import sys, pathlib, torch; from deploy.replaying import run_replay\n"
+        "import sys, pathlib, torch; from deploy.commands.replay import run_replay\n"
         "for path in sys.argv[1:]: run_replay(pathlib.Path(path), encoder=None, version=None, out=None, rule=None,"
         " changes=(), without=(), every=False)\n"
         "print(torch.backends.cpu.get_cpu_capability())"

@@ -5,12 +5,21 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from common.layout import Layout
-from common.messages import Get, InstructionAck, Join, Message, Receipt, UpdateManifest
-from common.slicing import payload_size
-from master_service.coordinator import Coordinator
-from master_service.effects import Effect, Send, Step
-from master_service.entries import Configured, Entry, Generated, Loggable, Settings, Started, UpdateFacts, Versioned
+from common.numbers.layout import Layout
+from common.numbers.slicing import payload_size
+from common.wire.messages import Get, InstructionAck, Join, Message, Receipt, UpdateManifest
+from master_service.decisions.coordinator import Coordinator
+from master_service.decisions.effects import Effect, Send, Step
+from master_service.decisions.records import (
+    Configured,
+    Entry,
+    Generated,
+    Loggable,
+    Settings,
+    Started,
+    UpdateFacts,
+    Versioned,
+)
 
 LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])
 DIGEST = hashlib.sha256(b"version").hexdigest()

@@ -1,0 +1,168 @@
+"""Locks: exclusive queues, which live as long as a link's connection, and notes of who holds them. Knows no driver."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from common.brokers.amqp.link import Link
+from common.errors import LockHeld, SharedEncoderError
+from common.locks import this_process
+
+log = structlog.get_logger()
+
+#: How long a lock that another connection holds is tried: a predecessor may be closing, or writing its note.
+_REFUSAL_SECONDS = 3.0
+#: A note is the newest message of a queue without expiry: publishing is no use of a queue, so that one with an expiry
+#: would be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
+_NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
+
+#: A method of a channel with its arguments, which lacks only the `callback` for the broker's answer.
+Step = Callable[..., object]
+#: In the link's thread: run one step after the other on a channel of their own, then set the future.
+InTurn = Callable[[Callable[[Any], Iterable[Step]], Future[None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    """A lock that this connection holds, and what its note says of the holder."""
+
+    on_lost: Callable[[], None]
+    note: str
+
+
+class Locks:
+    """What one party holds. Whoever may not wait is told at once who has it; after a reconnect it is waited for."""
+
+    def __init__(
+        self,
+        link: Link,
+        in_turn: InTurn,
+        short_connection: Callable[[], AbstractContextManager[Any]],
+        properties: Callable[[], Any],
+        *,
+        patience: float,
+    ) -> None:
+        """`patience`: seconds after which a lock that is not free again is another's, and lost."""
+        self._link = link
+        self._in_turn = in_turn
+        self._short_connection = short_connection
+        self._properties = properties
+        self._patience = patience
+        self._held: dict[str, _Lock] = {}
+        self._lost_at = 0.0
+        self._lost = False
+
+    def take(self, name: str, on_lost: Callable[[], None]) -> None:
+        """Raises LockHeld, which names the holder as far as is known."""
+        lock = _Lock(on_lost, this_process())
+
+        def take(taken: Future[None]) -> None:
+            # kept in the link's own thread: no reconnect can come between taking it and taking it again
+            taken.add_done_callback(lambda done: None if done.exception() else self._held.update({name: lock}))
+            self._acquire(name, taken)
+
+        deadline = time.monotonic() + _REFUSAL_SECONDS
+        while True:
+            try:
+                self._link.call(take)
+                break
+            except LockHeld:
+                if time.monotonic() > deadline:
+                    raise LockHeld(
+                        f"{name} is held by another connection{self._read_note(name)}: it is running already, here or "
+                        "elsewhere; stop that one, or use another id or --namespace"
+                    ) from None
+                time.sleep(0.3)
+        self._leave_note(name, lock.note)
+
+    def take_again(self, then: Callable[[], None]) -> None:
+        """In the link's thread, after a reconnect: `then` once every lock is ours again, which is never if another has
+        taken over while the connection was away; its owner is told, and ends."""
+        self._lost_at = time.monotonic() + self._patience
+        self._take_again(list(self._held), then)
+
+    def release_notes(self) -> None:
+        """Before the locks are let go, so that no successor's note is removed."""
+        if not self._held or not self._link.connected:
+            return
+
+        def deleting(channel: Any) -> Iterable[Step]:
+            return (partial(channel.queue_delete, _note(name)) for name in list(self._held))
+
+        try:
+            self._link.call(partial(self._in_turn, deleting), timeout=3.0)
+        except SharedEncoderError as error:
+            log.debug("a note of a lock stays behind", problem=str(error))
+
+    def _take_again(self, names: list[str], then: Callable[[], None]) -> None:
+        if self._lost:
+            return  # until its owner has ended a further reconnect must not bring it back to work
+        if not names:
+            then()
+            return
+        name, *others = names
+        taken: Future[None] = Future()
+
+        def done(future: Future[None]) -> None:
+            if not self._link.connection.is_open:
+                return  # the next opening begins again
+            if future.exception() is None:
+                # another may have held it meanwhile and left its note; to write ours may take long
+                note = self._held[name].note
+                threading.Thread(target=self._leave_note, args=(name, note), name="amqp-note", daemon=True).start()
+                self._take_again(others, then)
+            elif time.monotonic() < self._lost_at:
+                self._link.connection.ioloop.call_later(1.0, lambda: self._take_again(names, then))
+            else:
+                self._lost = True
+                self._held.pop(name).on_lost()
+
+        taken.add_done_callback(done)
+        self._acquire(name, taken)
+
+    def _acquire(self, name: str, taken: Future[None]) -> None:
+        """In the link's thread: declare the exclusive queue. It lasts as long as the connection, not the channel."""
+        options = {"exclusive": True, "arguments": {"x-queue-type": "classic"}}
+        self._in_turn(lambda channel: [partial(channel.queue_declare, name, **options)], taken)
+
+    # --- the notes: they help who is refused, and nothing depends on them ---------------------------------------------
+
+    def _leave_note(self, name: str, text: str) -> None:
+        """Over a connection of its own: a publish on the consuming one would stop its acks under an alarm.
+
+        Emptied first, which an alarm does not stop: better no note than the predecessor's.
+        """
+        try:
+            with self._short_connection() as connection:
+                channel = connection.channel()
+                channel.confirm_delivery()
+                channel.queue_declare(_note(name), durable=True, arguments=_NOTE_ARGUMENTS)
+                channel.queue_purge(_note(name))
+                channel.basic_publish("", _note(name), text.encode(), self._properties())
+        except SharedEncoderError as error:
+            log.debug("no note of who holds the lock", lock=name, problem=str(error))
+
+    def _read_note(self, name: str) -> str:
+        """Who holds a lock, as far as is known. Not acked: the note goes back when this connection closes."""
+        try:
+            with self._short_connection() as connection:
+                got, properties, body = connection.channel().basic_get(_note(name))
+        except SharedEncoderError:
+            return ""
+        if got is None:
+            return ""
+        text = f"user {properties.user_id}, {body.decode(errors='replace')}"
+        return f" ({''.join(letter for letter in text if letter.isprintable())[:200]})"
+
+
+def _note(lock: str) -> str:
+    return f"{lock}.holder"

@@ -1,0 +1,127 @@
+"""A consumer or stream reader over a link that comes and goes: reopened by its broker, resumed where it was.
+
+What the driver's connections and channels must have is AMQP's own; knows no driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import structlog
+
+from common.brokers.amqp.arguments import stream_offset
+from common.brokers.amqp.link import Link
+from common.errors import BrokerUnavailable
+from common.wire.broker import Delivery, OnDelivery, StreamPosition
+
+log = structlog.get_logger()
+
+#: Between two attempts to consume from a queue that is not there, seconds.
+_RETRY_SECONDS = 1.0
+
+
+class LinkSubscription:
+    """A consumer on a channel of its own, so that closing it gives its unacked deliveries back."""
+
+    def __init__(
+        self,
+        link: Link,
+        queue: str,
+        on_delivery: OnDelivery,
+        prefetch: int,
+        start: StreamPosition | None,
+        on_close: Callable[[LinkSubscription], None],
+    ) -> None:
+        self._link = link
+        self._queue = queue
+        self._on_delivery = on_delivery
+        self._prefetch = prefetch
+        self._next = start
+        self._on_close = on_close
+        self._connection: Any = None
+        self._channel: Any = None
+        self._unacked: set[int] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Returns when the broker has taken the channel down, so that what was unacked is ready for others."""
+        self._closed = True
+        self._on_close(self)
+        if not self._link.connected:
+            return  # no connection, no channel: the broker has its deliveries back
+        try:
+            self._link.call(self._close_channel, timeout=5.0)
+        except BrokerUnavailable:
+            log.debug("the connection went while a consumer was closed", queue=self._queue)
+
+    def open(self) -> None:
+        """In the link's thread: open the channel and consume, once per connection however often it is asked for."""
+        connection = self._link.connection
+        if self._closed or connection is self._connection or not connection.is_open:
+            return
+        self._connection = connection
+        connection.channel(on_open_callback=self._channel_open).add_on_close_callback(self._channel_closed)
+
+    def ack(self, channel: Any, tag: int) -> None:
+        """In the link's thread: a tag that is not outstanding on the present channel has no effect."""
+        if channel is self._channel and tag in self._unacked and channel.is_open:
+            self._unacked.discard(tag)
+            channel.basic_ack(tag)
+
+    def _close_channel(self, done: Future[None]) -> None:
+        channel = self._channel
+        if channel is None or not channel.is_open:
+            done.set_result(None)
+            return
+        channel.add_on_close_callback(lambda *_: done.set_result(None))
+        channel.close()
+
+    def _channel_open(self, channel: Any) -> None:
+        if self._closed:
+            channel.close()
+            return
+        self._channel, self._unacked = channel, set()
+        channel.basic_qos(prefetch_count=min(self._prefetch, 65_535), callback=lambda frame: self._consume(channel))
+
+    def _consume(self, channel: Any) -> None:
+        if self._closed or not channel.is_open:
+            return
+        arguments = {} if self._next is None else {"x-stream-offset": stream_offset(self._next)}
+        channel.add_on_cancel_callback(lambda frame: channel.close() if channel.is_open else None)
+        channel.basic_consume(self._queue, self._delivered, arguments=arguments)
+
+    def _channel_closed(self, channel: Any, reason: Exception) -> None:
+        """Closed by the broker (the queue is gone, or not there yet): try again after a while."""
+        connection, self._connection = self._connection, None
+        if self._closed or not connection.is_open:
+            return
+        log.debug("consumer closed by the broker, trying again", queue=self._queue, problem=str(reason))
+        connection.ioloop.call_later(_RETRY_SECONDS, self.open)
+
+    def _delivered(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        headers = properties.headers or {}
+        offset = int(headers["x-stream-offset"]) if "x-stream-offset" in headers else None
+        if self._next is not None and offset is not None:
+            if isinstance(self._next, int) and offset < self._next:
+                # streams deliver whole storage chunks: before what was asked for
+                channel.basic_ack(method.delivery_tag)
+                return
+            self._next = offset + 1
+        self._unacked.add(method.delivery_tag)
+        self._on_delivery(
+            Delivery(
+                queue=self._queue,
+                exchange=method.exchange,
+                routing_key=method.routing_key,
+                body=body,
+                headers=headers,
+                message_id=properties.message_id,
+                user_id=properties.user_id,
+                redelivered=method.redelivered,
+                timestamp=properties.timestamp,
+                offset=offset,
+                handle=(self, channel, method.delivery_tag),
+            )
+        )

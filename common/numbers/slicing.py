@@ -1,0 +1,42 @@
+"""How a flat vector is cut into slices, and how many bytes each encoding makes of them. Plain integers, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.wire.messages import EncodingName
+
+#: Elements of one slice, which is also one chunk: 1 MiB of int8, 2 MiB of bfloat16, 4 MiB of float32.
+SLICE = 1 << 20
+#: Elements that share one int8 scale.
+BLOCK = 256
+
+
+def slices(size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of every slice of a vector of `size` elements; a vector of none still has one, empty, slice."""
+    for start in range(0, max(size, 1), SLICE):
+        yield start, min(start + SLICE, size)
+
+
+def slice_count(size: int) -> int:
+    """How many slices, and so chunks, a vector of `size` elements has."""
+    return max(1, -(-size // SLICE))
+
+
+def block_count(count: int) -> int:
+    """How many int8 scales a slice of `count` elements has."""
+    return -(-count // BLOCK)
+
+
+def encoded_size(count: int, encoding: EncodingName) -> int:
+    """Bytes of a slice of `count` elements."""
+    if encoding == "float32":
+        return 4 * count
+    if encoding == "bfloat16":
+        return 2 * count
+    return count + 4 * block_count(count)
+
+
+def payload_size(size: int, encoding: EncodingName) -> int:
+    """Bytes of a whole encoded vector of `size` elements."""
+    return sum(encoded_size(stop - start, encoding) for start, stop in slices(size))

@@ -1,0 +1,139 @@
+"""What the system needs of a message broker. `brokers/` holds the implementations; one contract suite runs on all.
+
+Threads: every method may be called from any thread. Deliveries arrive on a thread of the broker's own, in the order of
+their queue; a callback must return quickly (put the delivery into a queue of yours) and must not block on `publish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from common.wire.topology import Declarations
+
+#: Where a stream is read from: an offset (inclusive), a broker timestamp, or a named position.
+#: `last` is the last chunk as the broker stores it, which may hold several messages; `next` is what comes from now on.
+
+
+@dataclass(frozen=True, slots=True)
+class Timestamp:
+    """Broker time in seconds since 1970; RabbitMQ's streams know it to one second."""
+
+    seconds: float
+
+
+StreamPosition = Literal["first", "last", "next"] | int | Timestamp
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One message to publish. `mandatory`: an exchange that finds no queue for it raises `Unroutable`."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    headers: Mapping[str, str | int] = field(default_factory=dict)
+    message_id: str | None = None
+    mandatory: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as it came. `handle` is the broker's own; a handle of a lost connection is acked without effect."""
+
+    queue: str
+    exchange: str
+    routing_key: str
+    body: bytes
+    headers: Mapping[str, Any]
+    message_id: str | None
+    user_id: str | None
+    redelivered: bool
+    timestamp: float | None
+    offset: int | None
+    handle: object = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerStatus:
+    """What the user is shown of the connection. `blocked` is the broker's reason while an alarm stops publishers."""
+
+    connected: bool
+    blocked: str | None
+    reconnects: int
+    bytes_out: int
+    bytes_in: int
+
+
+def dead_letter(exchange: str, delivery: Delivery, reason: str, detail: str) -> Publication:
+    """What is published of a delivery that cannot be processed: its body as it came, and why and where from."""
+    headers = {
+        "x-reason": reason,
+        "x-detail": detail[:500],
+        "x-exchange": delivery.exchange,
+        "x-routing-key": delivery.routing_key,
+    }
+    return Publication(exchange, reason, delivery.body, headers, delivery.message_id)
+
+
+OnDelivery = Callable[[Delivery], None]
+
+
+class Subscription(Protocol):
+    """A running consumer."""
+
+    def close(self) -> None:
+        """Stop. Deliveries that are not acked go back to the head of their queue, marked as redelivered."""
+
+
+class Broker(Protocol):
+    """One party's connection to a broker."""
+
+    def declare(self, declarations: Declarations) -> None:
+        """Make what is not there yet; declared again after every reconnect.
+
+        Raises AccessRefused, UserError for what is there with other arguments, BrokerUnavailable.
+        """
+
+    def delete_queue(self, name: str) -> None:
+        """Delete a queue or stream with what is in it; nothing happens if there is none. Raises BrokerUnavailable."""
+
+    def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
+        """Publish persistently, in order, and return when the broker has confirmed all of them.
+
+        Waits while the connection is away or blocked. After an error any subset may have arrived.
+        Raises Unroutable, PublishRejected, or BrokerUnavailable after `timeout` seconds without progress, and for what
+        finds no queue just after a reconnect: the queue may not be up yet.
+        """
+
+    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> Subscription:
+        """Consume with at most `prefetch` unacked deliveries; resumed after a reconnect."""
+
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
+    ) -> Subscription:
+        """Read a stream without consuming it; each delivery carries its offset and must be acked for credit.
+
+        After a reconnect it goes on behind the last delivery; if there was none yet, from `start` as it is then.
+        """
+
+    def ack(self, *deliveries: Delivery) -> None:
+        """Remove deliveries from their queue. Those of an earlier connection or a closed consumer have no effect."""
+
+    def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
+        """Publish a delivery to the dead letters with its reason, wait for the confirm, then ack it."""
+
+    def lock(self, name: str, on_lost: Callable[[], None]) -> None:
+        """Hold a name for as long as the connection lives; taken again after a reconnect.
+
+        `on_lost` is called if another has taken it meanwhile; this connection consumes nothing from then on.
+        Raises LockHeld, which names the holder's user, process and host where the broker knows them; AccessRefused,
+        BrokerUnavailable.
+        """
+
+    def status(self) -> BrokerStatus:
+        """The state of the connection, without asking the broker."""
+
+    def close(self) -> None:
+        """Close; unacked deliveries go back to their queues, locks are released."""

@@ -1,0 +1,375 @@
+"""Every message that travels, typed. Frozen, told apart by `kind`, validated once where bytes come in.
+
+Evolution: a new field gets a default, an unknown field is ignored, a kind or a field is never reused for another thing;
+`schema_version` changes only when an old reader would misread a new message.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+#: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
+Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+#: How often an update may have been sent; far from the end of `Count`, so that the next is one too.
+Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=2000)]
+MAX_COUNT = (1 << 62) - 1
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+#: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
+ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+EncodingName = Literal["float32", "bfloat16", "int8"]
+Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
+#: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
+LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fail_fast=True)]
+
+
+def _plain(value: Any, depth: int = 16) -> Any:
+    """What JSON and msgpack both hold. Ends at the first thing that is not, however much follows."""
+    if isinstance(value, dict) and depth > 0:
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError("a key is not a string")
+            _plain(item, depth - 1)
+    elif isinstance(value, list | tuple) and depth > 0:
+        for item in value:
+            _plain(item, depth - 1)
+    elif not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError("not a finite number, a string, a list or a table of these, or nested too deeply")
+    return value
+
+
+#: What an encoder type makes a model from: plain values, because the state that they get into is kept as JSON.
+Architecture = Annotated[dict[str, Any], BeforeValidator(_plain)]
+
+
+class Message(BaseModel):
+    """What all messages share."""
+
+    # messages are kept as JSON too (owed updates, snapshots): a loss that is NaN stays NaN there
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+    schema_version: Literal[1] = 1
+
+
+class NodeMessage(Message):
+    """From a node. `incarnation` is a random id that changes when a node loses its state directory."""
+
+    node: Id
+    incarnation: Id
+
+
+# --- node → master: requests -----------------------------------------------------------------------------------------
+
+
+class Join(NodeMessage):
+    """A node is here and may have samples of these types; answered with the running instructions."""
+
+    kind: Literal["request.join"] = "request.join"
+    types: list[Id] = Field(default_factory=list, max_length=64)
+
+
+class Get(Message):
+    """Somebody wants an encoder of a type: joins a running one, is answered with a finished one, or starts one."""
+
+    kind: Literal["request.get"] = "request.get"
+    sender: Id
+    encoder_type: Id
+    architecture: Architecture = Field(default_factory=dict)
+    fresh: bool = False
+
+
+class Continue(Message):
+    """Somebody wants a known encoder to be trained further."""
+
+    kind: Literal["request.update"] = "request.update"
+    sender: Id
+    encoder: Id
+
+
+class Fetch(NodeMessage):
+    """A node waits for a version newer than the one it has. `sought`: it was told of that one, and the stream does not
+    hold it, as after a broker that lost what it had confirmed."""
+
+    kind: Literal["request.fetch"] = "request.fetch"
+    encoder: Id
+    have_version: int = Field(ge=-1)
+    sought: int | None = Field(default=None, ge=0)
+
+
+class Leave(NodeMessage):
+    """A node goes; what it handed in stays."""
+
+    kind: Literal["request.leave"] = "request.leave"
+
+
+class Alive(NodeMessage):
+    """A node's sign of life with what it is doing now; shown, never decided upon, not logged."""
+
+    kind: Literal["request.alive"] = "request.alive"
+    encoder: Id | None = None
+    version: int = -1
+    steps: Count = 0
+    steps_per_second: float = 0.0
+    loss: float | None = None
+    waiting_seconds: Seconds = 0.0
+    bytes_sent: Count = 0
+    note: Text = ""
+
+
+class AskStatus(Message):
+    """`shared-encoder status`: answered with a StatusReport, not logged."""
+
+    kind: Literal["request.status"] = "request.status"
+    sender: Id
+
+
+class Stop(Message):
+    """The operator ends the training of an encoder, or of all."""
+
+    kind: Literal["request.stop"] = "request.stop"
+    sender: Id
+    encoder: Id | None = None
+
+
+# --- node → master: the training -------------------------------------------------------------------------------------
+
+
+class InstructionAck(NodeMessage):
+    """The answer to an instruction: accepted with the number of matching samples, or refused with the reason."""
+
+    kind: Literal["ack"] = "ack"
+    encoder: Id
+    accepted: bool
+    samples: Count = 0
+    reason: Text = ""
+
+
+class UpdateManifest(NodeMessage):
+    """An update whose chunks are all confirmed by the broker.
+
+    The payload is the pseudo-gradient of the shared encoder (base − local), encoded. `steps`, `samples` and `seconds`
+    are those of this update alone; `loss` is the mean training loss over its steps. `layout` is sent only by a node
+    whose layout is not the instruction's, so that the refusal can name the tensor.
+    """
+
+    kind: Literal["update"] = "update"
+    encoder: Id
+    sequence: Count
+    attempt: Attempt = 0
+    base_version: Count
+    steps: Count
+    samples: Count
+    seconds: Seconds
+    loss: float
+    wants_version: bool = True
+    encoding: EncodingName
+    layout_digest: Digest
+    layout: LayoutEntries | None = None
+    size: Count
+    chunks: ChunkCount
+    digest: Digest
+
+    @property
+    def update_id(self) -> str:
+        return f"{self.encoder}/{self.node}/{self.incarnation}/{self.sequence}"
+
+
+class UpdateChunk(NodeMessage):
+    """A slice of an encoded update; `checksum` is xxh3-64 of `data`, hexadecimal."""
+
+    kind: Literal["chunk"] = "chunk"
+    encoder: Id
+    sequence: Count
+    attempt: Count
+    index: Count
+    checksum: str
+    data: bytes
+
+
+# --- master → nodes --------------------------------------------------------------------------------------------------
+
+
+class Instruction(Message):
+    """We train this encoder, of this type, with this architecture; `layout` is what travels of it."""
+
+    kind: Literal["instruction"] = "instruction"
+    encoder: Id
+    encoder_type: Id
+    architecture: Architecture
+    layout: LayoutEntries
+    layout_digest: Digest
+
+
+class ReturnWhen(BaseModel):
+    """The node returns an update as soon as any given bound is reached since its last one.
+
+    `loss_change`: the running mean loss moved by this fraction. `drift`: ‖base − local‖ / ‖base‖ reached this ratio.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    samples: Annotated[int, Field(ge=1)] | None = None
+    loss_change: Annotated[float, Field(gt=0)] | None = None
+    drift: Annotated[float, Field(gt=0)] | None = None
+
+
+class InnerOptimizer(BaseModel):
+    """AdamW on the node. The learning rate warms up over the node's own steps and follows a cosine over the progress
+    that the master announces (0 at the start, 1 when the stop rule holds), down to `final_fraction` of `lr`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: Annotated[float, Field(gt=0)] = 5e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class UpdateRule(BaseModel):
+    """When a node returns an update, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    when: ReturnWhen = ReturnWhen(steps=25)
+    encoding: EncodingName = "int8"
+    wait: bool = False
+    max_unanswered: Annotated[int, Field(ge=1, le=64)] = 2
+    inner: InnerOptimizer = InnerOptimizer()
+
+
+class Rule(Message):
+    """The update rule of one node, and where the current parameter set is to be read."""
+
+    kind: Literal["rule"] = "rule"
+    encoder: Id
+    node: Id
+    update_rule: UpdateRule
+    version: Count
+    published_at: Seconds
+    progress: float = 0.0
+
+
+class Receipt(Message):
+    """The answer to one update: counted in `version` with `weight`, or refused because of `reason`.
+
+    `previous` is the hash of the receipt issued before this one for the same encoder (see `common.wire.receipts`);
+    empty for the first. Reasons: finished, unknown-encoder, layout, size, digest, not-finite, stale, future, conflict,
+    set-aside.
+    """
+
+    kind: Literal["receipt"] = "receipt"
+    encoder: Id
+    node: Id
+    incarnation: Id
+    sequence: Count
+    digest: Digest
+    accepted: bool
+    reason: str = ""
+    detail: Text = ""
+    version: Count
+    staleness: Count = 0
+    weight: float = 0.0
+    return_count: Count = 0
+    previous: Digest | Literal[""] = ""
+
+
+class Resend(Message):
+    """The chunks of an update are incomplete: publish it again as attempt `attempt`. Settles nothing."""
+
+    kind: Literal["resend"] = "resend"
+    encoder: Id
+    node: Id
+    incarnation: Id
+    sequence: Count
+    attempt: Count
+
+
+class Notice(Message):
+    """A version is on the stream; read it from `published_at` (broker seconds, a margin already subtracted)."""
+
+    kind: Literal["notice"] = "notice"
+    encoder: Id
+    version: Count
+    digest: Digest
+    published_at: Seconds
+    progress: float = 0.0
+
+
+class Finish(Message):
+    """The training of this encoder has ended with this version, which is on the stream."""
+
+    kind: Literal["finish"] = "finish"
+    encoder: Id
+    encoder_type: Id
+    version: Count
+    digest: Digest
+    published_at: Seconds
+    reason: Text = ""
+
+
+class Introduce(Message):
+    """The master does not know this node (any more): join again."""
+
+    kind: Literal["introduce"] = "introduce"
+    node: Id
+
+
+class Answer(Message):
+    """The answer to a request: the encoder it led to."""
+
+    kind: Literal["answer"] = "answer"
+    accepted: bool
+    encoder: Id | None = None
+    encoder_type: Id | None = None
+    status: str = ""
+    version: int = -1
+    digest: Digest | None = None
+    architecture: Architecture | None = None
+    layout: LayoutEntries | None = None
+    published_at: Seconds = 0.0
+    detail: Text = ""
+
+
+class StatusReport(Message):
+    """The running federation, for people: see `master_service.status`."""
+
+    kind: Literal["status"] = "status"
+    report: dict[str, Any]
+
+
+class ParameterChunk(Message):
+    """A slice of an encoded target parameter set on the stream. `epoch` orders masters, `size` is that of the whole."""
+
+    kind: Literal["parameter"] = "parameter"
+    encoder: Id
+    epoch: Count
+    version: Count
+    index: Count
+    chunks: ChunkCount
+    encoding: EncodingName
+    layout_digest: Digest
+    size: Count
+    digest: Digest
+    progress: float = 0.0
+    checksum: str
+    data: bytes
+
+
+ToMaster = (
+    Join | Get | Continue | Fetch | Leave | Alive | AskStatus | Stop | InstructionAck | UpdateManifest | UpdateChunk
+)
+ToNode = Instruction | Rule | Receipt | Resend | Notice | Finish | Introduce | Answer | StatusReport | ParameterChunk
+AnyMessage = Annotated[ToMaster | ToNode, Field(discriminator="kind")]

@@ -1,0 +1,206 @@
+"""Looking at a federation from outside, over the broker, and asking it for things. Needs torch only to export."""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
+from common.wire.broker import Broker, Delivery, Publication
+from common.wire.codec import decode, encode
+from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
+from common.wire.topology import Topology
+from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
+from deploy.commands.run import connect
+from deploy.config import load_config
+from deploy.signals import stop_on_signals
+
+#: Seconds between two questions while something is waited for.
+_ASK_EVERY = 1.0
+
+
+class Observer:
+    """A party without a corpus: asks the master and gets answers in an inbox of its own."""
+
+    def __init__(self, broker: Broker, topology: Topology) -> None:
+        self.name = f"observer-{secrets.token_hex(4)}"
+        self._broker = broker
+        self._topology = topology
+        self._answers: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        broker.declare(topology.observer(self.name))
+        self._subscription = broker.consume(topology.node_inbox(self.name), self._answers.put, prefetch=16)
+
+    def say(self, message: Message) -> None:
+        """Raises UserError if no master has ever served this namespace."""
+        kind = str(getattr(message, "kind", "")).removeprefix("request.")
+        publication = Publication(
+            self._topology.request, f"{self.name}.{kind}", encode(message), message_id=secrets.token_hex(16)
+        )
+        try:
+            self._broker.publish(publication)
+        except Unroutable:
+            raise UserError(
+                f"no master serves the namespace {self._topology.namespace!r} on this broker; "
+                "start one with `shared-encoder master`, or give --namespace"
+            ) from None
+
+    def listen(self, timeout: float) -> Message | None:
+        """The next message for this observer; None after `timeout` seconds of silence."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                delivery = self._answers.get(timeout=left)
+            except queue.Empty:
+                return None
+            self._broker.ack(delivery)
+            try:
+                return decode(delivery.body)
+            except Poison:
+                continue
+        return None
+
+    def status(self, timeout: float) -> dict[str, Any]:
+        """The master's report. Raises BrokerUnavailable if it does not answer."""
+        self.say(AskStatus(sender=self.name))
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            message = self.listen(left)
+            if isinstance(message, StatusReport):
+                return message.report
+        raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
+
+    def close(self) -> None:
+        self._subscription.close()
+        self._broker.delete_queue(self._topology.node_inbox(self.name))
+
+
+@contextmanager
+def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observer, Broker, Topology]]:
+    """An observer by the configuration's broker section."""
+    config = load_config(file, flags)
+    topology = Topology(config.broker.namespace)
+    broker = connect(config, topology, "observer")
+    try:
+        observer = Observer(broker, topology)
+        try:
+            yield observer, broker, topology
+        finally:
+            observer.close()
+    finally:
+        broker.close()
+
+
+def show_status(flags: dict[str, Any], file: Path | None, timeout: float, *, watch: bool, as_json: bool) -> None:
+    """Print the report once, or again and again until Ctrl-C or until everything is finished."""
+    with observing(flags, file) as (observer, _, _):
+        report = observer.status(timeout)
+        if not watch:
+            _print_report(report, as_json)
+            return
+        stop = threading.Event()
+        with stop_on_signals(stop), FederationDisplay(quiet=as_json) as display:
+            while not stop.is_set():
+                if as_json:
+                    print(json.dumps(report), flush=True)
+                else:
+                    display.show(report)
+                stop.wait(_ASK_EVERY)
+                report = observer.status(timeout)
+
+
+def request_encoder(
+    flags: dict[str, Any],
+    file: Path | None,
+    timeout: float,
+    *,
+    encoder_type: str | None = None,
+    encoder: str | None = None,
+    fresh: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Ask for an encoder by type (get) or by id (update), say what came of it, and with `out` wait and write it."""
+    with observing(flags, file) as (observer, broker, topology):
+        ask: Callable[[], Message]
+        if encoder is not None:
+            ask = lambda: Continue(sender=observer.name, encoder=encoder)  # noqa: E731
+        else:
+            ask = lambda: Get(sender=observer.name, encoder_type=str(encoder_type), fresh=fresh)  # noqa: E731
+        observer.say(ask())
+        answer = _answer(observer, timeout)
+        print(f"{answer.encoder}: {answer.status}, version {answer.version}")
+        if out is None:
+            return
+        assert answer.encoder is not None and answer.encoder_type is not None
+        with saying(f"waiting until {answer.encoder} is finished"):
+            while answer.status != "finished":
+                time.sleep(_ASK_EVERY)
+                status = observer.status(timeout)["encoders"].get(answer.encoder, {}).get("status")
+                if status in ("finished", "failed"):
+                    observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
+                    answer = _answer(observer, timeout)
+        _write_from_stream(broker, topology, answer, out)
+        print(f"written to {out}; open it with transformers.AutoModel.from_pretrained({str(out)!r})")
+
+
+def request_stop(flags: dict[str, Any], file: Path | None, encoder: str | None) -> None:
+    """Tell the master to end the training."""
+    with observing(flags, file) as (observer, _, _):
+        before = observer.status(10.0)
+        if encoder is not None and encoder not in before["encoders"]:
+            known = ", ".join(before["encoders"]) or "none"
+            raise UserError(f"no encoder {encoder!r} is known to the master; there are: {known}")
+        observer.say(Stop(sender=observer.name, encoder=encoder))
+        for name, state in observer.status(10.0)["encoders"].items():
+            if encoder in (None, name):
+                print(f"{name}: {state['status']}, version {state['version']}")
+
+
+def _answer(observer: Observer, timeout: float) -> Answer:
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        message = observer.listen(left)
+        if isinstance(message, Answer):
+            if not message.accepted:
+                raise UserError(message.detail)
+            return message
+    raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
+
+
+def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path) -> None:
+    """Read the finished version from its stream, where a get has put it, and export it."""
+    from common.encoders import get_encoder_type
+    from common.numbers.encodings import decode_vector
+    from common.numbers.layout import Layout
+    from common.numbers.parameters import ParameterSet
+    from common.wire.versions import VersionReader
+
+    assert answer.encoder and answer.encoder_type and answer.layout and answer.architecture
+    layout = Layout(answer.layout)
+    reader = VersionReader(broker, topology, answer.encoder, layout.digest)
+    read = reader.read(answer.version, answer.published_at)
+    parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
+    card = f"# Shared encoder {answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
+    get_encoder_type(answer.encoder_type).export_shared(out, answer.architecture, parameters.tensors(), card)
+
+
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    for table in federation_tables(report):
+        console().print(table)
+    for line in conditions(report):
+        console().print(line, highlight=False)
+    if not report["encoders"]:
+        console().print("no encoder yet: ask for one with `shared-encoder request get text`", highlight=False)
+    console().print(
+        f"rule {report['rule']}, {len(report['nodes'])} node(s) known, {report['dead_letters']} message(s) set aside",
+        highlight=False,
+    )

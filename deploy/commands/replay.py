@@ -1,0 +1,302 @@
+"""`replay` and `export`: the message log folded again, to prove it, to rebuild a version, or to decide it anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from rich.table import Table
+
+from common.config import explained
+from common.errors import Damaged, UserError
+from deploy.commands.display import console, number, saying
+from deploy.commands.progress import Counted, counting
+from deploy.logging import configure_logging
+from master_service.decisions.records import Settings, Started, unpack
+from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.log.jsonl import opened
+from master_service.log.message_log import MessageLog
+
+if TYPE_CHECKING:
+    from common.numbers.parameters import ParameterSet
+    from master_service.decisions.state import EncoderState
+    from master_service.history.fold import Check, Fold
+    from master_service.history.replay import Refold
+
+_COUNTERFACTUAL = (
+    "The nodes trained on what was really published: this is what the same updates make when they are decided upon "
+    "{how}, and not what a run that was decided so would have made."
+)
+
+
+def run_replay(
+    state: Path,
+    *,
+    encoder: str | None,
+    version: int | None,
+    out: Path | None,
+    rule: str | None,
+    changes: Sequence[str],
+    without: Sequence[str],
+    every: bool,
+) -> None:
+    """Verify every version, and write one with `out`; with a rule, changes or nodes to leave out: decide anew.
+
+    Raises Damaged at the first version that does not come out as it was published, UserError for what is not there.
+    """
+    change = changed_rule(rule, parse_changes(changes)) if rule or changes else None
+    if version is not None and (change or without):
+        raise UserError("--version N is of the numbering of what was published; leave it out with another rule")
+    with opened(state) as log:
+        with saying("loading torch"):
+            import torch
+        configure_logging(level="warning")
+        torch.set_num_threads(1)
+        if change is None and not without:
+            fold = _verified(log, encoder, version, every=every)
+            if out is not None:
+                _write(fold, encoder, version, out)
+            return
+        _decide_anew(log, change, without, encoder=encoder, out=out, how=_how(rule, changes, without))
+
+
+def export_version(encoder: str, state: Path, version: int | None, out: Path) -> None:
+    """Rebuild a version from the message log and write it for transformers. Raises UserError if it is not there."""
+    run_replay(state, encoder=encoder, version=version, out=out, rule=None, changes=(), without=(), every=False)
+
+
+# --- what was published --------------------------------------------------------------------------------------------
+
+
+def _verified(log: MessageLog, encoder: str | None, version: int | None, *, every: bool) -> Fold:
+    """Fold the log, up to a version of an encoder if one is given, and print what came of it."""
+    from master_service.history.replay import origin, verify
+
+    start = origin(log)
+    fold, screen = start.fold, console()
+    if start.left_out:
+        screen.print(start.left_out, highlight=False)
+    known = fold.coordinator.state.encoders
+    reached = version is not None and encoder in known and known[encoder].version == version
+    tally: dict[str, list[int]] = {}
+    broken: tuple[Check, int] | None = None
+    with counting("replaying", "messages", log.last_offset - fold.offset) as (counted, advance):
+        for entry, check in () if reached else verify(log, fold):
+            advance()
+            if check is None:
+                continue
+            if every:
+                same = "identical" if check.identical else "DIFFERENT"
+                print(f"{check.encoder} version {check.version} {check.logged[:16]} {same}")
+            tally.setdefault(check.encoder, []).append(check.version)
+            if not check.identical:
+                broken = check, entry.offset
+                break
+            if version is not None and check.version == version and encoder in (None, check.encoder):
+                break
+    _print_verified(fold, tally, broken, counted, encoder)
+    if broken is not None:
+        raise Damaged(_difference(log, *broken))
+    if encoder is not None and encoder not in known:
+        raise UserError(f"no encoder {encoder} is in the log; there are: {', '.join(known) or 'none'}")
+    made = {name: state.version for name, state in known.items() if encoder in (None, name)}
+    if version is not None and version not in made.values():
+        newest = ", ".join(f"{name}'s newest is {made[name]}" for name in made) or "no encoder is there"
+        raise UserError(f"version {version} is not in the log: {newest}")
+    return fold
+
+
+def _print_verified(
+    fold: Fold,
+    tally: Mapping[str, Sequence[int]],
+    broken: tuple[Check, int] | None,
+    counted: Counted,
+    encoder: str | None,
+) -> None:
+    table = Table(title="versions rebuilt from the message log", title_justify="left")
+    for heading in ("encoder", "checked", "identical", "first different", "newest", "sha256 of its parameters"):
+        table.add_column(heading, justify="right" if heading in ("checked", "identical", "newest") else "left")
+    for name, state in fold.coordinator.state.encoders.items():
+        if encoder not in (None, name):
+            continue
+        versions = tally.get(name, ())
+        different = broken is not None and broken[0].encoder == name
+        table.add_row(
+            name,
+            f"{len(versions):,}",
+            f"{len(versions) - different:,}",
+            f"version {versions[-1]}" if different else "none",
+            str(state.version),
+            state.digest[:32] + "…" if state.digest else f"({state.status})",
+        )
+    console().print(table)
+    console().print(f"{counted.done:,} messages, {counted.rate:,.0f} messages/s", highlight=False)
+
+
+def _difference(log: MessageLog, check: Check, offset: int) -> str:
+    """The first version that is not what was published; and why that may be, if this is another kind of machine."""
+    from master_service.arithmetic.fingerprint import fingerprint
+
+    logged: dict[str, str] = {}
+    for row in log.rows(up_to=offset):
+        if row.kind == "started" and isinstance(body := unpack(row.body), Started):
+            logged = body.fingerprint
+    here = fingerprint()
+    others = [
+        f"{name} {logged[name]} there, {here[name]} here" for name in here if logged.get(name, here[name]) != here[name]
+    ]
+    why = f"; bits may differ because of {', '.join(others)}" if others else ""
+    return (
+        f"version {check.version} of {check.encoder} is not what was published: "
+        f"{check.logged} in row {offset}, {check.computed or 'no version'} by replay{why}"
+    )
+
+
+def _write(fold: Fold, encoder: str | None, version: int | None, out: Path) -> None:
+    """Write the version that the fold has reached."""
+    state = _chosen(fold, encoder)
+    if version not in (None, state.version):
+        raise UserError(f"version {version} of {state.encoder} is not in the log, its newest is {state.version}")
+    _export(state, fold.aggregator.targets[state.encoder].parameters, out)
+
+
+def _chosen(fold: Fold, encoder: str | None) -> EncoderState:
+    """The encoder that is meant: named, or the only one with parameters."""
+    made = {name: state for name, state in fold.coordinator.state.encoders.items() if name in fold.aggregator.targets}
+    if encoder is None and len(made) == 1:
+        return next(iter(made.values()))
+    if encoder is None or encoder not in made:
+        known = ", ".join(made) or "none"
+        raise UserError(f"say which encoder with --encoder ID; there are: {known}")
+    return made[encoder]
+
+
+def _export(state: EncoderState, parameters: ParameterSet, out: Path, note: str = "") -> None:
+    with saying("loading transformers"):
+        from common.encoders import get_encoder_type
+        from master_service.arithmetic.export import card
+
+        encoder_type = get_encoder_type(state.encoder_type)
+    encoder_type.export_shared(out, state.architecture, parameters.tensors(), card(state, note))
+    print(
+        f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters {parameters.digest()}"
+    )
+
+
+# --- what another rule makes of it -----------------------------------------------------------------------------------
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`outer.lr=2` and the like by section. A value is JSON, or else a word. Raises UserError."""
+    found: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        key, is_there, value = change.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (is_there and dot and name):
+            raise UserError(f"--set {change}: write it as section.key=value, for instance outer.lr=2")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value.strip()
+        found.setdefault(section, {})[name] = parsed
+    return found
+
+
+def changed_rule(preset: str | None, changes: Mapping[str, Mapping[str, Any]]) -> Callable[[Settings], Settings]:
+    """Maps logged settings to those with a preset, or with numbers of the logged rule changed. Raises UserError."""
+
+    def rule(logged: AggregationRule) -> AggregationRule:
+        try:
+            if preset is not None:
+                return aggregation_rule(preset, changes)
+            plain = logged.model_dump()
+            for section, values in changes.items():
+                known = plain.get(section)
+                plain[section] = {**known, **values} if isinstance(known, dict) else values
+            return AggregationRule.model_validate(plain)
+        except ValidationError as error:
+            raise explained(error, AggregationRule, "--set") from None
+
+    rule(AggregationRule())  # what is wrong is said before anything is read
+    return lambda settings: settings.model_copy(update={"rule": rule(settings.rule)})
+
+
+def _how(rule: str | None, changes: Sequence[str], without: Sequence[str]) -> str:
+    parts = [f"by the rule {rule}"] if rule else []
+    parts += [f"with {', '.join(changes)}"] if changes else []
+    parts += [f"without {', '.join(without)}"] if without else []
+    return " ".join(parts)
+
+
+def _decide_anew(
+    log: MessageLog,
+    change: Callable[[Settings], Settings] | None,
+    without: Sequence[str],
+    *,
+    encoder: str | None,
+    out: Path | None,
+    how: str,
+) -> None:
+    from master_service.history.replay import Refold
+
+    nodes = {row.sender for row in log.rows() if row.kind == "request.join"}
+    if unknown := sorted(set(without) - nodes):
+        raise UserError(f"no node {unknown[0]!r} is in the log; there are: {', '.join(sorted(nodes)) or 'none'}")
+    refold = Refold(log, change, frozenset(without))
+    with counting(f"deciding {how}", "messages", log.last_offset + 1) as (_, advance):
+        for _entry in refold.run():
+            advance()
+    published = _verified(log, encoder, None, every=False)
+    note = _COUNTERFACTUAL.format(how=how)
+    _print_compared(published, refold, encoder, how)
+    console().print(note, highlight=False)
+    if out is not None:
+        state = _chosen(refold.fold, encoder)
+        _export(state, refold.fold.aggregator.targets[state.encoder].parameters, out, note)
+
+
+def _print_compared(published: Fold, refold: Refold, encoder: str | None, how: str) -> None:
+    """Old next to new: each node of an encoder a row, and then all of them."""
+    import torch
+
+    for name, old in published.coordinator.state.encoders.items():
+        new = refold.fold.coordinator.state.encoders[name]
+        if encoder not in (None, name) or name not in refold.fold.aggregator.targets:
+            continue
+        table = Table(title=f"{name}: as published → {how}", title_justify="left")
+        for heading in ("", "versions", "updates counted", "weight, sum", "refused", "waiting"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for node, then in old.members.items():
+            now = new.members.get(node)
+            table.add_row(
+                node,
+                "",
+                f"{then.returns} → {now.returns if now else 0}",
+                f"{number(then.weight)} → {number(now.weight if now else 0.0)}",
+                f"{then.refused} → {now.refused if now else 0}",
+                "",
+            )
+        weights = [number(sum(member.weight for member in each.members.values())) for each in (old, new)]
+        refused = [str(sum(member.refused for member in each.members.values())) for each in (old, new)]
+        table.add_row(
+            "[bold]all[/bold]",
+            f"{old.version} → {new.version}",
+            f"{old.updates} → {new.updates}",
+            " → ".join(weights),
+            " → ".join(refused),
+            f"{len(old.buffer)} → {len(new.buffer)}",
+        )
+        console().print(table)
+        mine, theirs = (fold.aggregator.targets[name].parameters for fold in (refold.fold, published))
+        apart = torch.dist(mine.vector.double(), theirs.vector.double()) / theirs.vector.double().norm()
+        console().print(
+            f"‖new − published‖ / ‖published‖ = {float(apart):.4g}; sha256 {mine.digest()[:32]}…", highlight=False
+        )
+    if refold.uncounted:
+        console().print(
+            f"{refold.uncounted} updates could not be counted: they were refused then, and their payloads are gone",
+            highlight=False,
+        )

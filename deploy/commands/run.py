@@ -1,0 +1,126 @@
+"""Running one master or one node in this process: configuration, broker, signals and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from common.brokers import open_broker
+from common.errors import UserError
+from common.wire.topology import Topology
+from deploy.commands.display import MasterDisplay, NodeDisplay, saying
+from deploy.config import Config, load_config
+from deploy.logging import configure_logging
+from deploy.signals import stop_on_signals
+from node_service.config import NodeConfig
+
+if TYPE_CHECKING:
+    from common.wire.broker import Broker
+    from node_service.corpus.corpus import Corpus
+
+log = structlog.get_logger()
+
+
+def run_master(file: Path | None, flags: dict[str, Any]) -> None:
+    """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured."""
+    config = load_config(file, flags)
+    decided = config.settings()
+    configure_logging(json=config.log.json_lines, level=config.log.level)
+    from master_service.decisions.rules.model import warnings
+
+    for warning in warnings(decided.rule):
+        log.warning(warning)
+    topology = Topology(config.broker.namespace)
+    broker = connect(config, topology, "master")
+    try:
+        with saying("loading torch", quiet=config.log.json_lines):
+            from master_service.service import MasterService
+        stop = threading.Event()
+        threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
+        with stop_on_signals(stop), MasterDisplay(quiet=config.log.json_lines) as display:
+            service = MasterService(
+                config.master, decided, broker, topology, get=config.encoder.get, on_change=display.update
+            )
+            service.run(stop)
+    finally:
+        broker.close()
+    if stop.is_set():
+        log.info("stopped; the state is in a snapshot, a start with the same --state continues")
+
+
+def end_of_waiting(stop: threading.Event, broker: Broker) -> None:
+    """An alarm of the broker is waited out, however long; but not by whoever was asked to end. What did not leave is
+    sent at the next start."""
+    stop.wait()
+    while broker.status().blocked is None:
+        time.sleep(0.2)
+    broker.close()
+
+
+def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
+    """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured."""
+    config = load_config(file, flags)
+    configure_logging(json=config.log.json_lines, level=config.log.level)
+    check_node_id(name)
+    node_config = config.nodes.get(name) or NodeConfig()
+    corpora = load_corpora(name, node_config)
+    topology = Topology(config.broker.namespace)
+    broker = connect(config, topology, f"node {name}")
+    try:
+        with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
+            import transformers  # noqa: F401  # what takes the time, before the first instruction needs it
+
+            from node_service.service import NodeService
+        stop = threading.Event()
+        with stop_on_signals(stop), NodeDisplay(name, quiet=config.log.json_lines) as display:
+            NodeService(name, node_config, corpora, broker, topology, on_change=display.update).run(stop)
+    finally:
+        broker.close()
+
+
+def connect(config: Config, topology: Topology, client_name: str) -> Broker:
+    """Raises AccessRefused, or BrokerUnavailable when nobody answers in time."""
+    return open_broker(
+        config.broker.resolved_url(),
+        client_name=client_name,
+        dead_letters=topology.dead_letters,
+        connect_timeout=config.broker.connect_timeout_seconds,
+    )
+
+
+def check_node_id(name: str) -> None:
+    """Raises UserError for an id that cannot be part of a queue's name."""
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise UserError(f"node id {name!r}: use up to 64 letters, digits, - and _, starting with a letter or digit")
+
+
+def load_corpora(name: str, config: NodeConfig) -> dict[str, Corpus]:
+    """The node's samples by encoder type, read before anything is promised. Raises UserError."""
+    from node_service.corpus.corpus import load_corpus
+
+    if not config.corpus:
+        raise UserError(f"node {name!r} has no samples: give --corpus PATH, or [nodes.{name}.corpus] in the file")
+    corpora: dict[str, Corpus] = {}
+    for corpus_config in config.corpus:
+        if corpus_config.type in corpora:
+            raise UserError(
+                f"nodes.{name}.corpus: two corpora of type {corpus_config.type}; one with several paths does"
+            )
+        started = time.monotonic()
+        corpus = load_corpus(corpus_config)
+        corpora[corpus_config.type] = corpus
+        log.info(
+            "corpus read",
+            node=name,
+            type=corpus.type,
+            train_samples=len(corpus.train),
+            held_out_samples=len(corpus.test),
+            seconds=round(time.monotonic() - started, 2),
+        )
+    return corpora

@@ -1,0 +1,316 @@
+"""The master's decisions as a fold over its message log: `handle(entry)` gives what is to be done.
+
+Pure: no clock (time is `entry.at`), no I/O, no randomness, no tensor. The same entries lead to the same state and the
+same effects, which is what recovery, replay and simulation rest on. What to do with one update stands in `verdicts`.
+"""
+
+from __future__ import annotations
+
+from common.wire.messages import (
+    Continue,
+    Fetch,
+    Get,
+    InstructionAck,
+    Introduce,
+    Join,
+    Leave,
+    Stop,
+    UpdateChunk,
+    UpdateManifest,
+)
+from master_service.decisions import membership, requests
+from master_service.decisions.effects import (
+    Broadcast,
+    Conclude,
+    Contribution,
+    Effect,
+    Generate,
+    Refused,
+    Send,
+    SetAside,
+    Step,
+)
+from master_service.decisions.messages_out import finish, instruction, notify, publish, resend
+from master_service.decisions.records import (
+    Configured,
+    Entry,
+    Generated,
+    GenerationFailed,
+    Presence,
+    Repaired,
+    Skipped,
+    Started,
+    StepFailed,
+    Tick,
+    Versioned,
+)
+from master_service.decisions.rules.buffer import is_ready
+from master_service.decisions.state import KEPT_NORMS, Buffered, EncoderState, State
+from master_service.decisions.stopping import observe_loss, stop_reason
+from master_service.decisions.verdicts import (
+    accepted,
+    count,
+    issued,
+    pending,
+    refusal,
+    refused,
+    settle,
+    stored,
+    stranger,
+)
+from master_service.decisions.weighing import weigh
+
+
+class Coordinator:
+    """The state and the one function that changes it."""
+
+    def __init__(self, state: State | None = None) -> None:
+        self.state = state or State()
+
+    def handle(self, entry: Entry) -> list[Effect]:
+        """Fold one entry into the state; the effects are to be carried out in order."""
+        body, at = entry.body, entry.at
+        match body:
+            case UpdateManifest():
+                return self._update(entry, body)
+            case Versioned():
+                return self._versioned(body, at)
+            case StepFailed():
+                return self._step_failed(body, at)
+            case InstructionAck():
+                return membership.ack(self.state, body, at, self._advance)
+            case Join():
+                return membership.join(self.state, body)
+            case Fetch():
+                return membership.fetch(self.state, body, at)
+            case Leave():
+                return membership.leave(self.state, body, at, self._advance)
+            case Presence():
+                return membership.presence(self.state, body, at, self._advance)
+            case Get():
+                return requests.get(self.state, entry, body)
+            case Continue():
+                return requests.go_on(self.state, body, at)
+            case Generated():
+                told = requests.generated(self.state, body, at)
+                return told + self._advance(self.state.encoders[body.encoder], at)
+            case GenerationFailed():
+                return requests.generation_failed(self.state, body)
+            case Stop():
+                return self._stop(body, at)
+            case Tick():
+                return [effect for encoder in self.state.encoders.values() for effect in self._advance(encoder, at)]
+            case Configured():
+                self.state.settings = body.settings
+                return []
+            case Started():
+                self.state.epoch = body.epoch
+                return self._restate(at)
+            case Skipped():
+                return [SetAside(body.offset)]
+            case Repaired():
+                return []
+        raise AssertionError(f"a {body.kind} does not belong into the log")
+
+    def deadline(self) -> float | None:
+        """When a Tick is due, in `at` seconds; None if nothing waits for time to pass."""
+        settings, due = self.state.settings, []
+        for encoder in self.state.encoders.values():
+            if encoder.status != "running":
+                continue
+            if encoder.buffer:
+                due.append(encoder.buffer_since + settings.rule.buffer.grace_seconds)
+            if settings.stop.seconds is not None and encoder.started:
+                due.append(encoder.run_started_at + settings.stop.seconds)
+            if encoder.published_version < encoder.version:
+                due.append(encoder.published_at + settings.publish_every_seconds)
+        return min(due, default=None)
+
+    def wants_payload(self, manifest: UpdateManifest) -> bool:
+        """Whether the update's chunks must be fetched to decide on it; reads the state, changes nothing."""
+        encoder = self.state.encoders.get(manifest.encoder)
+        if stranger(encoder, manifest) or refusal(encoder, manifest, None) is not None:
+            return False
+        return not self._known_update(encoder, manifest)
+
+    def is_done(self, chunk: UpdateChunk) -> bool:
+        """Whether nobody will want this chunk: its update is accepted or settled, or not of a member."""
+        encoder = self.state.encoders.get(chunk.encoder)
+        member = encoder.members.get(chunk.node) if encoder else None
+        if encoder is None or member is None or member.incarnation != chunk.incarnation:
+            return True
+        settled = member.settled.get(chunk.incarnation)
+        return pending(encoder, chunk) is not None or (settled is not None and settled.holds(chunk.sequence))
+
+    def unmade(self) -> list[Generate]:
+        """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
+        encoders = self.state.encoders.values()
+        return [requests.generate(self.state, each) for each in encoders if each.status == "generating"]
+
+    def _restate(self, at: float) -> list[Effect]:
+        """What a master that starts again tells everybody: the newest versions and the running instructions."""
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            if encoder.status == "running":
+                effects += [
+                    publish(self.state.settings, encoder, at),
+                    Broadcast(encoder.encoder_type, instruction(encoder)),
+                ]
+        return effects
+
+    def _stop(self, stop: Stop, at: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for encoder in self.state.encoders.values():
+            if stop.encoder in (None, encoder.encoder) and encoder.status in ("running", "generating"):
+                encoder.stop_requested = f"stopped by {stop.sender}"
+                effects += self._advance(encoder, at)
+        return effects
+
+    # --- updates and versions ----------------------------------------------------------------------------------------
+
+    def _known_update(self, encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
+        member = encoder.members.get(manifest.node) if encoder else None
+        if encoder is None or member is None:
+            return False
+        if pending(encoder, manifest) is not None:
+            return True
+        settled = member.settled.get(manifest.incarnation)
+        return settled is not None and settled.holds(manifest.sequence)
+
+    def _update(self, entry: Entry, manifest: UpdateManifest) -> list[Effect]:
+        encoder = self.state.encoders.get(manifest.encoder)
+        if encoder is not None and self._known_update(encoder, manifest):
+            return self._duplicate(encoder, manifest)
+        dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
+        if stranger(encoder, manifest):
+            # no receipt: once it has joined it sends again what it owes
+            return [*dropped, Send(manifest.node, Introduce(node=manifest.node))]
+        problem = refusal(encoder, manifest, entry.facts)
+        if problem is None and encoder is not None:
+            staleness = encoder.version - manifest.base_version
+            if staleness > self.state.settings.rule.guards.max_staleness:
+                problem = (
+                    "stale",
+                    f"{staleness} versions old, at most {self.state.settings.rule.guards.max_staleness}",
+                )
+        if problem is not None or encoder is None or entry.facts is None or entry.payload is None:
+            reason, detail = problem or ("set-aside", "the master died of it twice; it is set aside")
+            receipt = issued(encoder, refused(encoder, manifest, reason, detail))
+            effects: list[Effect] = [*dropped, Send(manifest.node, receipt)]
+            member = encoder.members.get(manifest.node) if encoder is not None else None
+            if encoder is not None and member is not None:
+                member.refused += 1
+                settle(member, receipt)
+                if encoder.status == "running" and manifest.base_version < encoder.version:
+                    effects += notify(self.state.settings, encoder, [member], entry.at)
+            if encoder is not None and encoder.status == "finished":
+                effects.append(Send(manifest.node, finish(encoder)))
+            return effects
+        member = encoder.members[manifest.node]
+        if not encoder.buffer:
+            encoder.buffer_since = entry.at
+        encoder.buffer.append(
+            Buffered(
+                node=manifest.node,
+                incarnation=manifest.incarnation,
+                sequence=manifest.sequence,
+                digest=manifest.digest,
+                payload=entry.payload,
+                encoding=manifest.encoding,
+                base_version=manifest.base_version,
+                attempt=manifest.attempt,
+                steps=manifest.steps,
+                samples=manifest.samples,
+                seconds=manifest.seconds,
+                size=manifest.size,
+                norm=entry.facts.norm,
+                loss=manifest.loss,
+            )
+        )
+        count(encoder, encoder.buffer[-1], 1)
+        member.loss, member.version = manifest.loss, manifest.base_version
+        member.waiting = member.waiting or manifest.wants_version
+        return self._advance(encoder, entry.at)
+
+    def _duplicate(self, encoder: EncoderState, manifest: UpdateManifest) -> list[Effect]:
+        """Settled once is settled: the stored receipt again; the same id with other bytes is a conflict."""
+        member = encoder.members[manifest.node]
+        member.duplicates += 1
+        waiting = pending(encoder, manifest)
+        if waiting is not None and waiting.digest == manifest.digest:
+            return []
+        receipt = stored(member, manifest)
+        if waiting is None and receipt is not None:
+            return [Send(manifest.node, receipt)]
+        detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
+        return [Send(manifest.node, issued(encoder, refused(encoder, manifest, "conflict", detail)))]
+
+    def _advance(self, encoder: EncoderState, at: float) -> list[Effect]:
+        """Step if the buffer is ready or has waited its grace time; finish if the stop rule holds."""
+        settings = self.state.settings
+        if encoder.status != "running" or encoder.stepping:
+            return []
+        ending = stop_reason(encoder, settings.stop, at)
+        waiting = [item.node for item in encoder.buffer]
+        # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
+        grace_over = bool(waiting) and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
+        rule, most = settings.rule.buffer, settings.update_rule.max_unanswered
+        if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), rule, most)):
+            return [self._step(encoder)]
+        if ending:
+            return self._finish(encoder, ending, at)
+        if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
+            return [publish(self.state.settings, encoder, at)]
+        return []
+
+    def _step(self, encoder: EncoderState) -> Step:
+        """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
+        rule = self.state.settings.rule
+        encoder.stepping = weigh(encoder, rule)
+        encoder.buffer = []
+        contributions = tuple(
+            Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
+            for weighed in encoder.stepping
+        )
+        return Step(encoder.encoder, encoder.version + 1, contributions, rule.outer)
+
+    def _versioned(self, body: Versioned, at: float) -> list[Effect]:
+        """A version is computed: its updates are answered, who waits is told, and it may have been the last."""
+        encoder = self.state.encoders[body.encoder]
+        counted, encoder.stepping = encoder.stepping, []
+        encoder.version, encoder.digest = body.version, body.digest
+        effects: list[Effect] = []
+        for weighed in counted:
+            item, member = weighed.item, encoder.members[weighed.item.node]
+            receipt = issued(encoder, accepted(encoder, item, weighed.weight, weighed.staleness, member.returns))
+            member.weight += weighed.weight
+            member.last_weight, member.last_staleness = weighed.weight, weighed.staleness
+            settle(member, receipt)
+            effects.append(Send(item.node, receipt))
+        encoder.norms = (encoder.norms + [weighed.item.norm for weighed in counted])[-KEPT_NORMS:]
+        observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)
+        ending = stop_reason(encoder, self.state.settings.stop, at)
+        if ending:
+            return effects + self._finish(encoder, ending, at)
+        waiting = [member for member in encoder.members.values() if member.waiting]
+        return effects + (notify(self.state.settings, encoder, waiting, at) if waiting else self._advance(encoder, at))
+
+    def _step_failed(self, body: StepFailed, at: float) -> list[Effect]:
+        """Payloads were lost: their updates do not count, and their nodes, which have no receipt, send them again."""
+        encoder = self.state.encoders[body.encoder]
+        items, encoder.stepping = [weighed.item for weighed in encoder.stepping], []
+        encoder.buffer = [item for item in items if item.payload not in body.lost] + encoder.buffer
+        effects: list[Effect] = []
+        for item in items:
+            if item.payload in body.lost:
+                count(encoder, item, -1)
+                effects.append(Send(item.node, resend(encoder.encoder, item)))
+        return effects + self._advance(encoder, at)
+
+    def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
+        encoder.status, encoder.reason = "finished", reason
+        return [
+            publish(self.state.settings, encoder, at),
+            Conclude(encoder.encoder, encoder.version),
+            Broadcast(encoder.encoder_type, finish(encoder)),
+        ]

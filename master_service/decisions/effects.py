@@ -1,0 +1,92 @@
+"""What the coordinator wants done. The shell does it; outcomes that matter come back as log entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.wire.messages import EncodingName, Message
+from master_service.decisions.rules.model import OuterOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A message to one node (or observer)."""
+
+    to: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """A message to every node that listens for an encoder type."""
+
+    encoder_type: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Make version 0 of an encoder; answered by a Generated or GenerationFailed entry."""
+
+    encoder: str
+    encoder_type: str
+    architecture: dict[str, Any]
+    generation: str
+    source: str | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One update of a step: its payload by digest, and its weight already divided by the buffer's sample weights."""
+
+    payload: str
+    encoding: EncodingName
+    coefficient: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Compute the next version; answered by a Versioned entry, or a StepFailed if payloads are damaged."""
+
+    encoder: str
+    version: int
+    contributions: tuple[Contribution, ...]
+    outer: OuterOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Write the current version to the encoder's stream, before any message that follows it here. `again`: only for a
+    node that did not find it there."""
+
+    encoder: str
+    version: int
+    progress: float
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """The training has ended: export the encoder and keep it in the registry."""
+
+    encoder: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The update's payload is not needed (any more)."""
+
+    payload: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """The entry at `offset` is skipped: its message goes to the dead letters."""
+
+    offset: int
+
+
+Effect = Send | Broadcast | Generate | Step | Publish | Conclude | Refused | SetAside

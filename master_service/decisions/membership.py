@@ -1,0 +1,131 @@
+"""Nodes come, are let in, vanish, leave and ask: pure functions of the state.
+
+`advance` is what the coordinator does once an encoder's nodes are others: it may step, or end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.wire.messages import Fetch, InstructionAck, Introduce, Join, Leave, Rule
+from master_service.decisions.effects import Effect, Send
+from master_service.decisions.messages_out import finish, instruction, notify, publish, publish_again
+from master_service.decisions.records import Presence
+from master_service.decisions.state import EncoderState, Member, NodeState, State
+from master_service.decisions.stopping import progress
+from master_service.decisions.verdicts import remember
+
+Advance = Callable[[EncoderState, float], list[Effect]]
+
+
+def join(state: State, body: Join) -> list[Effect]:
+    """A node introduces itself, and is told what is running for it."""
+    state.nodes[body.node] = NodeState(node=body.node, incarnation=body.incarnation, types=body.types)
+    return [
+        Send(body.node, instruction(encoder))
+        for encoder in state.encoders.values()
+        if encoder.status == "running" and encoder.encoder_type in body.types
+    ]
+
+
+def ack(state: State, body: InstructionAck, at: float, advance: Advance) -> list[Effect]:
+    """A node is in, or refuses. Its returns are kept when it comes back under a new incarnation."""
+    encoder = state.encoders.get(body.encoder)
+    if encoder is None or encoder.status != "running":
+        return []
+    known = state.nodes.get(body.node)
+    if known is None or known.incarnation != body.incarnation:
+        return [Send(body.node, Introduce(node=body.node))]
+    known.present = True
+    member = encoder.members.get(body.node)
+    if not body.accepted:
+        if member is not None:
+            member.accepted = False
+        return advance(encoder, at)
+    if member is None:
+        member = Member(node=body.node, incarnation=body.incarnation, samples=body.samples)
+        encoder.members[body.node] = member
+    member.incarnation = body.incarnation
+    remember(member, body.incarnation)
+    member.accepted, member.present, member.samples = True, True, body.samples
+    return _rules(state, encoder, [body.node], at) if encoder.started else _begin(state, encoder, at)
+
+
+def leave(state: State, body: Leave, at: float, advance: Advance) -> list[Effect]:
+    """A node goes: nobody waits for it any more. What it handed in stays; to come back it joins again."""
+    known = state.nodes.get(body.node)
+    if known is None or known.incarnation != body.incarnation:
+        return []
+    known.present = False
+    effects: list[Effect] = []
+    for encoder in state.encoders.values():
+        member = encoder.members.get(body.node)
+        if member is not None and member.accepted:
+            member.accepted, member.waiting = False, False
+            effects += advance(encoder, at)
+    return effects
+
+
+def presence(state: State, body: Presence, at: float, advance: Advance) -> list[Effect]:
+    """A node vanished, or is back without having left: the rules count with it or not."""
+    known = state.nodes.get(body.node)
+    if known is None:
+        return []
+    known.present = body.present
+    effects: list[Effect] = []
+    for encoder in state.encoders.values():
+        member = encoder.members.get(body.node)
+        if member is not None and member.present != body.present:
+            member.present = body.present
+            effects += _begin(state, encoder, at) + advance(encoder, at)
+    return effects
+
+
+def fetch(state: State, body: Fetch, at: float) -> list[Effect]:
+    """A node wants a newer version than it has: it is told of the newest, or as soon as there is one; or of the end."""
+    encoder = state.encoders.get(body.encoder)
+    if encoder is None or not encoder.layout:
+        return []
+    if encoder.status == "finished":
+        again = publish_again(state.settings, encoder, body.sought, at)
+        return [*again, Send(body.node, finish(encoder))]
+    member = encoder.members.get(body.node)
+    if member is None:
+        return [Send(body.node, Introduce(node=body.node))]
+    if not encoder.started:
+        return []  # nobody trains yet; all are told when that begins
+    if body.have_version >= encoder.version:
+        member.waiting = True
+        return []
+    again = publish_again(state.settings, encoder, body.sought, at)
+    return [*again, *notify(state.settings, encoder, [member], at)]
+
+
+def _begin(state: State, encoder: EncoderState, at: float) -> list[Effect]:
+    """The training starts once enough nodes are there."""
+    if encoder.started or encoder.status != "running" or len(encoder.active()) < state.settings.min_nodes:
+        return []
+    encoder.started, encoder.run_started_at = True, at
+    return _rules(state, encoder, [member.node for member in encoder.members.values() if member.accepted], at)
+
+
+def _rules(state: State, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
+    """Everybody starts from the current version."""
+    settings = state.settings
+    update_rule = settings.update_rule
+    if settings.rule.synchronous:
+        update_rule = update_rule.model_copy(update={"wait": True})
+    effects: list[Effect] = (
+        [publish(state.settings, encoder, at)] if encoder.published_version < encoder.version else []
+    )
+    for node in nodes:
+        rule = Rule(
+            encoder=encoder.encoder,
+            node=node,
+            update_rule=update_rule,
+            version=encoder.version,
+            published_at=0.0,
+            progress=progress(encoder, settings.stop, at),
+        )
+        effects.append(Send(node, rule))
+    return effects

@@ -1,0 +1,94 @@
+"""What the master says of an encoder, and to whom: pure functions of its state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.wire.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
+from master_service.decisions.effects import Effect, Publish, Send
+from master_service.decisions.records import Settings
+from master_service.decisions.state import Buffered, EncoderState, Member
+from master_service.decisions.stopping import progress
+
+#: After the last publication, seconds; a node looks for a version on the stream for half as long.
+PUBLISH_AGAIN_SECONDS = 30.0
+
+
+def instruction(encoder: EncoderState) -> Instruction:
+    return Instruction(
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        architecture=encoder.architecture,
+        layout=encoder.layout,
+        layout_digest=encoder.layout_digest,
+    )
+
+
+def finish(encoder: EncoderState) -> Finish:
+    return Finish(
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        version=encoder.version,
+        digest=encoder.digest,
+        published_at=0.0,
+        reason=encoder.reason,
+    )
+
+
+def answer(encoder: EncoderState) -> Answer:
+    return Answer(
+        accepted=True,
+        encoder=encoder.encoder,
+        encoder_type=encoder.encoder_type,
+        status=encoder.status,
+        version=encoder.version,
+        digest=encoder.digest or None,
+        architecture=encoder.architecture,
+        layout=encoder.layout,
+        detail=encoder.reason,
+    )
+
+
+def resend(encoder: str, update: UpdateManifest | Buffered) -> Resend:
+    """The request to send an update once more, as the attempt after the one that came."""
+    return Resend(
+        encoder=encoder,
+        node=update.node,
+        incarnation=update.incarnation,
+        sequence=update.sequence,
+        attempt=update.attempt + 1,
+    )
+
+
+def publish(settings: Settings, encoder: EncoderState, at: float) -> Publish:
+    """The order to publish the newest version; the state knows from here on that it is."""
+    encoder.published_version, encoder.published_at = encoder.version, at
+    return Publish(encoder.encoder, encoder.version, progress(encoder, settings.stop, at))
+
+
+def publish_again(settings: Settings, encoder: EncoderState, sought: int | None, at: float) -> list[Effect]:
+    """Publish the newest version once more for a node that did not find what it was told of on the stream.
+
+    A broker that dies can lose the end of a stream that it had confirmed, or all of it with its disk. Many nodes miss
+    the same version then, and one of them may lie: once in a while is enough for all.
+    """
+    lost = sought is not None and sought <= encoder.published_version
+    if not lost or at - encoder.published_at < PUBLISH_AGAIN_SECONDS:
+        return []
+    return [replace(publish(settings, encoder, at), again=True)]
+
+
+def notify(settings: Settings, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
+    """Tell these of the newest version, which is published first if it was not."""
+    effects: list[Effect] = [publish(settings, encoder, at)] if encoder.published_version < encoder.version else []
+    for member in members:
+        member.waiting = False
+        notice = Notice(
+            encoder=encoder.encoder,
+            version=encoder.version,
+            digest=encoder.digest,
+            published_at=0.0,
+            progress=progress(encoder, settings.stop, at),
+        )
+        effects.append(Send(member.node, notice))
+    return effects

@@ -1,0 +1,96 @@
+"""Requests for encoders, and how an encoder comes to be: pure functions of the state."""
+
+from __future__ import annotations
+
+import hashlib
+
+from common.numbers.layout import Layout
+from common.wire.messages import Answer, Continue, Get
+from master_service.decisions.effects import Broadcast, Effect, Generate, Send
+from master_service.decisions.messages_out import answer, instruction, publish
+from master_service.decisions.records import Entry, Generated, GenerationFailed
+from master_service.decisions.state import EncoderState, State
+from master_service.decisions.verdicts import shortened
+
+
+def get(state: State, entry: Entry, request: Get) -> list[Effect]:
+    """Join the encoder being trained, answer with the newest finished one, or start one."""
+    same = [
+        encoder
+        for encoder in state.encoders.values()
+        if encoder.encoder_type == request.encoder_type
+        and encoder.status != "failed"
+        and all(encoder.architecture.get(key) == value for key, value in request.architecture.items())
+    ]
+    running = next((encoder for encoder in same if encoder.status != "finished"), None)
+    if running is not None:
+        if running.status == "generating":
+            running.askers.append(request.sender)
+            return []
+        return [Send(request.sender, answer(running))]
+    if same and not request.fresh:
+        return [publish(state.settings, same[-1], entry.at), Send(request.sender, answer(same[-1]))]
+    # an id has at most 64 characters, whatever the type is called
+    name = f"{request.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
+    encoder = EncoderState(
+        encoder=name,
+        encoder_type=request.encoder_type,
+        architecture={**state.settings.architecture, **request.architecture},
+        askers=[request.sender],
+    )
+    state.encoders[name] = encoder
+    return [generate(state, encoder)]
+
+
+def go_on(state: State, request: Continue, at: float) -> list[Effect]:
+    """Train a known encoder further: another run, under the settings of now."""
+    encoder = state.encoders.get(request.encoder)
+    if encoder is None or encoder.status == "failed":
+        return [Send(request.sender, Answer(accepted=False, detail=f"no encoder {request.encoder} is known here"))]
+    if encoder.status != "finished":
+        return [Send(request.sender, answer(encoder))]
+    encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
+    encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
+    encoder.best_loss, encoder.versions_without_gain = None, 0
+    for member in encoder.members.values():
+        member.accepted, member.waiting = False, False
+    return [
+        publish(state.settings, encoder, at),
+        Broadcast(encoder.encoder_type, instruction(encoder)),
+        Send(request.sender, answer(encoder)),
+    ]
+
+
+def generate(state: State, encoder: EncoderState) -> Generate:
+    """The order to make version 0."""
+    settings = state.settings
+    return Generate(
+        encoder.encoder,
+        encoder.encoder_type,
+        encoder.architecture,
+        settings.generation,
+        settings.source,
+        settings.seed,
+    )
+
+
+def generated(state: State, body: Generated, at: float) -> list[Effect]:
+    """Version 0 is here: everybody is told."""
+    encoder = state.encoders[body.encoder]
+    encoder.status = "running"
+    encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
+    encoder.size, encoder.digest = Layout(body.layout).size, body.digest
+    askers, encoder.askers = encoder.askers, []
+    return [
+        publish(state.settings, encoder, at),
+        Broadcast(encoder.encoder_type, instruction(encoder)),
+        *(Send(asker, answer(encoder)) for asker in askers),
+    ]
+
+
+def generation_failed(state: State, body: GenerationFailed) -> list[Effect]:
+    """Who asked is told why."""
+    encoder = state.encoders[body.encoder]
+    encoder.status, encoder.reason = "failed", body.reason
+    refusal = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
+    return [Send(asker, refusal) for asker in encoder.askers]

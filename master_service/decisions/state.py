@@ -1,0 +1,155 @@
+"""The coordinator's state: plain numbers and words, so that a snapshot is its JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.wire.messages import EncodingName, LayoutEntries, Receipt
+from master_service.decisions.records import Settings
+
+#: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time
+#: (`UpdateRule.max_unanswered`), so what is forgotten is older than any that is still on its way.
+KEPT_RECEIPTS = 64
+#: Incarnations of a node whose receipts are kept; of older ones only that everything of theirs is settled.
+KEPT_INCARNATIONS = 4
+#: Incarnations of a node that are known at all; nobody has lost a state directory more often than that.
+KNOWN_INCARNATIONS = 1000
+#: Norms and losses that the guards and the plateau rule look back on.
+KEPT_NORMS = 64
+
+Status = Literal["generating", "running", "finished", "failed"]
+
+
+class _State(BaseModel):
+    # a loss may be NaN, and a snapshot must bring it back
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class NodeState(_State):
+    """A node as it introduced itself."""
+
+    node: str
+    incarnation: str
+    types: list[str] = Field(default_factory=list)
+    present: bool = True
+
+
+class Settled(_State):
+    """What is settled of one incarnation's updates: everything below a sequence number, and these receipts."""
+
+    receipts: dict[int, Receipt] = Field(default_factory=dict)
+    below: int = 0
+
+    def holds(self, sequence: int) -> bool:
+        return sequence < self.below or sequence in self.receipts
+
+
+class Member(_State):
+    """A node in the training of one encoder. `weight` is the sum over its accepted updates.
+
+    `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life. `settled` is kept by
+    incarnation, because one may come back (from a backup) after another.
+    """
+
+    node: str
+    incarnation: str
+    samples: int
+    accepted: bool = True
+    present: bool = True
+    returns: int = 0
+    refused: int = 0
+    duplicates: int = 0
+    weight: float = 0.0
+    last_weight: float = 0.0
+    last_staleness: int = 0
+    steps: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    payload_bytes: int = 0
+    loss: float | None = None
+    version: int = 0
+    waiting: bool = False
+    settled: dict[str, Settled] = Field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        return self.accepted and self.present
+
+
+class Buffered(_State):
+    """An accepted update that waits for the next version."""
+
+    node: str
+    incarnation: str
+    sequence: int
+    digest: str
+    payload: str
+    encoding: EncodingName
+    base_version: int
+    attempt: int
+    steps: int
+    samples: int
+    seconds: float
+    size: int
+    norm: float
+    loss: float
+
+
+class Weighed(_State):
+    """An update of the version that is being computed. `coefficient` is its share of the step, `weight` is for people:
+    the coefficient times the number of updates."""
+
+    item: Buffered
+    weight: float
+    coefficient: float
+    staleness: int
+
+
+class EncoderState(_State):
+    """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
+
+    `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
+    """
+
+    encoder: str
+    encoder_type: str
+    architecture: dict[str, Any]
+    status: Status = "generating"
+    reason: str = ""
+    layout: LayoutEntries = Field(default_factory=list)
+    layout_digest: str = ""
+    size: int = 0
+    version: int = 0
+    digest: str = ""
+    members: dict[str, Member] = Field(default_factory=dict)
+    started: bool = False
+    buffer: list[Buffered] = Field(default_factory=list)
+    buffer_since: float = 0.0
+    stepping: list[Weighed] = Field(default_factory=list)
+    last_receipt: str = ""
+    updates: int = 0
+    published_version: int = -1
+    published_at: float = 0.0
+    run_started_at: float = 0.0
+    run_first_version: int = 0
+    run_first_update: int = 0
+    stop_requested: str = ""
+    norms: list[float] = Field(default_factory=list)
+    best_loss: float | None = None
+    versions_without_gain: int = 0
+    askers: list[str] = Field(default_factory=list)
+
+    def active(self) -> dict[str, Member]:
+        """The members that the rules count on, in the order in which they joined."""
+        return {node: member for node, member in self.members.items() if member.active}
+
+
+class State(_State):
+    """Everything that the log has led to."""
+
+    settings: Settings = Settings()
+    epoch: int = 0
+    nodes: dict[str, NodeState] = Field(default_factory=dict)
+    encoders: dict[str, EncoderState] = Field(default_factory=dict)

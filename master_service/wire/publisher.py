@@ -1,0 +1,122 @@
+"""What leaves the master: messages and versions, each until the broker has it, because what was decided must leave."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+
+import structlog
+
+from common.crash_points import reached
+from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
+from common.numbers.encodings import encode_vector
+from common.numbers.parameters import ParameterSet
+from common.wire.broker import Broker, Delivery, Publication
+from common.wire.codec import encode
+from common.wire.messages import Answer, EncodingName, Finish, Message, Notice, Rule
+from common.wire.topology import Topology
+from common.wire.versions import publish_version
+from master_service.decisions.effects import Publish
+from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
+
+log = structlog.get_logger()
+
+_RETRY_SECONDS = 1.0
+
+
+class Publisher:
+    """`ended` waits up to so many seconds and says whether the service is to end: then what is tried is given up."""
+
+    def __init__(
+        self, broker: Broker, topology: Topology, encoding: EncodingName, ended: Callable[[float], bool]
+    ) -> None:
+        self.bytes_out = 0
+        self._broker = broker
+        self._topology = topology
+        self._encoding = encoding
+        self._ended = ended
+        self._hints: dict[str, float] = {}
+        #: By encoder: epoch and version that were written last, and when that had ended.
+        self._written: dict[str, tuple[tuple[int, int], float]] = {}
+        #: The encoders whose streams are declared.
+        self._streams: set[str] = set()
+
+    def send(self, to: str, message: Message) -> None:
+        """To one node or observer."""
+        reached("before send")
+        exchange = self._topology.rule if isinstance(message, Rule) else self._topology.receipt
+        self._publish(exchange, to, message)
+        reached("after send")
+
+    def broadcast(self, encoder_type: str, message: Message) -> None:
+        """To every node that listens for this type."""
+        self._publish(self._topology.instruction, encoder_type, message)
+
+    def version(self, effect: Publish, epoch: int, parameters: ParameterSet) -> None:
+        """Write a version to its encoder's stream. One that was missed is not written again a moment later: on a slow
+        line, many may have asked for it while it was written."""
+        what, (last, ended_at) = (epoch, effect.version), self._written.get(effect.encoder, ((-1, -1), 0.0))
+        if effect.again and what == last and time.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS:
+            return
+        bodies = encode_vector(parameters.vector, self._encoding)
+        self.bytes_out += sum(len(body) for body in bodies)
+
+        def write() -> None:
+            try:
+                self._hints[effect.encoder] = publish_version(
+                    self._broker,
+                    self._topology,
+                    encoder=effect.encoder,
+                    epoch=epoch,
+                    version=effect.version,
+                    encoding=self._encoding,
+                    layout_digest=parameters.layout.digest,
+                    bodies=bodies,
+                    progress=effect.progress,
+                    declare=effect.encoder not in self._streams,
+                )
+                self._streams.add(effect.encoder)
+            except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
+                self._streams.discard(effect.encoder)
+                raise BrokerUnavailable(str(error)) from None
+
+        reached("before publish")
+        self._persist(write)
+        self._written[effect.encoder] = what, time.monotonic()
+        reached("after publish")
+
+    def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
+        """Set a delivery aside with its reason, then ack it."""
+        log.warning("message set aside", queue=delivery.queue, reason=poison.reason, detail=poison.detail)
+        self._persist(lambda: self._broker.dead_letter(delivery, poison.reason, poison.detail))
+
+    def dead_message(self, message: Message, reason: str, detail: str) -> None:
+        """Set aside a message whose delivery is long acked."""
+        headers = {"x-reason": reason, "x-detail": detail[:500]}
+        publication = Publication(self._topology.dead_letters, reason, encode(message), headers, uuid.uuid4().hex)
+        self._persist(lambda: self._broker.publish(publication))
+
+    def _publish(self, exchange: str, key: str, message: Message) -> None:
+        if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
+            message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
+        publication = Publication(exchange, key, encode(message), message_id=uuid.uuid4().hex)
+
+        def send() -> None:
+            try:
+                self._broker.publish(publication)
+            except Unroutable:
+                # nobody listens (yet); a node that joins later is told everything then
+                log.debug("nobody takes this", exchange=exchange, key=key)
+
+        self._persist(send)
+
+    def _persist(self, action: Callable[[], None]) -> None:
+        """Try until the broker takes it. Raises what hinders it when the service is to end."""
+        while True:
+            try:
+                return action()
+            except (BrokerUnavailable, PublishRejected) as error:
+                log.warning("the broker does not take messages, trying again", problem=str(error))
+                if self._ended(_RETRY_SECONDS):
+                    raise

@@ -1,0 +1,216 @@
+"""The node's private corpus: from what its owner configured to training and held-out samples. Imports no torch."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from common.errors import UserError
+from node_service.corpus import image_files, text_files
+
+#: The file suffixes of the types that are read from files; other types come through an entry point.
+SUFFIXES = {"text": text_files.SUFFIXES, "image": image_files.SUFFIXES}
+
+_Labelled = tuple[Sequence[Any], list[str] | None]
+
+
+class CorpusConfig(BaseModel):
+    """One corpus as its owner describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: str = Field("text", description="encoder type that the samples are for")
+    path: tuple[str, ...] = Field((), description="files, folders or globs (** for all levels)")
+    test_path: tuple[str, ...] = Field(
+        (), description="held-out samples of their own; else a part of `path` is held out"
+    )
+    entry_point: str | None = Field(None, description='"module:function" that gives the samples instead of `path`')
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of the samples that is never trained on")
+    limit: int | None = Field(None, ge=1, description="at most this many samples, spread over the corpus")
+    field: str | None = Field(
+        None, description="text field of .jsonl .csv .parquet (text), array of .npz (x_train, x, …)"
+    )
+    label: str | None = Field(None, description="label field or array, for probes only; by default label, y_train, …")
+    documents: Literal["auto", "file", "paragraph", "line"] = Field(
+        "auto",
+        description="what one sample of a plain text file is; auto: the file if ten or more match, else the paragraph",
+    )
+    image_size: int | None = Field(None, ge=1, description="pixels a side that pictures are scaled to")
+
+    @field_validator("path", "test_path", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorpusConfig:
+        if bool(self.path) == (self.entry_point is not None):
+            raise ValueError("give either path or entry_point")
+        if self.test_path and not self.path:
+            raise ValueError("test_path needs path; an entry point splits by held_out")
+        return self
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Samples of one encoder type; labels, for probes only, are there for every sample or not at all.
+
+    `train` and `test` are lists of str for text, uint8 arrays (n, height, width[, channels]) for images, and whatever
+    sequence an entry point gave for other types. `test` may be empty (`held_out` 0).
+    """
+
+    type: str
+    train: Sequence[Any]
+    train_labels: list[str] | None
+    test: Sequence[Any]
+    test_labels: list[str] | None
+
+
+def select_corpus(configs: Sequence[CorpusConfig], encoder_type: str) -> CorpusConfig:
+    """The first corpus of this type. Raises UserError, the node's refusal of an instruction, if there is none."""
+    for config in configs:
+        if config.type == encoder_type:
+            return config
+    have = ", ".join(sorted({config.type for config in configs})) or "nothing"
+    raise UserError(
+        f"no samples of type {encoder_type}: this node's configuration names {have}; "
+        f'add a corpus with type = "{encoder_type}" to it'
+    )
+
+
+def load_corpus(config: CorpusConfig, base: Path | None = None) -> Corpus:
+    """Read and split a corpus; relative paths start at `base` (default: the current folder).
+
+    The held-out part follows from the samples' content alone: it is the same on every run and whatever is added, and
+    equal samples are on one side. Raises UserError naming the file and the mend for everything unreadable or empty.
+    """
+    if config.entry_point is not None:
+        (samples, labels), test = _from_entry_point(config.entry_point), None
+    else:
+        (samples, labels), test = _from_files(config, base or Path())
+    kept = _limited(samples, config.limit)
+    samples, labels = _take(samples, labels, kept)
+    if test is not None:
+        return Corpus(config.type, samples, labels, *test)
+    train, held_out = _split(samples, config.held_out, config)
+    return Corpus(config.type, *_take(samples, labels, train), *_take(samples, labels, held_out))
+
+
+def _from_files(config: CorpusConfig, base: Path) -> tuple[_Labelled, _Labelled | None]:
+    """The samples, and the held-out ones where they come from files of their own."""
+    if config.type not in SUFFIXES:
+        raise UserError(f"samples of type {config.type} are not read from files; set entry_point instead of path")
+    files = _files(config.path, config.type, base)
+    test_files = _files(config.test_path, config.type, base) if config.test_path else None
+    if config.type == "image":
+        wanted = (config.field, config.label, config.image_size)
+        images, set_aside = image_files.read_images(files, *wanted)
+        return images, image_files.read_images(test_files, *wanted, test=True)[0] if test_files else set_aside
+    wanted_text = (config.field or "text", config.label, config.documents)
+    texts = text_files.read_texts(files, *wanted_text)
+    return texts, text_files.read_texts(test_files, *wanted_text) if test_files else None
+
+
+def _files(patterns: Iterable[str], encoder_type: str, base: Path) -> list[Path]:
+    """The files of all patterns, sorted within each. Raises UserError for a pattern without a file of the type."""
+    found: dict[Path, None] = {}
+    suffixes = SUFFIXES[encoder_type]
+    for pattern in patterns:
+        whole = str(base / Path(pattern).expanduser())
+        # a path that exists is meant literally, whatever brackets its name has
+        matches = [whole] if Path(whole).exists() else sorted(glob.glob(whole, recursive=True))
+        if not matches:
+            raise UserError(f"{pattern}: no such file and no match (looked in {base.absolute()}); correct the path")
+        for path in map(Path, matches):
+            if path.is_dir():
+                inside = sorted(inner for inner in path.rglob("*") if inner.is_file())
+                found.update((inner, None) for inner in inside if kind_of(inner) in suffixes)
+            elif kind_of(path) in suffixes or _spelled_out(pattern, path, encoder_type):
+                found[path] = None
+        if not any(path in found for path in _below(matches, found)):
+            raise UserError(
+                f"{pattern} holds no samples of type {encoder_type}, which come in {' '.join(sorted(suffixes))}; "
+                "correct path or type"
+            )
+    return list(found)
+
+
+def _below(matches: Sequence[str], found: Iterable[Path]) -> Iterable[Path]:
+    roots = {Path(match) for match in matches}
+    return (path for path in found if roots & {path, *path.parents})
+
+
+def _spelled_out(pattern: str, path: Path, encoder_type: str) -> bool:
+    """Whether a file of unknown suffix is meant all the same: plain text that the pattern names (`*.log`)."""
+    known = any(kind_of(path) in suffixes for suffixes in SUFFIXES.values())
+    named = not glob.has_magic(pattern) or (path.suffix != "" and pattern.endswith(path.suffix))
+    return encoder_type == "text" and not known and named
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how to read a file, in lower case, without a `.gz` behind it."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _from_entry_point(name: str) -> _Labelled:
+    """Call "module:function", which gives samples, or samples and labels as a pair (a tuple)."""
+    module, _, function = name.partition(":")
+    try:
+        call = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"entry_point {name!r} does not load ({error}); write it as module:function") from error
+    given = call()
+    samples, labels = given if isinstance(given, tuple) else (given, None)
+    if len(samples) == 0:
+        raise UserError(f"entry_point {name!r} gave no samples; mend the function or set path")
+    if labels is not None and len(labels) != len(samples):
+        raise UserError(f"entry_point {name!r} gave {len(samples)} samples and {len(labels)} labels; give one for each")
+    return samples, None if labels is None else [str(label) for label in labels]
+
+
+def _digest(sample: Any) -> tuple[float, int]:
+    """Two numbers that follow from the sample's content: one in [0, 1) for the split, one for the order of a limit."""
+    if isinstance(sample, str):
+        raw = sample.encode("utf-8", "surrogatepass")
+    else:
+        raw = sample.tobytes() if isinstance(sample, np.ndarray) else repr(sample).encode()
+    digest = hashlib.blake2b(raw, digest_size=16).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56, int.from_bytes(digest[8:], "big")
+
+
+def _limited(samples: Sequence[Any], limit: int | None) -> list[int]:
+    """Which samples a limit keeps, in their order: chosen by content, because files are often sorted by label."""
+    if limit is None or limit >= len(samples):
+        return list(range(len(samples)))
+    by_content = sorted(range(len(samples)), key=lambda i: (_digest(samples[i])[1], i))
+    return sorted(by_content[:limit])
+
+
+def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tuple[list[int], list[int]]:
+    """Indices for training and held out; neither is empty unless `held_out` is 0."""
+    everything = list(range(len(samples)))
+    if not held_out:
+        return everything, []
+    places = [_digest(sample)[0] for sample in samples]
+    lowest, highest = min(places), max(places)
+    if lowest == highest:
+        source = config.entry_point or " ".join(config.path)
+        raise UserError(
+            f"{source}: one sample cannot be split for the held-out part; "
+            'set documents = "paragraph" or "line", or held_out = 0, or test_path'
+        )
+    below = {i for i in everything if places[i] == lowest or (places[i] < held_out and places[i] != highest)}
+    return [i for i in everything if i not in below], sorted(below)
+
+
+def _take(samples: Sequence[Any], labels: list[str] | None, indices: list[int]) -> _Labelled:
+    taken = samples[indices] if isinstance(samples, np.ndarray) else [samples[i] for i in indices]
+    return taken, None if labels is None else [labels[i] for i in indices]

@@ -1,0 +1,84 @@
+"""Updates on their way to the master: owed on disk before they are sent, sent again until a receipt answers them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from common.crash_points import reached
+from common.wire.messages import Receipt, UpdateManifest
+from node_service.handover.local_state import LocalState
+from node_service.handover.outbox import Outbox
+
+
+class Handover:
+    """What the state directory says is owed, and when each of it was sent."""
+
+    def __init__(self, state: LocalState, outbox: Outbox) -> None:
+        self._state = state
+        self._outbox = outbox
+        self._sent_at: dict[int, float] = {}
+        self._times: Counter[int] = Counter()
+
+    def hand_over(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
+        """A new update. Once this returns, or was killed after the first half of it, the update will be answered."""
+        reached("node before owe")
+        self._state.owe(manifest, b"".join(bodies))
+        reached("node after owe")
+        self._send(manifest, bodies)
+
+    def send_owed(self) -> set[int]:
+        """After a start: whatever has no receipt yet is sent again under its old id; gives the numbers."""
+        owed = [each.manifest for each in self._state.owed()]
+        for manifest in owed:
+            self.send_again(manifest.sequence)
+        return {manifest.sequence for manifest in owed}
+
+    def send_unanswered(self, after: float) -> None:
+        """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is. Twice as
+        long is waited after each time, up to sixteen times: a master with a backlog is not helped by more of the same.
+        """
+        now = time.monotonic()
+        for sequence, at in list(self._sent_at.items()):
+            if self._outbox.problem:
+                self._sent_at[sequence] = now
+            elif now - at >= after * 2 ** min(self._times[sequence], 4):
+                self._times[sequence] += 1
+                self.send_again(sequence)
+
+    def send_again(self, sequence: int, attempt: int | None = None) -> None:
+        """The same update as another attempt, the next by default; not as one that it was sent as already: that one is
+        on its way, and each stale answer would beget another."""
+        owed = self._state.find(sequence)
+        if owed is None or (attempt is not None and attempt <= owed.manifest.attempt):
+            return
+        number = owed.manifest.attempt + 1 if attempt is None else attempt
+        manifest = owed.manifest.model_copy(update={"attempt": number})
+        self._state.owe(manifest, owed.payload)
+        self._send(manifest, owed.bodies())
+
+    def mistaken(self, receipt: Receipt) -> bool:
+        """Whether a receipt is for another update of the number of one that is owed; of whatever encoder, because an
+        incarnation gives a number once."""
+        owed = self._state.manifest(receipt.sequence)
+        return owed is not None and owed.incarnation == receipt.incarnation and owed.digest != receipt.digest
+
+    def settle(self, receipt: Receipt) -> bool:
+        """An update is answered: remember that, then forget the update. False for a receipt that came before."""
+        reached("node before receipt")
+        new = self._state.remember(receipt)
+        reached("node after receipt")
+        self._state.settle(receipt.sequence)
+        self._sent_at.pop(receipt.sequence, None)
+        self._times.pop(receipt.sequence, None)
+        return new
+
+    def forget(self) -> None:
+        """What was sent belongs to another incarnation."""
+        self._sent_at.clear()
+        self._times.clear()
+
+    def _send(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
+        self._sent_at[manifest.sequence] = time.monotonic()
+        self._outbox.update(manifest, bodies)

@@ -1,0 +1,101 @@
+"""One moment of a node's training on disk, in one file: the new one whole, or the one before.
+
+`checkpoint.safetensors` holds the private tensors, the optimiser and data position, and while an encoder is being
+trained the path of its shared parameters, so that steps that were not handed in yet outlive the process. `pinned.json`
+says for people what the private parts fit; it is a copy, and written last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.crash_points import reached
+from common.durable import save_tensors, sync, write_durably
+from common.errors import UserError
+from node_service.training.update_rule import SinceReturn
+
+_FILE = "checkpoint.safetensors"
+#: Where the facts stand in the file's own metadata, so that they cannot disagree with its tensors.
+_FACTS = "facts"
+
+
+class PathFacts(BaseModel):
+    """The path of the shared parameters, but for its tensors. It is this incarnation's, and holds what was not handed
+    in before the update numbered `next_sequence`."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    incarnation: str
+    next_sequence: int
+    last_settled: int
+    progress: float
+    since: SinceReturn
+
+
+class Facts(BaseModel):
+    """What the tensors are: private parts that fit `version` of `encoder`, after so many steps."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    encoder: str
+    version: int
+    steps: int
+    type: str
+    architecture: dict[str, Any]
+    path: PathFacts | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`path` is empty where `facts.path` is None."""
+
+    facts: Facts
+    private: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    path: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+    """Replace the checkpoint: written beside, synced, renamed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    groups = {"private": checkpoint.private, "trainer": checkpoint.trainer, "path": checkpoint.path}
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
+    place = directory / _FILE
+    beside = place.with_suffix(".part")
+    reached("node before checkpoint")
+    save_tensors(beside, tensors, {_FACTS: checkpoint.facts.model_dump_json()})
+    reached("node during checkpoint")
+    beside.replace(place)
+    sync(directory)
+    reached("node after checkpoint")
+    pinned = checkpoint.facts.model_dump(exclude={"path"})
+    write_durably(directory / "pinned.json", json.dumps(pinned, indent=1).encode())
+
+
+def read_checkpoint(directory: Path) -> Checkpoint | None:
+    """The checkpoint that was written here; None if there is none. Raises UserError if it is damaged."""
+    place = directory / _FILE
+    if not place.exists():
+        return None
+    groups: dict[str, dict[str, Tensor]] = {"private": {}, "trainer": {}, "path": {}}
+    try:
+        with safe_open(place, "pt") as file:
+            facts = Facts.model_validate_json(file.metadata()[_FACTS])
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                group, _, name = key.partition("/")
+                groups[group][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, ValidationError, KeyError, TypeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise UserError(f"{place}: damaged ({problem}); restore it from a backup or remove {directory}") from None
+    return Checkpoint(facts, groups["private"], groups["trainer"], groups["path"])

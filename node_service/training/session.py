@@ -1,0 +1,198 @@
+"""One encoder on one node: model, trainer and the path of the shared parameters, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from common.encoders import get_encoder_type
+from common.errors import UserError
+from common.numbers.encodings import decode_vector
+from common.numbers.layout import Layout
+from common.wire.messages import Instruction, UpdateManifest, UpdateRule
+from common.wire.transfer import CompleteVersion, payload_digest
+from node_service.handover.receipt_book import Ledger
+from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
+from node_service.training.private_parts import load_private, load_spec, save_spec
+from node_service.training.trainer import Trainer
+from node_service.training.trajectory import Frame
+from node_service.training.update_rule import SinceReturn, must_return
+
+log = structlog.get_logger()
+
+#: Drift needs a pass over all shared parameters, so it is looked at every so many steps.
+_DRIFT_EVERY = 10
+
+
+class Training:
+    """Made from an instruction and the owner's samples; trains once a version was adopted, or a path was restored.
+
+    `ledger` says what became of the updates that earlier processes of this incarnation handed in.
+    Raises UserError if this node cannot build what the instruction asks for.
+    """
+
+    def __init__(
+        self,
+        instruction: Instruction,
+        samples: Any,
+        directory: Path,
+        *,
+        private: dict[str, Any],
+        seed: int,
+        device: str,
+        ledger: Ledger,
+    ) -> None:
+        self.instruction = instruction
+        self.directory = directory
+        encoder_type = get_encoder_type(instruction.encoder_type)
+        spec = load_spec(directory)
+        if spec is None:
+            spec = encoder_type.fit_private(samples, instruction.architecture, private)
+            save_spec(directory, spec)
+        self.model = encoder_type.build(instruction.architecture, spec, seed)
+        saved = load_private(directory, self.model)
+        self.trainer = Trainer(self.model, self.model.encode(samples), UpdateRule().inner, seed=seed, device=device)
+        difference = Layout(instruction.layout).difference(self.trainer.layout)
+        if difference is not None:
+            raise UserError(f"this node builds another encoder than the instruction says: {difference}")
+        self.rule = UpdateRule()
+        self.since = SinceReturn()
+        self.version = -1
+        self._frame: Frame | None = None
+        self._incarnation = ledger.incarnation
+        self._next_sequence = ledger.next_sequence
+        if saved is not None:
+            self.trainer.load_state(saved.trainer)
+            self._restore_path(saved, ledger)
+
+    def retune(self, rule: UpdateRule) -> None:
+        """Train and return by this rule from now on."""
+        if rule.inner != self.trainer.inner:
+            self.trainer.set_inner(rule.inner)
+        self.rule = rule
+
+    def adopt(self, read: CompleteVersion) -> None:
+        """Continue from a version: steps taken since the last counted update are kept on top of it."""
+        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
+        if self._frame is None:
+            self.trainer.set_shared(target)
+            self._frame = Frame(self.trainer.shared())
+        else:
+            self.trainer.set_shared(self._frame.adopt(target, self.trainer.shared().vector))
+        self.version = read.version
+        self.trainer.progress = max(self.trainer.progress, read.progress)
+
+    def finish(self, read: CompleteVersion) -> None:
+        """Take the final version as it is; the private parts are pinned to it and saved. The path ends here."""
+        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
+        self.trainer.set_shared(target)
+        self.version = read.version
+        self._frame, self.since, self.trainer.progress = None, SinceReturn(), 0.0
+        self.save()
+
+    def step(self) -> float:
+        """One training step; gives its seconds."""
+        loss, seconds = self.trainer.step()
+        self.since.step(self.trainer.inner.batch_size, seconds, loss)
+        return seconds
+
+    @property
+    def must_return(self) -> bool:
+        """Whether the update rule wants an update now."""
+        drift = None
+        if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._frame is not None:
+            drift = self._frame.drift(self.trainer.shared().vector)
+        return must_return(self.rule.when, self.since, drift)
+
+    def hand_in(
+        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
+    ) -> tuple[UpdateManifest, list[bytes]]:
+        """The update of all steps since the last one; they are the master's from here on."""
+        assert self._frame is not None
+        since, self.since = self.since, self.since.returned()
+        self._next_sequence = sequence + 1
+        bodies = self._frame.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
+        manifest = UpdateManifest(
+            node=node,
+            incarnation=incarnation,
+            encoder=self.instruction.encoder,
+            sequence=sequence,
+            base_version=self.version,
+            steps=since.steps,
+            samples=since.samples,
+            seconds=since.seconds,
+            loss=since.mean_loss,
+            wants_version=wants_version,
+            encoding=self.rule.encoding,
+            layout_digest=self.instruction.layout_digest,
+            size=sum(len(body) for body in bodies),
+            chunks=len(bodies),
+            digest=payload_digest(bodies),
+        )
+        return manifest, bodies
+
+    def settle(self, sequence: int, accepted: bool, reason: str) -> None:
+        """A receipt came."""
+        if self._frame is None:
+            return
+        if reason == "not-finite":
+            # what was trained is lost anyway: start over from the newest version, with a fresh optimiser
+            log.warning("training diverged, starting again from the shared encoder", encoder=self.instruction.encoder)
+            self.trainer.set_shared(self._frame.restart(self._frame.origin))
+            self.trainer.reset_optimizer()
+            self.since = SinceReturn()
+            return
+        self._frame.settle(sequence, accepted)
+
+    def save(self) -> None:
+        """Write a checkpoint: private parts, trainer state, and what was trained and not handed in yet."""
+        path = None if self._frame is None else self._path_facts(self._frame)
+        facts = Facts(
+            encoder=self.instruction.encoder,
+            version=self.version,
+            steps=self.trainer.steps,
+            type=self.instruction.encoder_type,
+            architecture=self.instruction.architecture,
+            path=path,
+        )
+        tensors = {} if self._frame is None else {"local": self.trainer.shared().vector, **self._frame.state()}
+        private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
+        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
+
+    def export(self, directory: Path) -> None:
+        """Write stem + shared encoder + head for transformers' Auto classes."""
+        with torch.no_grad():
+            self.model.eval()
+            self.model.export(directory)
+
+    def _path_facts(self, frame: Frame) -> PathFacts:
+        return PathFacts(
+            incarnation=self._incarnation,
+            next_sequence=self._next_sequence,
+            last_settled=frame.last_settled,
+            progress=self.trainer.progress,
+            since=self.since,
+        )
+
+    def _restore_path(self, saved: Checkpoint, ledger: Ledger) -> None:
+        """Go on exactly where the checkpoint was made, if nothing was handed in after it.
+
+        Otherwise its steps since the hand-in before are in that later update already, and handing them in again would
+        count them twice: then training starts from the version that is read, and what an encoding left over is lost.
+        """
+        facts = saved.facts.path
+        if facts is None or facts.incarnation != ledger.incarnation or facts.next_sequence < ledger.next_sequence:
+            return
+        frame = Frame.restored(self.trainer.layout, saved.path, facts.last_settled)
+        if not frame.pending.keys() <= {*ledger.answered, *ledger.owed}:
+            return  # the parts of a backup are of different moments
+        self._frame = frame
+        self.trainer.set_shared(saved.path["local"])
+        self.trainer.progress = facts.progress
+        self.version, self.since, self._next_sequence = saved.facts.version, facts.since, facts.next_sequence
+        for sequence in sorted(frame.pending.keys() & ledger.answered.keys()):
+            receipt = ledger.answered[sequence]
+            self.settle(sequence, receipt.accepted, receipt.reason)

@@ -1,0 +1,124 @@
+"""Training one encoder on one node: private encoder + shared encoder + private decoder together, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.encoders.base import EncoderModel
+from common.errors import UserError
+from common.numbers.layout import Layout
+from common.numbers.parameters import ParameterSet
+from common.wire.messages import InnerOptimizer
+
+
+class Trainer:
+    """A model, its encoded corpus and the inner optimiser (AdamW). Deterministic given seed, device and threads."""
+
+    def __init__(self, model: EncoderModel, encoded: Any, inner: InnerOptimizer, *, seed: int, device: str) -> None:
+        self.model = model.to(device)
+        self.encoded = encoded
+        self.steps = 0
+        self.progress = 0.0
+        self.generator = torch.Generator().manual_seed(seed)
+        self._shared = {name: parameter.data for name, parameter in model.shared_parameters().items()}
+        self.layout = Layout((name, tensor.shape) for name, tensor in self._shared.items())
+        self._all = list(model.parameters())
+        self._device = device
+        self.set_inner(inner)
+
+    def set_inner(self, inner: InnerOptimizer) -> None:
+        """Take another inner rule; the optimiser's moments stay."""
+        before = getattr(self, "optimizer", None)
+        self.inner = inner
+        self.optimizer = self.optimizer_for(self._all)
+        if before is not None:
+            self.optimizer.state.update(before.state)
+
+    def optimizer_for(self, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
+        """AdamW by the inner rule; norms and biases are not decayed, as in the recipes of BERT and ViT."""
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        decay = self.inner.weight_decay
+        return torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.inner.lr,
+            betas=self.inner.betas,
+        )
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments."""
+        self.optimizer.state.clear()
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over this node's steps, then a cosine over the announced progress (Loshchilov & Hutter)."""
+        inner = self.inner
+        warm = min(1.0, (self.steps + 1) / inner.warmup_steps) if inner.warmup_steps else 1.0
+        if inner.schedule == "constant":
+            return inner.lr * warm
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
+        return inner.lr * warm * (inner.final_fraction + (1.0 - inner.final_fraction) * cosine)
+
+    def step(self) -> tuple[float, float]:
+        """One optimiser step; gives the loss and the seconds it took."""
+        started = time.monotonic()
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
+        loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
+        self.optimizer.step()
+        self.steps += 1
+        return float(loss.detach()), time.monotonic() - started
+
+    def shared(self) -> ParameterSet:
+        """A copy of the shared parameters, on the CPU."""
+        return ParameterSet.from_tensors(self._shared)
+
+    def set_shared(self, vector: Tensor) -> None:
+        """Replace the shared parameters; private ones and the optimiser's state stay."""
+        ParameterSet(self.layout, vector).scatter(self._shared)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found = {"generator": self.generator.get_state(), "steps": torch.tensor(self.steps)}
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():
+                found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().clone()
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave. Raises UserError if it is of another model."""
+        parameters = dict(self.model.named_parameters())
+        self.generator.set_state(state["generator"])
+        self.steps = int(state["steps"])
+        for key, value in state.items():
+            if not key.startswith("optimizer/"):
+                continue
+            _, moment, name = key.split("/", 2)
+            if name not in parameters:
+                raise UserError(
+                    f"the node's checkpoint is of another model: it has {name!r}; remove its state directory"
+                )
+            place = value if moment == "step" else value.to(self._device)
+            self.optimizer.state[parameters[name]][moment] = place
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` takes a GPU where there is one. Raises UserError for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {wanted!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from None
+    return wanted

@@ -1,0 +1,147 @@
+"""Messages to bytes and back; nothing but Poison may come out of bytes that are not a message."""
+
+from __future__ import annotations
+
+import contextlib
+import tracemalloc
+from typing import get_args
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import Poison
+from common.wire.codec import decode, encode
+from common.wire.messages import Alive, Join, Message, ToMaster, ToNode
+from common.wire.topology import MAX_BODY_BYTES
+
+KINDS = [*get_args(ToMaster), *get_args(ToNode)]
+ID = st.from_regex(r"[a-z][a-z0-9-]{0,10}", fullmatch=True)
+DIGEST = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+LAYOUT = st.lists(st.tuples(st.text(max_size=8), st.lists(st.integers(0, 9), max_size=3)), max_size=3)
+BY_NAME = {
+    "node": ID,
+    "incarnation": ID,
+    "encoder": ID,
+    "encoder_type": ID,
+    "sender": ID,
+    "digest": DIGEST,
+    "layout_digest": DIGEST,
+    "layout": LAYOUT,
+    "types": st.lists(ID, max_size=3),
+    "architecture": st.dictionaries(
+        st.text(max_size=5),
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=3,
+    ),
+    "encoding": st.sampled_from(["float32", "bfloat16", "int8"]),
+    "data": st.binary(max_size=64),
+    "chunks": st.integers(1, 9),
+    "update_rule": st.just({}),
+    "report": st.just({"a": [1, 2.5, None]}),
+}
+
+
+def instances(kind: type[Message]) -> st.SearchStrategy[Message]:
+    fields = {}
+    for name, field in kind.model_fields.items():
+        if name in BY_NAME and field.is_required():
+            fields[name] = BY_NAME[name]
+        elif field.is_required():
+            fields[name] = {bool: st.booleans(), str: st.text(max_size=8)}.get(field.annotation, st.integers(0, 2**40))
+    return st.fixed_dictionaries(fields).map(kind.model_validate)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(KINDS).flatmap(instances))
+def test_every_kind_comes_back_as_it_was(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_a_newer_sender_may_add_fields() -> None:
+    plain = msgpack.unpackb(encode(Join(node="n", incarnation="i", types=["text"])))
+    assert decode(msgpack.packb({**plain, "added_later": 1})) == Join(node="n", incarnation="i", types=["text"])
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+GET = {"kind": "request.get", "schema_version": 1, "sender": "s", "encoder_type": "text"}
+UPDATE = {"kind": "update", "schema_version": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "not-msgpack"),
+        (b"\xc1", "not-msgpack"),
+        (b"\xdd\xff\xff\xff\xff", "not-msgpack"),
+        (b"\x91" * 5000 + b"\xc0", "not-msgpack"),
+        (msgpack.packb([1]), "not-msgpack"),
+        (msgpack.packb({1: 2}), "not-msgpack"),
+        (msgpack.packb({"kind": "ack"}), "schema-version"),
+        (msgpack.packb({"kind": "ack", "schema_version": 2}), "schema-version"),
+        (msgpack.packb({"kind": "brew", "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": "request.join", "schema_version": 1, "node": "a/b", "incarnation": "i"}), "invalid"),
+        (msgpack.packb({"kind": "request.join", "schema_version": 1, "node": "a"}), "invalid"),
+        (encode(Join(node="n", incarnation="i"))[:-1], "not-msgpack"),
+        (encode(Join(node="n", incarnation="i")) + b"\x00", "not-msgpack"),
+        (msgpack.packb({"kind": "x" * 10**6, "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": ["ack"], "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": "ack", "schema_version": "1" * 10**6}), "schema-version"),
+        (msgpack.packb({**GET, "sender": 5}), "invalid"),
+        # what an architecture holds gets into the state: only what a snapshot's JSON can hold may come in
+        (msgpack.packb({**GET, "architecture": {"x": b"\xff"}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": [{b"\xff": 1}]}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": msgpack.Timestamp(1)}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": msgpack.ExtType(1, b"")}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": float("nan")}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x": nested(300)}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x" * 10**6: b""}}), "invalid"),
+        (bytes(MAX_BODY_BYTES + 1), "oversize"),
+    ],
+)
+def test_what_is_not_a_message_is_poison_with_a_reason(body: bytes, reason: str) -> None:
+    with pytest.raises(Poison) as poison:
+        decode(body)
+    assert poison.value.reason == reason
+    assert len(poison.value.detail) <= 500, "the detail goes into a log line and a header"
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {**UPDATE, "layout": [["w", [-1] * 500_000]]},
+        {**UPDATE, "layout": [["w", [-1] * 16]] * 50_000},
+        {**GET, "architecture": {"x": [b""] * 500_000}},
+        {**GET, "kind": "request.join", "node": "n", "incarnation": "i", "types": [1] * 500_000},
+    ],
+)
+def test_a_small_body_full_of_errors_does_not_fill_the_memory(plain: dict[str, object]) -> None:
+    body = msgpack.packb(plain)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Poison):
+            decode(body)
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 300), st.binary(max_size=3))
+def test_damage_never_raises_anything_else(noise: bytes, cut: int, patch: bytes) -> None:
+    good = encode(Alive(node="n", incarnation="i", loss=1.5))
+    for body in (noise, good[:cut], good[:cut] + patch + good[cut + len(patch) :]):
+        with contextlib.suppress(Poison):
+            decode(body)

@@ -1,0 +1,113 @@
+"""Layouts, parameter sets and encodings."""
+
+from __future__ import annotations
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.numbers.encodings import ErrorFeedback, decode_vector, encode_vector
+from common.numbers.layout import Layout
+from common.numbers.parameters import ParameterSet
+from common.numbers.slicing import BLOCK, SLICE, payload_size, slice_count
+
+BASE = [("a", (2, 3)), ("b", (4,)), ("c", ())]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (BASE, None),
+        ([("a", (2, 3)), ("b", (5,)), ("c", ())], "'b' has shape [5] instead of [4]"),
+        ([("a", (2, 3)), ("x", (4,)), ("c", ())], "'x' stands where 'b' belongs"),
+        (BASE[:2], "'c' [] is missing"),
+        ([*BASE, ("d", (1,))], "'d' [1] is too many"),
+    ],
+)
+def test_a_difference_names_the_first_tensor(other: list[tuple[str, tuple[int, ...]]], words: str | None) -> None:
+    difference = Layout(BASE).difference(Layout(other))
+    assert difference == words if words is None else words in str(difference)
+    assert (Layout(BASE).digest == Layout(other).digest) == (words is None)
+
+
+def test_gather_and_scatter_are_inverse_and_any_bit_changes_the_digest() -> None:
+    tensors = {"w": torch.randn(3, 4), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 7), "b": torch.randn(5)}
+    made = ParameterSet.from_tensors(tensors)
+    back = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    made.scatter(back)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    again = ParameterSet.from_bytes(made.layout, made.to_bytes())
+    assert again.digest() == made.digest()
+    again.vector.view(torch.int32)[3] ^= 1
+    assert again.digest() != made.digest()
+    with pytest.raises(ValueError, match="bytes were expected"):
+        ParameterSet.from_bytes(made.layout, b"123")
+    with pytest.raises(ValueError, match="float32 vector of 18 elements"):
+        ParameterSet(made.layout, torch.zeros(17))
+
+
+VECTORS = hnp.arrays(
+    np.float32,
+    st.integers(0, 3 * BLOCK),
+    elements=st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(VECTORS)
+def test_encodings_lose_no_more_than_they_promise(values: np.ndarray) -> None:
+    vector = torch.from_numpy(values.copy())
+    for encoding in ("float32", "bfloat16", "int8"):
+        payload = b"".join(encode_vector(vector, encoding))
+        assert len(payload) == payload_size(len(values), encoding)
+        back = decode_vector(payload, len(values), encoding).double()
+        lost = (back - vector.double()).abs()
+        if encoding == "float32":
+            assert lost.eq(0).all()
+        elif encoding == "bfloat16":
+            assert (lost <= vector.double().abs() * 2.0**-8).all()
+        else:
+            for start in range(0, len(values), BLOCK):
+                step = vector[start : start + BLOCK].abs().max().double() / 127
+                assert (lost[start : start + BLOCK] <= step * 0.5001 + 1e-37).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+def test_what_is_not_finite_stays_so(bad: float, encoding: str) -> None:
+    vector = torch.ones(BLOCK + 1)
+    vector[3] = bad
+    back = decode_vector(b"".join(encode_vector(vector, encoding)), len(vector), encoding)  # type: ignore[arg-type]
+    assert not back.isfinite().all() and back[BLOCK] == 1.0
+
+
+@pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 2 * SLICE + BLOCK + 3])
+def test_slices_around_their_border(size: int) -> None:
+    vector = torch.arange(size, dtype=torch.float32).sin_()
+    bodies = encode_vector(vector, "int8")
+    assert len(bodies) == slice_count(size)
+    assert sum(map(len, bodies)) == payload_size(size, "int8")
+    assert torch.allclose(decode_vector(b"".join(bodies), size, "int8"), vector, atol=0.5 / 127 + 1e-6)
+    with pytest.raises(ValueError):
+        decode_vector(b"".join(bodies)[:-1], size, "int8")
+    with pytest.raises(ValueError):
+        decode_vector(b"".join(bodies) + b"x", size, "int8")
+
+
+def test_error_feedback_loses_nothing_over_time_and_takes_back_what_was_refused() -> None:
+    torch.manual_seed(0)
+    feedback, applied, wanted = ErrorFeedback(1000), torch.zeros(1000), torch.zeros(1000)
+    for step in range(50):
+        update = torch.randn(1000) * 10.0 ** (step % 5 - 4)
+        bodies, added = feedback.encode(update, "int8")
+        if step % 7 == 3:
+            feedback.refused(added)
+            continue
+        wanted += update
+        applied += decode_vector(b"".join(bodies), 1000, "int8")
+        # what was applied is what was wanted, but for the residual that the next update carries
+        assert torch.allclose(applied + feedback.residual, wanted, atol=1e-4)
+    assert feedback.residual.abs().max() < 0.1

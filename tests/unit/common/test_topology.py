@@ -1,0 +1,50 @@
+"""The names, keys and bounds that every party must agree on: the table of the design, spelt out."""
+
+from __future__ import annotations
+
+from common.wire.topology import Declarations, Topology
+
+TOPOLOGY = Topology("ns")
+
+
+def bound(declarations: Declarations) -> set[tuple[str, str, str]]:
+    return {(binding.exchange, binding.routing_key, binding.queue) for binding in declarations.bindings}
+
+
+def test_who_gets_what() -> None:
+    dead = {("ns.dead-letters", "#", "ns.dead-letters")}
+    assert bound(TOPOLOGY.master()) - dead == {
+        ("ns.ack", "*", "ns.master.inbox"),
+        ("ns.request", "*.*", "ns.master.inbox"),
+        ("ns.update", "*.ready", "ns.master.updates"),
+    }
+    assert bound(TOPOLOGY.node("n", ("text", "image"))) - dead == {
+        ("ns.instruction", "text", "ns.node.n.inbox"),
+        ("ns.instruction", "image", "ns.node.n.inbox"),
+        ("ns.rule", "n", "ns.node.n.inbox"),
+        ("ns.receipt", "n", "ns.node.n.inbox"),
+        ("ns.update", "n.chunk", "ns.update.n"),
+    }
+    assert bound(TOPOLOGY.observer("o")) - dead == {("ns.receipt", "o", "ns.node.o.inbox")}
+    assert bound(TOPOLOGY.parameters("text-1", 5)) == {("ns.parameter", "text-1", "ns.parameters.text-1")}
+    assert {exchange.kind for exchange in TOPOLOGY.exchanges().exchanges} == {"topic"}
+    everything = (TOPOLOGY.master(), TOPOLOGY.node("n", ("text",)), TOPOLOGY.observer("o"))
+    for declarations in everything:  # nobody binds what it has not declared
+        queues, exchanges = ({item.name for item in items} for items in (declarations.queues, declarations.exchanges))
+        assert all(b.queue in queues and b.exchange in exchanges for b in declarations.bindings)
+
+
+def test_each_queue_loses_nothing_that_it_must_not_lose() -> None:
+    queues = {queue.name: queue for queue in (TOPOLOGY.master() + TOPOLOGY.node("n", ())).queues}
+    for fifo in ("ns.master.inbox", "ns.master.updates"):
+        assert (queues[fifo].kind, queues[fifo].max_bytes, queues[fifo].expires) == ("quorum", None, None)
+    inbox = queues["ns.node.n.inbox"]
+    assert inbox.kind == "quorum" and inbox.expires, "an inbox may expire: a join makes the master restate everything"
+    chunks = queues["ns.update.n"]
+    assert (chunks.kind, chunks.overflow, chunks.expires) == ("classic", "reject-publish", None) and chunks.max_bytes
+    dead = queues["ns.dead-letters"]
+    assert (dead.kind, dead.overflow) == ("classic", "drop-head") and dead.max_bytes
+    for size in (1, 100 << 20):  # at least four versions, in segments of about one and never below 16 MiB
+        [stream] = TOPOLOGY.parameters("e", size).queues
+        assert stream.kind == "stream" and stream.segment_bytes == max(size, 16 << 20)
+        assert stream.max_bytes is not None and stream.max_bytes >= 4 * stream.segment_bytes

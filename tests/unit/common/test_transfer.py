@@ -1,0 +1,232 @@
+"""Chunks up and versions down: whole or not at all, in whatever order, however often, whoever died in between."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.brokers.memory import MemoryBroker, MemoryServer
+from common.errors import BrokerUnavailable, Poison
+from common.numbers.layout import Layout
+from common.numbers.parameters import ParameterSet
+from common.numbers.slicing import SLICE
+from common.wire.broker import Delivery, Publication
+from common.wire.codec import encode
+from common.wire.messages import ParameterChunk, UpdateChunk
+from common.wire.topology import Topology
+from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest, update_chunks
+from common.wire.versions import VersionReader, publish_version
+from master_service.decisions.effects import Publish
+from master_service.wire.publisher import Publisher
+from tests.integration.harness import eventually
+from tests.unit.scenario import DIGEST, Scenario
+
+BODIES = [b"first", b"second", b"", b"4"]
+MANIFEST = Scenario().manifest("a", "text-1", 7, attempt=2, chunks=len(BODIES))
+
+
+@given(st.data())
+def test_an_update_is_put_together_from_its_own_chunks_in_any_order(data: st.DataObject) -> None:
+    mine = update_chunks(MANIFEST, BODIES)
+    others = [
+        mine[0].model_copy(update={**change, "data": b"other", "checksum": checksum(b"other")})
+        for change in (
+            {"sequence": 6},
+            {"sequence": 8},
+            {"attempt": 1},
+            {"attempt": 3},
+            {"incarnation": "second"},
+            {"node": "b"},
+            {"encoder": "text-2"},
+        )
+    ]
+    assembly, seen = UpdateAssembly(MANIFEST), set()
+    for chunk in data.draw(st.permutations([*mine, *mine, *others])):
+        ours = chunk in mine
+        assert assembly.add(chunk) is ours
+        seen |= {chunk.index} if ours else set()
+        assert assembly.complete is (len(seen) == len(BODIES))
+    assert assembly.payload() == b"".join(BODIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data": b"firsT"}, "checksum"),
+        ({"checksum": "0" * 16}, "checksum"),
+        ({"data": bytes(2 * SLICE), "checksum": checksum(bytes(2 * SLICE))}, "oversize"),
+    ],
+)
+def test_a_damaged_or_swollen_chunk_is_poison(change: dict[str, object], reason: str) -> None:
+    assembly = UpdateAssembly(MANIFEST)
+    with pytest.raises(Poison) as poison:
+        assembly.add(update_chunks(MANIFEST, BODIES)[0].model_copy(update=change))
+    assert poison.value.reason == reason
+    assert isinstance(update_chunks(MANIFEST, BODIES)[0], UpdateChunk) and not assembly.complete
+
+
+def version_chunks(epoch: int, version: int, encoder: str = "text-1") -> list[ParameterChunk]:
+    bodies = [f"{epoch}.{version}.{index}".encode() for index in range(3)]
+    size, digest = sum(map(len, bodies)), payload_digest(bodies)
+    return [
+        ParameterChunk(
+            encoder=encoder,
+            epoch=epoch,
+            version=version,
+            index=index,
+            chunks=3,
+            encoding="int8",
+            layout_digest=DIGEST,
+            size=size,
+            digest=digest,
+            checksum=checksum(body),
+            data=body,
+        )
+        for index, body in enumerate(bodies)
+    ]
+
+
+# each entry: a version whose writer died after so many chunks (3: whole), and whether it then wrote it again
+WRITTEN = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=8)
+
+
+@given(WRITTEN)
+def test_only_whole_versions_come_off_a_stream(written: list[tuple[int, int, bool]]) -> None:
+    assembly, found, whole = VersionAssembly("text-1", DIGEST), [], []
+    for epoch, (version, cut, again) in enumerate(written):
+        stream = version_chunks(epoch, version)[:cut]
+        if again:
+            stream += version_chunks(epoch, version)
+        if cut == 3 or again:
+            whole.append((epoch, version))
+        for chunk in stream:
+            done = assembly.add(chunk)
+            if done is not None:
+                assert done.payload == b"".join(part.data for part in version_chunks(done.epoch, done.version))
+                found.append((done.epoch, done.version))
+    assert list(dict.fromkeys(found)) == whole
+    assert len(assembly._parts) <= 2  # memory does not grow with what was left unfinished
+
+
+def test_a_master_that_did_not_know_it_was_replaced_disturbs_nobody() -> None:
+    assembly, both = VersionAssembly("text-1", DIGEST), zip(version_chunks(1, 9), version_chunks(2, 9), strict=True)
+    found = [assembly.add(chunk) for pair in both for chunk in pair]
+    assert [(done.epoch, done.payload) for done in found if done] == [(1, b"1.9.01.9.11.9.2"), (2, b"2.9.02.9.12.9.2")]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layout_digest": "0" * 64}, "layout"),
+        ({"encoder": "text-2"}, "layout"),
+        ({"index": 3}, "invalid"),
+        ({"digest": "0" * 64}, "digest"),
+        ({"size": 1}, "digest"),
+        ({"data": b"x"}, "checksum"),
+    ],
+)
+def test_a_wrong_parameter_chunk_is_poison(change: dict[str, object], reason: str) -> None:
+    assembly, chunks = VersionAssembly("text-1", DIGEST), version_chunks(1, 1)
+    for chunk in chunks[:2]:
+        assembly.add(chunk)
+    with pytest.raises(Poison) as poison:
+        assembly.add(chunks[2].model_copy(update=change))
+    assert poison.value.reason == reason
+
+
+TOPOLOGY = Topology("t")
+
+
+@pytest.fixture
+def broker() -> Iterator[MemoryBroker]:
+    broker = MemoryBroker(MemoryServer(), user="master", dead_letters=TOPOLOGY.dead_letters)
+    broker.declare(TOPOLOGY.master())
+    yield broker
+    broker.close()
+
+
+def write(broker: MemoryBroker, epoch: int, version: int) -> float:
+    return publish_version(
+        broker,
+        TOPOLOGY,
+        encoder="text-1",
+        epoch=epoch,
+        version=version,
+        encoding="float32",
+        layout_digest=DIGEST,
+        bodies=[f"{epoch}.{version}".encode(), b"!"],
+        progress=0.5,
+    )
+
+
+def test_the_newest_version_is_read_though_the_hint_is_wrong(broker: MemoryBroker) -> None:
+    for epoch, version in ((1, 3), (1, 9), (2, 4), (2, 5)):  # the second master had lost what the first made last
+        hint = write(broker, epoch, version)
+    broker.publish(Publication(TOPOLOGY.parameter, "text-1", b"noise"))
+    broker.publish(Publication(TOPOLOGY.parameter, "text-1", encode(version_chunks(3, 6)[0])))  # died while writing
+    reader = VersionReader(broker, TOPOLOGY, "text-1", DIGEST)
+    for start in (0.0, hint, time.time() + 1000):
+        read = reader.read(4, start, timeout=20.0, patience=0.1)
+        assert (read.epoch, read.version, read.payload, read.progress) == (2, 5, b"2.5!", 0.5)
+    assert reader.read(9, hint, patience=0.1).version == 9
+
+
+def test_a_very_version_that_is_lost_is_not_waited_for_as_long_as_others_come(broker: MemoryBroker) -> None:
+    write(broker, 1, 3)
+    problems: list[Exception] = []
+
+    def read() -> None:
+        try:
+            VersionReader(broker, TOPOLOGY, "text-1", DIGEST).read(4, 0.0, exact=True, timeout=0.5, patience=0.2)
+        except BrokerUnavailable as error:
+            problems.append(error)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    version = 4
+    while reading.is_alive() and version < 500:  # 25 s
+        version += 1
+        write(broker, 1, version)
+        reading.join(0.05)
+    assert len(problems) == 1
+
+
+def test_a_version_is_read_from_a_line_slower_than_the_first_patience(broker: MemoryBroker) -> None:
+    chunks = [encode(chunk) for chunk in version_chunks(1, 4)]
+    write(broker, 1, 3)  # the stream is there
+
+    def drip() -> None:
+        for body in chunks:
+            time.sleep(0.4)
+            broker.publish(Publication(TOPOLOGY.parameter, "text-1", body))
+
+    threading.Thread(target=drip, daemon=True).start()
+    assert VersionReader(broker, TOPOLOGY, "text-1", DIGEST).read(4, 0.0, timeout=5.0, patience=0.1).version == 4
+
+
+def test_a_version_that_was_missed_is_not_written_again_a_moment_later(broker: MemoryBroker) -> None:
+    layout = Layout([("weight", (3,))])
+    master = Publisher(broker, TOPOLOGY, "float32", lambda seconds: True)
+    for effect, there in (
+        (Publish("text-1", 1, progress=1.0), 1),
+        (Publish("text-1", 1, progress=1.0, again=True), 1),  # many asked for it while it was written
+        (Publish("text-1", 1, progress=0.0), 2),  # a training that goes on: with another progress
+    ):
+        master.version(effect, 1, ParameterSet(layout, torch.zeros(3)))
+        arrived: list[Delivery] = []
+        reader = broker.read_stream(TOPOLOGY.stream("text-1"), arrived.append, start="first", prefetch=10)
+        eventually(lambda arrived=arrived, there=there: len(arrived) >= there)
+        reader.close()
+        assert len(arrived) == there
+
+
+def test_a_version_that_does_not_come_is_waited_for_only_so_long(broker: MemoryBroker) -> None:
+    write(broker, 1, 3)
+    with pytest.raises(BrokerUnavailable, match="version 4 of text-1 did not come"):
+        VersionReader(broker, TOPOLOGY, "text-1", DIGEST).read(4, 0.0, timeout=0.3, patience=0.1)

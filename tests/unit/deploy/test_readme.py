@@ -1,0 +1,59 @@
+"""README says what is there: the tree's entries exist, its commands and flags are the command's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from typer.main import get_command
+
+from deploy.cli import app
+from deploy.config import load_config
+from master_service.decisions.rules.model import PRESETS
+
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tree_is_there() -> None:
+    block = README.split("## The tree")[1].split("```")[1]
+    top = ROOT
+    for line in block.strip().splitlines():
+        name, _, rest = line.strip().partition(" ")
+        if not line.startswith("  "):
+            top = ROOT / name
+        folder = top / name if line.startswith("  ") else top
+        assert folder.is_dir(), line
+        for file in re.findall(r"[a-z_/]+\.(?:py|toml)", rest):
+            assert (folder / file).exists(), f"{folder / file} is not there"
+    order = README.split("in the order of the flow:")[1].split("## Method")[0]
+    for file in re.findall(r"`([a-z_/]+\.py)`", order):
+        assert list(ROOT.glob(f"*/**/{file.split('/')[-1]}")), file
+
+
+def test_commands_and_flags_exist() -> None:
+    command = get_command(app)
+    known = list(command.commands.values())  # type: ignore[attr-defined]
+    known += [below for each in known for below in getattr(each, "commands", {}).values()]
+    flags = {flag for each in known for parameter in each.params for flag in parameter.opts}
+    for line in re.findall(r"shared-encoder ([a-z][^`\n]*)", README):
+        words = line.split()
+        assert words[0] in command.commands, line  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= flags, line
+    for preset in PRESETS:
+        assert f"`{preset}`" in README
+
+
+def test_every_row_of_the_table_of_deaths_is_a_test() -> None:
+    rows = README.split("## What happens when … dies")[1].split("\n## ")[0].splitlines()
+    named = [re.search(r"`(test_[a-z_]+)` \|$", row) for row in rows if row.startswith("| ")][1:]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    for match in named:
+        assert match is not None and f"def {match[1]}(" in tests, match
+
+
+def test_the_example_is_a_valid_configuration() -> None:
+    config = load_config(ROOT / "deploy/examples/run.toml", {})
+    assert config.settings().stop.updates == 1200 and config.settings().stop.versions is None
+    assert set(config.nodes) == {"news", "medical", "banking", "assistant", "literature"}
