@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field
 
 from common.config import Section
-from common.wire.messages import EncodingName, UpdateRule
+from common.numbers.slicing import EncodingName
+from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
 from master_service.decisions.records import DEFAULT_VERSIONS, Settings, StopRule
 from master_service.decisions.rules.model import aggregation_rule

@@ -28,8 +28,7 @@ from common.wire.messages import (
 from common.wire.topology import Topology
 from master_service.arithmetic.aggregator import PayloadsLost
 from master_service.arithmetic.export import check_export_directory, export_encoder
-from master_service.arithmetic.fingerprint import fingerprint
-from master_service.arithmetic.outcomes import Outcome, generated
+from master_service.arithmetic.generation import Outcome, fingerprint, generated
 from master_service.config import MasterConfig
 from master_service.decisions.effects import (
     Broadcast,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
+from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
 from common.locks import this_process
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
@@ -51,7 +51,7 @@ class Holder:
 class MemoryServer:
     """Exchanges, queues and bindings. One lock guards all of it; `changed` wakes the dispatchers."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = SYSTEM.now) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.clock = clock
         self.locks: dict[str, Holder] = {}

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.numbers.slicing import BLOCK, block_count, encoded_size, slices
-from common.wire.messages import EncodingName
+from common.numbers.slicing import BLOCK, EncodingName, block_count, encoded_size, slices
 
 
 def encode_slice(values: Tensor, encoding: EncodingName) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
-from common.wire.messages import EncodingName
+#: How the numbers of a slice become bytes; see `encodings`.
+EncodingName = Literal["float32", "bfloat16", "int8"]
 
 #: Elements of one slice, which is also one chunk: 1 MiB of int8, 2 MiB of bfloat16, 4 MiB of float32.
 SLICE = 1 << 20

@@ -6,10 +6,13 @@ Evolution: a new field gets a default, an unknown field is ignored, a kind or a 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from common.numbers.slicing import EncodingName
 
 SCHEMA_VERSION = 1
 
@@ -24,7 +27,6 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 #: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
 ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-EncodingName = Literal["float32", "bfloat16", "int8"]
 Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
 #: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
 LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fail_fast=True)]
@@ -265,7 +267,7 @@ class Rule(Message):
 class Receipt(Message):
     """The answer to one update: counted in `version` with `weight`, or refused because of `reason`.
 
-    `previous` is the hash of the receipt issued before this one for the same encoder (see `common.wire.receipts`);
+    `previous` is the hash of the receipt issued before this one for the same encoder (see `receipt_hash`);
     empty for the first. Reasons: finished, unknown-encoder, layout, size, digest, not-finite, stale, future, conflict,
     set-aside.
     """
@@ -284,6 +286,16 @@ class Receipt(Message):
     weight: float = 0.0
     return_count: Count = 0
     previous: Digest | Literal[""] = ""
+
+
+def receipt_hash(receipt: Receipt) -> str:
+    """sha256 over a receipt's JSON, the hash of its predecessor included; hexadecimal.
+
+    The chain of receipts: each carries the hash of the one that was issued before it for the same encoder. So whoever
+    holds one receipt and the message log can show that the update is counted in the version and with the weight that
+    the receipt says: the log leads to the same receipts in the same order, or to another hash.
+    """
+    return hashlib.sha256(receipt.model_dump_json().encode()).hexdigest()
 
 
 class Resend(Message):

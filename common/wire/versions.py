@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 
 from common.errors import BrokerUnavailable, Poison
+from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Timestamp
 from common.wire.codec import decode, encode
-from common.wire.messages import EncodingName, ParameterChunk
+from common.wire.messages import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, payload_digest
 

@@ -138,7 +138,7 @@ def _print_verified(
 
 def _difference(log: MessageLog, check: Check, offset: int) -> str:
     """The first version that is not what was published; and why that may be, if this is another kind of machine."""
-    from master_service.arithmetic.fingerprint import fingerprint
+    from master_service.arithmetic.generation import fingerprint
 
     logged: dict[str, str] = {}
     for row in log.rows(up_to=offset):

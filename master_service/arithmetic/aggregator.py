@@ -17,8 +17,7 @@ from common.errors import SharedEncoderError
 from common.numbers.encodings import decode_slice
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.numbers.slicing import encoded_size, slices
-from common.wire.messages import EncodingName
+from common.numbers.slicing import EncodingName, encoded_size, slices
 from master_service.arithmetic.outer import new_momentum, outer_step
 from master_service.decisions.effects import Step
 from master_service.log.payloads import PayloadStore

@@ -1,14 +1,51 @@
-"""The second preset rule: how the encoder to be trained comes to be. Slow (transformers), and done once per encoder."""
+"""What the master makes besides versions: an encoder to begin with, by the second preset rule, as a record for the log.
+
+Making one is slow (transformers), and is done once per encoder.
+"""
 
 from __future__ import annotations
 
+import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import structlog
+import torch
 
 from common.encoders import get_encoder_type
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
 from master_service.decisions.effects import Generate
+from master_service.decisions.records import Generated, GenerationFailed, StepFailed, Versioned
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step or a generation led to; version 0 comes with its parameters."""
+
+    body: Versioned | StepFailed | Generated | GenerationFailed
+    parameters: ParameterSet | None = None
+
+
+def generated(effect: Generate) -> Outcome:
+    """Make a fresh encoder."""
+    log.info("making the encoder", encoder=effect.encoder, generation=effect.generation)
+    try:
+        architecture, parameters = generate(effect)
+    except UserError as error:
+        log.error("the encoder could not be made", encoder=effect.encoder, problem=str(error))
+        return Outcome(GenerationFailed(encoder=effect.encoder, reason=str(error)))
+    body = Generated(
+        encoder=effect.encoder,
+        architecture=architecture,
+        layout=parameters.layout.plain(),
+        layout_digest=parameters.layout.digest,
+        digest=parameters.digest(),
+    )
+    return Outcome(body, parameters)
 
 
 def generate(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
@@ -32,3 +69,14 @@ def _generate(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
         architecture = encoder_type.architecture(effect.architecture)
         tensors = encoder_type.initial(architecture, effect.seed)
     return architecture, ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def fingerprint() -> dict[str, str]:
+    """What the bits of a computation depend on: versions, and the processor's capability. The log carries it, so that a
+    replay elsewhere can say why bits differ."""
+    return {
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }

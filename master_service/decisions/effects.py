@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.wire.messages import EncodingName, Message
+from common.numbers.slicing import EncodingName
+from common.wire.messages import Message
 from master_service.decisions.rules.model import OuterOptimizer
 
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.wire.messages import EncodingName, LayoutEntries, Receipt
+from common.numbers.slicing import EncodingName
+from common.wire.messages import LayoutEntries, Receipt
 from master_service.decisions.records import Settings
 
 #: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time

@@ -6,8 +6,7 @@ from typing import Literal
 
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
-from common.wire.messages import MAX_COUNT, Receipt, UpdateChunk, UpdateManifest
-from common.wire.receipts import receipt_hash
+from common.wire.messages import MAX_COUNT, Receipt, UpdateChunk, UpdateManifest, receipt_hash
 from master_service.decisions.records import UpdateFacts
 from master_service.decisions.state import (
     KEPT_INCARNATIONS,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from common.clock import SYSTEM
 from common.errors import Damaged, UserError
 from common.wire.messages import Receipt
 from master_service.decisions.coordinator import Coordinator
@@ -100,9 +100,9 @@ def _examine_rows(
 
 def _is_going(snapshot: Path) -> bool:
     """Whether a running master is just removing it, because it has written a newer one."""
-    deadline = time.monotonic() + 0.5
-    while snapshot.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    deadline = SYSTEM.monotonic() + 0.5
+    while snapshot.exists() and SYSTEM.monotonic() < deadline:
+        SYSTEM.wait(0.05)
     return not snapshot.exists()
 
 

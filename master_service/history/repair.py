@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from common.clock import SYSTEM
 from common.errors import Damaged, UserError
 from common.locks import DirectoryLock
 from master_service.decisions.records import Repaired
@@ -49,7 +49,7 @@ def repair(directory: Path) -> Report | None:
         beside = directory / "repaired"
         shutil.rmtree(beside, ignore_errors=True)
         last_whole, resumed_at, newest = _copy(path, beside, directory, problem)
-        damaged = directory / f"ledger.sqlite.damaged-{time.time_ns()}"
+        damaged = directory / f"ledger.sqlite.damaged-{int(SYSTEM.now() * 1e9)}"
         os.link(path, damaged)  # at no moment is there no ledger: a start would begin a new one
         for suffix in ("-wal", "-shm"):
             side = path.with_name(path.name + suffix)
@@ -74,7 +74,7 @@ def _copy(path: Path, beside: Path, directory: Path, problem: str) -> tuple[int,
             reached = _reached(path, snapshot)
             if reached > newest:  # of two snapshots that lead as far, the older one leaves out less
                 resumed_at, newest, checksum = snapshot.offset, reached, snapshot.checksum
-    place, at = (last_whole + 1, time.time()) if resumed_at == last_whole else (resumed_at, 0.0)
+    place, at = (last_whole + 1, SYSTEM.now()) if resumed_at == last_whole else (resumed_at, 0.0)
     record = Repaired(last_whole=last_whole, resumed_at=resumed_at, problem=problem, checksum=checksum)
     log.append(record, message_id=uuid.uuid4().hex, at=at, carried_out=resumed_at, offset=place)
     if resumed_at > last_whole:

@@ -12,9 +12,10 @@ from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
 from common.numbers.encodings import encode_vector
 from common.numbers.parameters import ParameterSet
+from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, EncodingName, Finish, Message, Notice, Rule
+from common.wire.messages import Answer, Finish, Message, Notice, Rule
 from common.wire.topology import Topology
 from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish

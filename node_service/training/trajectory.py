@@ -17,7 +17,7 @@ from torch import Tensor
 from common.numbers.encodings import ErrorFeedback
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import EncodingName
+from common.numbers.slicing import EncodingName
 
 
 @dataclass(frozen=True)

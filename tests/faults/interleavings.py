@@ -26,8 +26,8 @@ from common.wire.messages import (
     Stop,
     UpdateManifest,
     UpdateRule,
+    receipt_hash,
 )
-from common.wire.receipts import receipt_hash
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Settings, StopRule, Versioned
 from master_service.decisions.rules.model import aggregation_rule

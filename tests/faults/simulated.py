@@ -23,7 +23,7 @@ import structlog
 import common.numbers.slicing
 import common.wire.transfer
 import common.wire.versions
-import master_service.arithmetic.outcomes
+import master_service.arithmetic.generation
 import master_service.history.state_directory
 import master_service.service
 import master_service.wire.publisher
@@ -915,7 +915,7 @@ def simulated() -> Iterator[None]:
             master_service.wire.updates,
             {"measure": lambda payload, size, encoding: (True, 1.0), "reached": step, "log": quiet},
         ),
-        (master_service.arithmetic.outcomes, {"generate": _generate, "log": quiet}),
+        (master_service.arithmetic.generation, {"generate": _generate, "log": quiet}),
         (journal, {"reached": step, "uuid": _IDS, "log": quiet}),
         (
             publisher,

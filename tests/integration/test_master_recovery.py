@@ -17,8 +17,7 @@ from common.brokers.memory import MemoryServer
 from common.errors import BrokerUnavailable, Damaged, LockHeld
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import decode, encode
-from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport
-from common.wire.receipts import receipt_hash
+from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport, receipt_hash
 from master_service import service as service_module
 from master_service.config import MasterConfig
 from master_service.decisions.coordinator import Coordinator

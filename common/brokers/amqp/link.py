@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import structlog
 
+from common.clock import SYSTEM
 from common.errors import BrokerUnavailable
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class Link:
 
     def reopened_within(self, seconds: float) -> bool:
         """Whether the connection was lost and has been open again for no longer than this."""
-        return self.generation > 1 and time.monotonic() - self._open_since < seconds
+        return self.generation > 1 and SYSTEM.monotonic() - self._open_since < seconds
 
     def post(self, action: Callable[[], None]) -> bool:
         """Run `action` in the link's thread; False if there is no connection now."""
@@ -73,12 +73,12 @@ class Link:
     def call(self, action: Callable[[Future[T]], None], timeout: float = ANSWER_SECONDS) -> T:
         """Run `action` in the link's thread and wait for the future that it is given. Raises BrokerUnavailable."""
         future: Future[T] = Future()
-        deadline = time.monotonic() + timeout
+        deadline = SYSTEM.monotonic() + timeout
         while not self.post(lambda: action(future)):
-            if not self._opened.wait(max(0.0, deadline - time.monotonic())):
+            if not self._opened.wait(max(0.0, deadline - SYSTEM.monotonic())):
                 raise BrokerUnavailable("the connection to the broker is away")
         try:
-            return future.result(max(0.0, deadline - time.monotonic()))
+            return future.result(max(0.0, deadline - SYSTEM.monotonic()))
         except TimeoutError:
             raise BrokerUnavailable(f"the broker did not answer within {timeout:.0f} s") from None
 
@@ -105,7 +105,7 @@ class Link:
                 log.exception("the connection failed unexpectedly, opening it again")
             if self.closing.is_set():
                 return
-            if self.generation > before and time.monotonic() - self._open_since > _HELD_SECONDS:
+            if self.generation > before and SYSTEM.monotonic() - self._open_since > _HELD_SECONDS:
                 wait = BACKOFF_SECONDS[0]
             self.closing.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, BACKOFF_SECONDS[1])
@@ -117,7 +117,7 @@ class Link:
             connection.add_on_connection_blocked_callback(blocked)
             connection.add_on_connection_unblocked_callback(unblocked)
             self.generation += 1
-            self._open_since = time.monotonic()
+            self._open_since = SYSTEM.monotonic()
             with self._guard:
                 self._loop = connection.ioloop
             self._on_open()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from typing import Any
 import structlog
 
 from common.brokers.amqp.link import Link
+from common.clock import SYSTEM
 from common.errors import LockHeld, SharedEncoderError
 from common.locks import this_process
 
@@ -70,24 +70,24 @@ class Locks:
             taken.add_done_callback(lambda done: None if done.exception() else self._held.update({name: lock}))
             self._acquire(name, taken)
 
-        deadline = time.monotonic() + _REFUSAL_SECONDS
+        deadline = SYSTEM.monotonic() + _REFUSAL_SECONDS
         while True:
             try:
                 self._link.call(take)
                 break
             except LockHeld:
-                if time.monotonic() > deadline:
+                if SYSTEM.monotonic() > deadline:
                     raise LockHeld(
                         f"{name} is held by another connection{self._read_note(name)}: it is running already, here or "
                         "elsewhere; stop that one, or use another id or --namespace"
                     ) from None
-                time.sleep(0.3)
+                SYSTEM.wait(0.3)
         self._leave_note(name, lock.note)
 
     def take_again(self, then: Callable[[], None]) -> None:
         """In the link's thread, after a reconnect: `then` once every lock is ours again, which is never if another has
         taken over while the connection was away; its owner is told, and ends."""
-        self._lost_at = time.monotonic() + self._patience
+        self._lost_at = SYSTEM.monotonic() + self._patience
         self._take_again(list(self._held), then)
 
     def release_notes(self) -> None:
@@ -120,7 +120,7 @@ class Locks:
                 note = self._held[name].note
                 threading.Thread(target=self._leave_note, args=(name, note), name="amqp-note", daemon=True).start()
                 self._take_again(others, then)
-            elif time.monotonic() < self._lost_at:
+            elif SYSTEM.monotonic() < self._lost_at:
                 self._link.connection.ioloop.call_later(1.0, lambda: self._take_again(names, then))
             else:
                 self._lost = True

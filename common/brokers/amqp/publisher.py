@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common.brokers.amqp.batch import Batch
 from common.brokers.amqp.link import Connect, Link
+from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError, Unroutable
 from common.wire.broker import Publication
 
@@ -19,6 +18,48 @@ _QUEUES_UP_SECONDS = 10.0
 _DOUBT_SECONDS = 15.0
 #: What a slow line is granted beyond that, bytes a second.
 _SLOW_LINE = 64 * 1024
+
+
+class Batch:
+    """The publications of one `publish` call, and which of them the broker has not confirmed yet.
+
+    `left` holds what is unconfirmed, in order; `done` is set when nothing is left.
+
+    `progress_at`, `sent_at`: when something of it was last settled, and when it was last given to a channel, both in
+    seconds of the monotonic clock. `bytes_left`: of what is unconfirmed, kept because another thread reads it.
+    """
+
+    def __init__(self, publications: tuple[Publication, ...]) -> None:
+        self.left = dict(enumerate(publications))
+        self.bytes_left = sum(len(each.body) for each in publications)
+        self.done = threading.Event()
+        self.error: SharedEncoderError | None = None
+        self.progress_at = self.sent_at = SYSTEM.monotonic()
+        self._given: dict[int, Publication] = {}
+
+    def give(self) -> list[tuple[int, Publication]]:
+        """What is to be published on a channel now."""
+        self.sent_at, self._given = SYSTEM.monotonic(), dict(self.left)
+        return list(self.left.items())
+
+    def restart(self) -> None:
+        """What the channel has said of what it was given is not believed."""
+        if self._given and not self.done.is_set():
+            self.left, self.error = dict(self._given), None
+            self.bytes_left = sum(len(each.body) for each in self.left.values())
+
+    def settle(self, index: int, error: SharedEncoderError | None = None) -> None:
+        publication = self.left.pop(index, None)
+        self.bytes_left -= len(publication.body) if publication is not None else 0
+        self.error = self.error or error
+        self.progress_at = SYSTEM.monotonic()
+        if not self.left:
+            self.done.set()
+
+    def fail(self, error: SharedEncoderError) -> None:
+        self.error = self.error or error
+        self.left.clear()
+        self.done.set()
 
 
 class Publisher:
@@ -65,9 +106,9 @@ class Publisher:
                 if self.link.closing.is_set():
                     raise BrokerUnavailable("the connection is closed")
                 if self.link.blocked is not None:
-                    batch.progress_at = time.monotonic()  # an alarm is waited out, however long
+                    batch.progress_at = SYSTEM.monotonic()  # an alarm is waited out, however long
                     continue
-                now = time.monotonic()
+                now = SYSTEM.monotonic()
                 if now - batch.progress_at > timeout:
                     self._renew(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
@@ -124,7 +165,7 @@ class Publisher:
             properties = self._properties(
                 message_id=publication.message_id,
                 headers=dict(publication.headers),
-                timestamp=int(time.time()),
+                timestamp=int(SYSTEM.now()),
                 correlation_id=str(self._tag),
             )
             self._channel.basic_publish(

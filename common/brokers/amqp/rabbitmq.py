@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -30,6 +29,7 @@ from common.brokers.amqp.link import Link
 from common.brokers.amqp.locks import Locks, Step
 from common.brokers.amqp.publisher import Publisher
 from common.brokers.amqp.subscription import LinkSubscription
+from common.clock import SYSTEM
 from common.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -237,7 +237,7 @@ class RabbitMQBroker:
 
     def _connect(self, timeout: float) -> None:
         """Try for `timeout` seconds; what cannot get better by waiting is raised at once."""
-        deadline = time.monotonic() + timeout
+        deadline = SYSTEM.monotonic() + timeout
         while True:
             try:
                 with self._short_connection() as connection:
@@ -246,9 +246,9 @@ class RabbitMQBroker:
                     self._server_version = version_of(version.decode() if isinstance(version, bytes) else version)
                 return
             except BrokerUnavailable:
-                if time.monotonic() > deadline:
+                if SYSTEM.monotonic() > deadline:
                     raise
-                time.sleep(0.3)
+                SYSTEM.wait(0.3)
 
     def _short_connection(self) -> _ShortConnection:
         return _ShortConnection(self._parameters)

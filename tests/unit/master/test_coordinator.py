@@ -25,8 +25,8 @@ from common.wire.messages import (
     Resend,
     Rule,
     Stop,
+    receipt_hash,
 )
-from common.wire.receipts import receipt_hash
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Conclude, Generate, Publish, Send, Step
 from master_service.decisions.records import (

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import common.brokers.amqp.publisher
-from common.brokers.amqp.batch import Batch
-from common.brokers.amqp.publisher import Publisher
+from common.brokers.amqp.publisher import Batch, Publisher
 from common.errors import BrokerUnavailable, Unroutable
 from common.wire.broker import Publication
 from tests.integration.harness import eventually
