@@ -68,7 +68,9 @@ class Coordinator:
         self.state = state or State()
 
     def handle(self, entry: Entry) -> list[Effect]:
-        """Fold one entry into the state; the effects are to be carried out in order."""
+        """Fold one entry into the state; the effects are to be carried out in order. A skipped entry has none."""
+        if entry.skipped:
+            return []
         body, at = entry.body, entry.at
         match body:
             case UpdateManifest():

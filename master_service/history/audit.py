@@ -181,8 +181,6 @@ def issued(log: MessageLog, gaps: list[str] | None = None) -> Iterator[Receipt]:
                 gaps.append(f"rows {body.last_whole + 1} to {offset} are not shown: lost, a snapshot stands for them")
             if entry.offset <= offset:
                 continue
-        if entry.skipped:
-            continue
         for effect in coordinator.handle(entry):
             if isinstance(effect, Send) and isinstance(effect.message, Receipt):
                 yield effect.message

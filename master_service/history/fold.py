@@ -55,8 +55,6 @@ class Fold:
             if isinstance(body, Versioned) and step is not None and computed is None:
                 self.aggregator.step(step)
         self.offset = entry.offset
-        if entry.skipped:
-            return []
         effects = self.coordinator.handle(entry)
         self.pending |= {effect.encoder: effect for effect in effects if isinstance(effect, Step)}
         return effects

@@ -174,7 +174,7 @@ class Refold:
         if repairs := self.log.repairs():
             raise Damaged(f"rows of the ledger were lost ({repairs[0].problem}): the log cannot be decided anew")
         for entry in self.log.entries():
-            self._settle_steps(entry)
+            self._take_steps(entry)
             if self.counterfactual:
                 self._let_grace_run_out(entry.at)
             body = self._changed(entry)
@@ -193,7 +193,7 @@ class Refold:
             state = self.fold.coordinator.state.encoders.get(body.encoder)
             self._reached[body.encoder, body.version] = state.version if state else 0
             return None
-        if isinstance(body, StepFailed | Skipped | Repaired) or entry.skipped:
+        if isinstance(body, StepFailed | Skipped | Repaired):
             return None
         if _who(body) in self.without:
             return None
@@ -207,8 +207,6 @@ class Refold:
 
     def _follow(self, entry: Entry) -> None:
         """Decide as the master did. Where that ended an encoder's training, what is at hand is the last version."""
-        if entry.skipped:
-            return
         for effect in self.logged.handle(entry):
             if isinstance(effect, Conclude):
                 self._compute(entry.at)
@@ -232,7 +230,7 @@ class Refold:
             entry = replace(entry, payload=None)
         self.fold.apply(replace(entry, offset=self.fold.offset + 1))
 
-    def _settle_steps(self, upcoming: Entry) -> None:
+    def _take_steps(self, upcoming: Entry) -> None:
         """Compute what is pending, unless the log says that this failed then for want of payloads."""
         body = upcoming.body
         if isinstance(body, StepFailed):
