@@ -2,7 +2,6 @@
 
 SharedEncoderError
 ├── Poison             bytes that no retry mends: dead-lettered with the reason, the service goes on
-├── Refusal            a well-formed update or request that is not accepted: answered with the reason
 ├── Transient          worth trying again
 │   ├── BrokerUnavailable   no connection, or no confirm in time
 │   ├── PublishRejected     a bounded queue is full
@@ -16,10 +15,28 @@ SharedEncoderError
 
 from __future__ import annotations
 
+from typing import Literal
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_BROKER = 3
+
+
+#: Why a message is poison: the routing keys of the dead letters.
+PoisonReason = Literal[
+    "checksum",
+    "digest",
+    "invalid",
+    "kills",
+    "layout",
+    "not-msgpack",
+    "oversize",
+    "schema-version",
+    "sender",
+    "unexpected-kind",
+    "unknown-kind",
+]
 
 
 class SharedEncoderError(Exception):
@@ -27,20 +44,11 @@ class SharedEncoderError(Exception):
 
 
 class Poison(SharedEncoderError):
-    """A message that can never be processed. `reason` is a short word that becomes the dead letter's routing key."""
+    """A message that can never be processed. `reason` becomes the dead letter's routing key."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: PoisonReason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-class Refusal(SharedEncoderError):
-    """An update or a request that is understood and not accepted. `reason` is a short word that the node acts on."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason: PoisonReason = reason
         self.detail = detail
 
 

@@ -6,10 +6,12 @@ One encoder is trained at a time; instructions for others wait until it is finis
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from common.wire.messages import (
     Fetch,
     Finish,
+    Finished,
     Instruction,
     InstructionAck,
     Introduce,
@@ -20,6 +22,7 @@ from common.wire.messages import (
     Receipt,
     Resend,
     Rule,
+    verdict,
 )
 
 
@@ -38,17 +41,10 @@ class CheckSamples:
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
-    """Start (or go on) training under this rule, from the version it names."""
+class Train:
+    """Train the instruction's encoder by this rule from now on, whether it is trained already or begins."""
 
     instruction: Instruction
-    rule: Rule
-
-
-@dataclass(frozen=True, slots=True)
-class Retune:
-    """The rule changed while training."""
-
     rule: Rule
 
 
@@ -78,8 +74,8 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Settle:
-    """An update is answered; what was kept for sending it again can go."""
+class Answered:
+    """An update has its receipt; what was kept for sending it again can go."""
 
     receipt: Receipt
 
@@ -97,7 +93,7 @@ class Reincarnate:
     """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
 
 
-Action = Say | CheckSamples | Begin | Retune | Read | Look | Drop | Settle | Republish | Reincarnate
+Action = Say | CheckSamples | Train | Read | Look | Drop | Answered | Republish | Reincarnate
 
 
 @dataclass
@@ -120,7 +116,6 @@ class Agent:
     finishing: Finish | None = None
     unknown: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)
 
     def join(self) -> list[Action]:
         """Introduce this node; the master answers with the running instructions."""
@@ -132,7 +127,7 @@ class Agent:
         The master's answer to `join` is then one more instruction for the encoder that is trained already.
         """
         self.current, self.rule, self.version = instruction, rule, version
-        return [Begin(instruction, rule), *self._read(rule.version, rule.published_at)]
+        return [Train(instruction, rule), *self._read(rule.version, rule.published_at)]
 
     def leave(self) -> list[Action]:
         """Say goodbye; what is owed stays owed."""
@@ -169,14 +164,15 @@ class Agent:
         return [self._acknowledge(instruction, samples, refusal), *([] if self.current else self._next())]
 
     def version_read(self, encoder: str, version: int) -> list[Action]:
-        """A version that `adopts` or `finishes` is here; after the last one the next encoder's turn comes."""
+        """A version that `adopts` or `finishes` is here; after the last one, which the master is told of, the next
+        encoder's turn comes."""
         if not self._is_current(encoder):
             return []
         self.version = max(self.version, version)
         if self.finishing is None or self.version < self.finishing.version:
             return []
-        self.finished.add(encoder)
-        return self._turn()
+        had = Finished(node=self.node, incarnation=self.incarnation, encoder=encoder, version=self.version)
+        return [Say(had), *self._turn()]
 
     def adopts(self, encoder: str, version: int, *, exact: bool) -> bool:
         """Whether a version that was read is to be trained on."""
@@ -259,33 +255,39 @@ class Agent:
         if self.current is not None and not self._is_current(instruction.encoder):
             self.waiting[instruction.encoder] = instruction
             return []
-        self.finished.discard(instruction.encoder)
         self.current = instruction
         return [CheckSamples(instruction)]
 
     def _ruled(self, rule: Rule) -> list[Action]:
         assert self.current is not None
-        known, self.rule = self.rule, rule
+        self.rule = rule
         self.finishing = None  # it goes on; should the rule be an old one, the next update is answered by the end again
-        begin: Action = Begin(self.current, rule) if known is None else Retune(rule)
         # what came while the master did not know this node was not looked at
         again = [Republish(sequence) for sequence in sorted(self.unanswered)] if self.unknown else []
         self.unknown = False
-        return [begin, *self._read(rule.version, rule.published_at), *again]
+        return [Train(self.current, rule), *self._read(rule.version, rule.published_at), *again]
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
         self.unanswered.discard(receipt.sequence)
         current = self._is_current(receipt.encoder)
-        match receipt.reason:
+        answered: list[Action] = [Answered(receipt)]
+        said = verdict(receipt)
+        match said:
             case "conflict":
-                return [Settle(receipt), Reincarnate()]
-            case "unknown-encoder" if current:
-                return [Settle(receipt), Drop(receipt.encoder), *self._turn()]
-            case "future" if current and self.finishing is None and receipt.version < self.version:
+                return [*answered, Reincarnate()]
+            case "unknown-encoder":
+                return [*answered, Drop(receipt.encoder), *self._turn()] if current else answered
+            case "future":
+                if not current or self.finishing is not None or receipt.version >= self.version:
+                    return answered
                 self.lost = max(self.lost, self.version, self.wanted)
                 self.version = self.wanted = -1
-                return [Settle(receipt), *self._fetch()]
-        return [Settle(receipt)]
+                return [*answered, *self._fetch()]
+            case "finished":
+                return answered  # a Finish comes with it
+            case "accepted" | "stale" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
+                return answered  # of this update alone
+        assert_never(said)
 
     def _finish(self, finish: Finish) -> list[Action]:
         self.waiting.pop(finish.encoder, None)

@@ -22,16 +22,15 @@ from common.wire.topology import Topology
 from node_service.agent import (
     Action,
     Agent,
-    Begin,
+    Answered,
     CheckSamples,
     Drop,
     Look,
     Read,
     Reincarnate,
     Republish,
-    Retune,
     Say,
-    Settle,
+    Train,
 )
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
@@ -222,7 +221,7 @@ class NodeService:
                     self._outbox.say(action.message)
                 case CheckSamples():
                     self._check_samples(action.instruction)
-                case Begin() | Retune():
+                case Train():
                     assert self._training is not None
                     self._training.retune(action.rule.update_rule)
                     self._training.trainer.progress = max(self._training.trainer.progress, action.rule.progress)
@@ -238,7 +237,7 @@ class NodeService:
                     self._reader.look(action.encoder, self._training.instruction.layout_digest, action.at_least)
                 case Drop():
                     self._drop(action.encoder)
-                case Settle():
+                case Answered():
                     self._settle(action.receipt)
                 case Republish():
                     self._handover.send_again(action.sequence, action.attempt)

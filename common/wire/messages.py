@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -103,6 +103,14 @@ class Fetch(NodeMessage):
     encoder: Id
     have_version: int = Field(ge=-1)
     sought: int | None = Field(default=None, ge=0)
+
+
+class Finished(NodeMessage):
+    """A node has the last version of an encoder whose training has ended: it reads no more of the encoder's stream."""
+
+    kind: Literal["request.finished"] = "request.finished"
+    encoder: Id
+    version: Count
 
 
 class Leave(NodeMessage):
@@ -241,7 +249,11 @@ class InnerOptimizer(BaseModel):
 
 
 class UpdateRule(BaseModel):
-    """When a node returns an update, and how."""
+    """When a node returns an update, and how.
+
+    `away_steps`: how many steps a node trains on beyond its last hand-in while the master gives no sign of life; None:
+    without end.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -249,6 +261,7 @@ class UpdateRule(BaseModel):
     encoding: EncodingName = "int8"
     wait: bool = False
     max_unanswered: Annotated[int, Field(ge=1, le=64)] = 2
+    away_steps: Annotated[int, Field(ge=1)] | None = None
     inner: InnerOptimizer = InnerOptimizer()
 
 
@@ -264,12 +277,32 @@ class Rule(Message):
     progress: float = 0.0
 
 
+#: Why an update is refused. finished: the training has ended. unknown-encoder: none of that id is trained here.
+#: layout, size, digest: the payload is not what the encoder, or the manifest, says. not-finite: it holds NaN or
+#: infinity. stale, future: its base version is too old, or not made yet. conflict: its number was another update's.
+#: set-aside: the master died of it.
+Reason = Literal[
+    "finished",
+    "unknown-encoder",
+    "layout",
+    "size",
+    "digest",
+    "not-finite",
+    "stale",
+    "future",
+    "conflict",
+    "set-aside",
+]
+#: What a receipt says of its update. other: it is refused for a reason that only a newer master knows.
+Verdict = Literal["accepted", "other"] | Reason
+
+
 class Receipt(Message):
     """The answer to one update: counted in `version` with `weight`, or refused because of `reason`.
 
     `previous` is the hash of the receipt issued before this one for the same encoder (see `receipt_hash`);
-    empty for the first. Reasons: finished, unknown-encoder, layout, size, digest, not-finite, stale, future, conflict,
-    set-aside.
+    empty for the first. `reason` is a `Reason`, read by `verdict`; it stays as it came, because receipts are hashed as
+    they were written, and a newer master may have a reason that is not known here.
     """
 
     kind: Literal["receipt"] = "receipt"
@@ -286,6 +319,17 @@ class Receipt(Message):
     weight: float = 0.0
     return_count: Count = 0
     previous: Digest | Literal[""] = ""
+
+
+def verdict(receipt: Receipt) -> Verdict:
+    """What a receipt says of its update, as a closed set of words, so that a match over them can be complete."""
+    if receipt.accepted:
+        return "accepted"
+    return receipt.reason if _is_reason(receipt.reason) else "other"
+
+
+def _is_reason(word: str) -> TypeGuard[Reason]:
+    return word in get_args(Reason)
 
 
 def receipt_hash(receipt: Receipt) -> str:
@@ -355,6 +399,14 @@ class Answer(Message):
     detail: Text = ""
 
 
+class Pulse(Message):
+    """The master's sign of life to every node, every few seconds. `at`: seconds since 1970 by the master's clock."""
+
+    kind: Literal["pulse"] = "pulse"
+    at: Seconds
+    epoch: Count
+
+
 class StatusReport(Message):
     """The running federation, for people: see `master_service.status`."""
 
@@ -381,7 +433,20 @@ class ParameterChunk(Message):
 
 
 ToMaster = (
-    Join | Get | Continue | Fetch | Leave | Alive | AskStatus | Stop | InstructionAck | UpdateManifest | UpdateChunk
+    Join
+    | Get
+    | Continue
+    | Fetch
+    | Finished
+    | Leave
+    | Alive
+    | AskStatus
+    | Stop
+    | InstructionAck
+    | UpdateManifest
+    | UpdateChunk
 )
-ToNode = Instruction | Rule | Receipt | Resend | Notice | Finish | Introduce | Answer | StatusReport | ParameterChunk
+ToNode = (
+    Instruction | Rule | Receipt | Resend | Notice | Finish | Introduce | Answer | Pulse | StatusReport | ParameterChunk
+)
 AnyMessage = Annotated[ToMaster | ToNode, Field(discriminator="kind")]

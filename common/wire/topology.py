@@ -14,6 +14,9 @@ MIB = 1 << 20
 #: The largest body that travels, bytes. RabbitMQ's own default limit is 16 MiB (4.x) or 128 MiB (3.x).
 MAX_BODY_BYTES = 15 * MIB
 
+#: Room for some dozens of the master's signs of life, bytes; only the newest is of interest.
+PULSE_QUEUE_BYTES = 4096
+
 QueueKind = Literal["quorum", "classic", "stream"]
 
 
@@ -93,6 +96,16 @@ class Topology:
     def node_inbox(self, node: str) -> str:
         return f"{self.namespace}.node.{node}.inbox"
 
+    def pulse_queue(self, node: str) -> str:
+        """Where a node hears the master's signs of life. Apart from the inbox: they must not wait behind other
+        messages, nor fill it while the node is away."""
+        return f"{self.namespace}.node.{node}.pulse"
+
+    @property
+    def pulse_key(self) -> str:
+        """The routing key of the master's signs of life on the instruction exchange; no encoder type begins so."""
+        return "_pulse"
+
     def node_lock(self, node: str) -> str:
         return f"{self.namespace}.node.{node}.lock"
 
@@ -123,21 +136,24 @@ class Topology:
         )
 
     def node(self, node: str, types: tuple[str, ...]) -> Declarations:
-        """What one node needs: its inbox, bound for its encoder types, and its chunk queue.
+        """What one node needs: its inbox, bound for its encoder types, its chunk queue, and the queue of the master's
+        signs of life, of which it holds the newest few.
 
         The chunk queue has no expiry: a queue that is published to while nobody consumes would be deleted.
         """
-        inbox, chunks = self.node_inbox(node), self.chunk_queue(node)
+        inbox, chunks, pulses = self.node_inbox(node), self.chunk_queue(node), self.pulse_queue(node)
         return self.exchanges() + Declarations(
             queues=(
                 Queue(inbox, expires=self.inbox_expires),
                 Queue(chunks, "classic", max_bytes=self.chunk_queue_bytes, overflow="reject-publish"),
+                Queue(pulses, "classic", max_bytes=PULSE_QUEUE_BYTES, overflow="drop-head", expires=self.inbox_expires),
             ),
             bindings=(
                 *(Binding(self.instruction, inbox, encoder_type) for encoder_type in types),
                 Binding(self.rule, inbox, node),
                 Binding(self.receipt, inbox, node),
                 Binding(self.update, chunks, f"{node}.chunk"),
+                Binding(self.instruction, pulses, self.pulse_key),
             ),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from common.wire.messages import (
     Continue,
     Fetch,
+    Finished,
     Get,
     InstructionAck,
     Introduce,
@@ -18,7 +19,7 @@ from common.wire.messages import (
     UpdateChunk,
     UpdateManifest,
 )
-from master_service.decisions import membership, requests
+from master_service.decisions import membership, requests, streams
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -85,6 +86,8 @@ class Coordinator:
                 return membership.join(self.state, body)
             case Fetch():
                 return membership.fetch(self.state, body, at)
+            case Finished():
+                return streams.finished(self.state, body, at)
             case Leave():
                 return membership.leave(self.state, body, at, self._advance)
             case Presence():
@@ -101,7 +104,12 @@ class Coordinator:
             case Stop():
                 return self._stop(body, at)
             case Tick():
-                return [effect for encoder in self.state.encoders.values() for effect in self._advance(encoder, at)]
+                encoders = self.state.encoders.values()
+                return [
+                    effect
+                    for encoder in encoders
+                    for effect in (*self._advance(encoder, at), *streams.release(encoder, at))
+                ]
             case Configured():
                 self.state.settings = body.settings
                 return []
@@ -118,6 +126,8 @@ class Coordinator:
         """When a Tick is due, in `at` seconds; None if nothing waits for time to pass."""
         settings, due = self.state.settings, []
         for encoder in self.state.encoders.values():
+            if (release_at := streams.release_at(encoder)) is not None:
+                due.append(release_at)
             if encoder.status != "running":
                 continue
             if encoder.buffer:
@@ -206,7 +216,7 @@ class Coordinator:
                 if encoder.status == "running" and manifest.base_version < encoder.version:
                     effects += notify(self.state.settings, encoder, [member], entry.at)
             if encoder is not None and encoder.status == "finished":
-                effects.append(Send(manifest.node, finish(encoder)))
+                effects += streams.last_version(self.state.settings, encoder, manifest.node, entry.at)
             return effects
         member = encoder.members[manifest.node]
         if not encoder.buffer:
@@ -311,6 +321,7 @@ class Coordinator:
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
         encoder.status, encoder.reason = "finished", reason
+        streams.ended(encoder)
         return [
             publish(self.state.settings, encoder, at),
             Conclude(encoder.encoder, encoder.version),

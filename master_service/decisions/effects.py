@@ -69,6 +69,18 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteStream:
+    """Delete the encoder's parameter stream at the broker, with everything on it: everybody has its last version.
+
+    The shell deletes the queue `Topology.stream(encoder)`; one that is not there (this is carried out again after a
+    crash) is no error. It forgets what it knew of the stream (that it is declared, what was written last, the time from
+    which to read), because a later Publish of this encoder is to declare a new one.
+    """
+
+    encoder: str
+
+
+@dataclass(frozen=True, slots=True)
 class Conclude:
     """The training has ended: export the encoder and keep it in the registry."""
 
@@ -90,4 +102,4 @@ class SetAside:
     offset: int
 
 
-Effect = Send | Broadcast | Generate | Step | Publish | Conclude | Refused | SetAside
+Effect = Send | Broadcast | Generate | Step | Publish | DeleteStream | Conclude | Refused | SetAside

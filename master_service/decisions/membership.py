@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.wire.messages import Fetch, InstructionAck, Introduce, Join, Leave, Rule
+from master_service.decisions import streams
 from master_service.decisions.effects import Effect, Send
-from master_service.decisions.messages_out import finish, instruction, notify, publish, publish_again
+from master_service.decisions.messages_out import instruction, notify, publish, publish_again
 from master_service.decisions.records import Presence
 from master_service.decisions.state import EncoderState, Member, NodeState, State
 from master_service.decisions.stopping import progress
@@ -63,6 +64,7 @@ def leave(state: State, body: Leave, at: float, advance: Advance) -> list[Effect
         if member is not None and member.accepted:
             member.accepted, member.waiting = False, False
             effects += advance(encoder, at)
+        effects += streams.gone(encoder, body.node, at)
     return effects
 
 
@@ -78,6 +80,8 @@ def presence(state: State, body: Presence, at: float, advance: Advance) -> list[
         if member is not None and member.present != body.present:
             member.present = body.present
             effects += _begin(state, encoder, at) + advance(encoder, at)
+            if not body.present:
+                effects += streams.gone(encoder, body.node, at)
     return effects
 
 
@@ -87,8 +91,7 @@ def fetch(state: State, body: Fetch, at: float) -> list[Effect]:
     if encoder is None or not encoder.layout:
         return []
     if encoder.status == "finished":
-        again = publish_again(state.settings, encoder, body.sought, at)
-        return [*again, Send(body.node, finish(encoder))]
+        return streams.last_version(state.settings, encoder, body.node, at, body.sought)
     member = encoder.members.get(body.node)
     if member is None:
         return [Send(body.node, Introduce(node=body.node))]

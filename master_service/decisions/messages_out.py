@@ -62,7 +62,7 @@ def resend(encoder: str, update: UpdateManifest | Buffered) -> Resend:
 
 def publish(settings: Settings, encoder: EncoderState, at: float) -> Publish:
     """The order to publish the newest version; the state knows from here on that it is."""
-    encoder.published_version, encoder.published_at = encoder.version, at
+    encoder.published_version, encoder.published_at, encoder.has_stream = encoder.version, at, True
     return Publish(encoder.encoder, encoder.version, progress(encoder, settings.stop, at))
 
 

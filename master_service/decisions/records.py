@@ -14,6 +14,7 @@ from common.wire.messages import (
     Continue,
     Digest,
     Fetch,
+    Finished,
     Get,
     Id,
     InstructionAck,
@@ -158,7 +159,7 @@ Record = (
     Configured | Started | Generated | GenerationFailed | Versioned | StepFailed | Skipped | Repaired | Presence | Tick
 )
 #: What nodes and observers say that is decided upon.
-Said = Join | Get | Continue | Fetch | Leave | Stop | InstructionAck | UpdateManifest
+Said = Join | Get | Continue | Fetch | Finished | Leave | Stop | InstructionAck | UpdateManifest
 Loggable = Said | Record
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 

@@ -29,6 +29,7 @@ def get(state: State, entry: Entry, request: Get) -> list[Effect]:
             return []
         return [Send(request.sender, answer(running))]
     if same and not request.fresh:
+        same[-1].observed = True
         return [publish(state.settings, same[-1], entry.at), Send(request.sender, answer(same[-1]))]
     # an id has at most 64 characters, whatever the type is called
     name = f"{request.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"

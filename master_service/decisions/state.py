@@ -112,6 +112,9 @@ class EncoderState(_State):
     """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
 
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
+    `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
+    that have not said yet that they have the last version, in the order in which they began to read; `observed`:
+    somebody who does not say so may be reading it too.
     """
 
     encoder: str
@@ -133,6 +136,9 @@ class EncoderState(_State):
     updates: int = 0
     published_version: int = -1
     published_at: float = 0.0
+    has_stream: bool = False
+    readers: dict[str, None] = Field(default_factory=dict)
+    observed: bool = False
     run_started_at: float = 0.0
     run_first_version: int = 0
     run_first_update: int = 0

@@ -6,7 +6,7 @@ from typing import Literal
 
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
-from common.wire.messages import MAX_COUNT, Receipt, UpdateChunk, UpdateManifest, receipt_hash
+from common.wire.messages import MAX_COUNT, Reason, Receipt, UpdateChunk, UpdateManifest, receipt_hash
 from master_service.decisions.records import UpdateFacts
 from master_service.decisions.state import (
     KEPT_INCARNATIONS,
@@ -30,7 +30,7 @@ def stranger(encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
 
 def refusal(
     encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
-) -> tuple[str, str] | None:
+) -> tuple[Reason, str] | None:
     """Why this update cannot be counted: (reason, detail); None if it can. Without facts: as far as one can tell."""
     if encoder is None or not encoder.layout:
         return "unknown-encoder", f"no encoder {manifest.encoder} is being trained here"
@@ -52,7 +52,7 @@ def refusal(
     return None
 
 
-def refused(encoder: EncoderState | None, manifest: UpdateManifest, reason: str, detail: str) -> Receipt:
+def refused(encoder: EncoderState | None, manifest: UpdateManifest, reason: Reason, detail: str) -> Receipt:
     """The receipt of an update that does not count."""
     return Receipt(
         encoder=manifest.encoder,

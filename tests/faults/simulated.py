@@ -69,16 +69,15 @@ from master_service.wire.updates import Updates
 from node_service.agent import (
     Action,
     Agent,
-    Begin,
+    Answered,
     CheckSamples,
     Drop,
     Look,
     Read,
     Reincarnate,
     Republish,
-    Retune,
     Say,
-    Settle,
+    Train,
 )
 
 TOPOLOGY = Topology("sim")
@@ -740,14 +739,14 @@ class SimNode:
                     if self.training is None or self.training != action.instruction:
                         self._build(action.instruction)
                     self._perform(self.agent.samples_checked(action.instruction, 100))
-                case Begin() | Retune():
+                case Train():
                     assert self.training is not None
                     self.disk.current = (self.training, action.rule)
                 case Read() | Look():
                     self.reads.append(action)
                 case Drop():
                     self.training, self.disk.current = None, None
-                case Settle():
+                case Answered():
                     self._settle(action.receipt)
                 case Republish():
                     self._send_again(action.sequence, action.attempt)

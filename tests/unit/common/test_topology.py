@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+from pydantic import ValidationError
+
+from common.wire.messages import Get
 from common.wire.topology import Declarations, Topology
 
 TOPOLOGY = Topology("ns")
@@ -24,6 +28,7 @@ def test_who_gets_what() -> None:
         ("ns.rule", "n", "ns.node.n.inbox"),
         ("ns.receipt", "n", "ns.node.n.inbox"),
         ("ns.update", "n.chunk", "ns.update.n"),
+        ("ns.instruction", "_pulse", "ns.node.n.pulse"),
     }
     assert bound(TOPOLOGY.observer("o")) - dead == {("ns.receipt", "o", "ns.node.o.inbox")}
     assert bound(TOPOLOGY.parameters("text-1", 5)) == {("ns.parameter", "text-1", "ns.parameters.text-1")}
@@ -42,6 +47,10 @@ def test_each_queue_loses_nothing_that_it_must_not_lose() -> None:
     assert inbox.kind == "quorum" and inbox.expires, "an inbox may expire: a join makes the master restate everything"
     chunks = queues["ns.update.n"]
     assert (chunks.kind, chunks.overflow, chunks.expires) == ("classic", "reject-publish", None) and chunks.max_bytes
+    pulses = queues[TOPOLOGY.pulse_queue("n")]  # F13: signs of life, which nothing else may be held up by
+    assert (pulses.kind, pulses.max_bytes, pulses.overflow) == ("classic", 4096, "drop-head") and pulses.expires
+    with pytest.raises(ValidationError):
+        Get(sender="x", encoder_type=TOPOLOGY.pulse_key)  # so that no encoder type is heard as the master's life
     dead = queues["ns.dead-letters"]
     assert (dead.kind, dead.overflow) == ("classic", "drop-head") and dead.max_bytes
     for size in (1, 100 << 20):  # at least four versions, in segments of about one and never below 16 MiB

@@ -5,9 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.wire.messages import UpdateManifest, UpdateRule
+from common.wire.codec import decode, encode
+from common.wire.messages import Receipt, UpdateManifest, UpdateRule, receipt_hash, verdict
 from master_service.decisions.state import KEPT_INCARNATIONS, KEPT_RECEIPTS, KNOWN_INCARNATIONS, EncoderState, Member
 from master_service.decisions.verdicts import refusal, refused, settle
+from node_service.agent import Agent, Answered
 from tests.unit.scenario import DIGEST, LAYOUT, Scenario
 
 ENCODER = EncoderState(
@@ -47,12 +49,23 @@ def test_receipts_are_kept_for_as_many_updates_as_a_node_may_have_under_way() ->
     assert bound <= KEPT_RECEIPTS
 
 
+def test_r_a_reason_that_only_a_newer_master_knows_is_no_poison_and_keeps_the_receipts_hash() -> None:
+    newer = RECEIPT.model_copy(update={"reason": "out-of-favour"})
+    read = decode(encode(newer))
+    assert isinstance(read, Receipt) and read == newer and receipt_hash(read) == receipt_hash(newer)
+    assert (verdict(read), verdict(RECEIPT)) == ("other", "stale")
+    assert verdict(RECEIPT.model_copy(update={"accepted": True, "reason": ""})) == "accepted"
+    assert Agent("a", "first", ("text",)).receive(read) == [Answered(read)]
+
+
 def test_a_refusal_quotes_a_sender_only_as_far_as_a_receipt_takes() -> None:
     layout = [("x" * 100_000, [1] * 16)]
-    reason, detail = refusal(
+    problem = refusal(
         ENCODER.model_copy(update={"members": {"a": Member(node="a", incarnation="first", samples=1)}}),
         manifest(layout=layout, layout_digest=DIGEST),
         None,
-    ) or ("", "")
+    )
+    assert problem is not None
+    reason, detail = problem
     receipt = refused(ENCODER, manifest(), reason, detail)
     assert reason == "layout" and receipt.detail.startswith("the layout differs from the encoder's: tensor 'xxx")

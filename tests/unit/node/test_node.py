@@ -16,6 +16,7 @@ from common.numbers.parameters import ParameterSet
 from common.wire.messages import (
     Fetch,
     Finish,
+    Finished,
     Instruction,
     InstructionAck,
     Introduce,
@@ -27,7 +28,7 @@ from common.wire.messages import (
     Rule,
     UpdateRule,
 )
-from node_service.agent import Agent, Begin, CheckSamples, Read, Reincarnate, Republish, Retune, Say, Settle
+from node_service.agent import Agent, Answered, CheckSamples, Read, Reincarnate, Republish, Say, Train
 from node_service.handover.local_state import LocalState
 from node_service.training.trajectory import Frame
 from node_service.training.update_rule import SinceReturn, must_return
@@ -142,7 +143,7 @@ def test_the_agent_follows_the_protocol() -> None:
     [ack] = agent.samples_checked(instruction(), 50)
     assert isinstance(ack, Say) and isinstance(ack.message, InstructionAck) and ack.message.accepted
     assert agent.receive(rule("text-9")) == []
-    assert agent.receive(rule(version=3)) == [Begin(instruction(), rule(version=3)), Read("text-1", 3, 9.0)]
+    assert agent.receive(rule(version=3)) == [Train(instruction(), rule(version=3)), Read("text-1", 3, 9.0)]
     assert not agent.training
     assert agent.version_read("text-1", 3) == [] and agent.training
     notice = Notice(encoder="text-1", version=4, digest=DIGEST, published_at=9.0)
@@ -152,18 +153,20 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(notice) == [Read("text-1", 4, 9.0)]
     # a master that starts again states everything again: no second beginning, no older version
     assert agent.receive(instruction()) == [CheckSamples(instruction())]
-    assert agent.receive(rule(version=4)) == [Retune(rule(version=4))]
+    assert agent.receive(rule(version=4)) == [Train(instruction(), rule(version=4))]
     assert agent.receive(Introduce(node="n")) == agent.join()
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert agent.receive(finish()) == []  # once is enough, unless the reading fails
     assert agent.read_failed("text-1", 4) == []  # what is wanted now is newer
     # training that goes on before the last version was found is gone on with
-    assert agent.receive(rule(version=5)) == [Retune(rule(version=5))] and agent.training
+    assert agent.receive(rule(version=5)) == [Train(instruction(), rule(version=5))] and agent.training
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)] and not agent.training
     agent.read_failed("text-1", 5)
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
     assert not agent.training
-    assert agent.version_read("text-1", 5) == [CheckSamples(instruction("text-2"))]
+    # F8: the master hears that the last version is here, so that it can let go of the stream
+    had = Finished(node="n", incarnation="i", encoder="text-1", version=5)
+    assert agent.version_read("text-1", 5) == [Say(had), CheckSamples(instruction("text-2"))]
 
 
 def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> None:
@@ -186,12 +189,12 @@ def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> N
 
 def test_receipts_resends_and_conflicts() -> None:
     agent = Agent("n", "i", ("text",), unanswered={3, 4, 5})
-    assert agent.receive(receipt(3)) == [Settle(receipt(3))]
+    assert agent.receive(receipt(3)) == [Answered(receipt(3))]
     assert agent.receive(receipt(4, incarnation="old")) == []
     again = Resend(encoder="text-1", node="n", incarnation="i", sequence=4, attempt=2)
     assert agent.receive(again) == [Republish(4, 2)]
     assert agent.receive(again.model_copy(update={"sequence": 3})) == []  # settled: nothing to send
-    assert agent.receive(receipt(5, reason="conflict")) == [Settle(receipt(5, reason="conflict")), Reincarnate()]
+    assert agent.receive(receipt(5, reason="conflict")) == [Answered(receipt(5, reason="conflict")), Reincarnate()]
     assert agent.unanswered == {4}
 
 

@@ -24,6 +24,7 @@ from common.numbers.layout import Layout
 from common.wire.messages import (
     Fetch,
     Finish,
+    Finished,
     Instruction,
     Notice,
     ParameterChunk,
@@ -35,7 +36,7 @@ from common.wire.messages import (
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.versions import VersionReader, publish_version
-from node_service.agent import Agent, Begin, CheckSamples, Drop, Look, Read, Retune, Say, Settle
+from node_service.agent import Agent, Answered, CheckSamples, Drop, Look, Read, Say, Train
 from node_service.handover import handover
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
@@ -568,13 +569,13 @@ def notice(number: int) -> Notice:
 
 def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news() -> None:
     agent = Agent("n", "i", ("fake",))
-    assert agent.resume(INSTRUCTION, RULE, version=6) == [Begin(INSTRUCTION, RULE)]
+    assert agent.resume(INSTRUCTION, RULE, version=6) == [Train(INSTRUCTION, RULE)]
     assert agent.training
     assert agent.receive(INSTRUCTION) == [CheckSamples(INSTRUCTION)]
     [ack] = agent.samples_checked(INSTRUCTION, 5)
     assert isinstance(ack, Say)
     newer = RULE.model_copy(update={"version": 8})
-    assert agent.receive(newer) == [Retune(newer), Read("fake-1", 8, 9.0)]
+    assert agent.receive(newer) == [Train(INSTRUCTION, newer), Read("fake-1", 8, 9.0)]
     other = INSTRUCTION.model_copy(update={"encoder": "fake-2"})
     assert agent.receive(other) == []
     # it had finished meanwhile: the other one's turn comes
@@ -582,11 +583,12 @@ def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news(
     assert agent.receive(end) == [Read("fake-1", 9, 9.0)]
     # whichever read brings the last version, it is the last, and once
     assert not agent.finishes("fake-1", 8, exact=False) and agent.finishes("fake-1", 9, exact=False)
-    assert agent.version_read("fake-1", 9) == [CheckSamples(other)]
+    [had, *turn] = agent.version_read("fake-1", 9)
+    assert isinstance(had, Say) and isinstance(had.message, Finished) and turn == [CheckSamples(other)]
     assert not agent.finishes("fake-1", 9, exact=False) and not agent.adopts("fake-1", 9, exact=False)
     # without a restored path it needs a version first
     agent = Agent("n", "i", ("fake",))
-    assert agent.resume(INSTRUCTION, RULE, version=-1) == [Begin(INSTRUCTION, RULE), Read("fake-1", 0, 9.0)]
+    assert agent.resume(INSTRUCTION, RULE, version=-1) == [Train(INSTRUCTION, RULE), Read("fake-1", 0, 9.0)]
     assert not agent.training
     assert agent.version_read("fake-1", 4) == [] and agent.training and agent.version == 4
 
@@ -597,7 +599,7 @@ def test_an_encoder_that_the_master_does_not_know_is_let_go() -> None:
     other = INSTRUCTION.model_copy(update={"encoder": "fake-2"})
     agent.receive(other)
     unknown = receipt(0, reason="unknown-encoder")
-    assert agent.receive(unknown) == [Settle(unknown), Drop("fake-1"), CheckSamples(other)]
+    assert agent.receive(unknown) == [Answered(unknown), Drop("fake-1"), CheckSamples(other)]
     assert not agent.training and agent.current == other
 
 
@@ -606,7 +608,7 @@ def test_a_master_that_knows_fewer_versions_is_followed_back() -> None:
     agent.resume(INSTRUCTION, RULE, version=9)
     future = receipt(0, reason="future", version=3)
     settle, ask = agent.receive(future)
-    assert settle == Settle(future) and isinstance(ask, Say) and isinstance(ask.message, Fetch)
+    assert settle == Answered(future) and isinstance(ask, Say) and isinstance(ask.message, Fetch)
     assert ask.message.have_version == -1 and not agent.training
     # what the stream still holds of the lost history is not it
     assert not agent.adopts("fake-1", 9, exact=False) and agent.adopts("fake-1", 3, exact=True)
@@ -614,7 +616,7 @@ def test_a_master_that_knows_fewer_versions_is_followed_back() -> None:
     agent.version_read("fake-1", 3)
     assert agent.training and agent.version == 3
     again = receipt(1, reason="future", version=3)
-    assert agent.receive(again) == [Settle(again)]  # handed in before: no news
+    assert agent.receive(again) == [Answered(again)]  # handed in before: no news
     assert agent.receive(notice(4)) == [Read("fake-1", 4, 9.0, exact=True)]
     agent.version_read("fake-1", 4)
     assert agent.receive(notice(10)) == [Read("fake-1", 10, 9.0)]

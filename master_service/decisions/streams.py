@@ -1,0 +1,72 @@
+"""The end of an encoder's parameter stream: once its last version is read by all who need it, the stream is let go of.
+
+Nodes say when they have the last version (`Finished`); observers do not, so for them the stream is kept for an hour.
+Who comes later gets the last version published again over a new stream, whose time counts anew.
+"""
+
+from __future__ import annotations
+
+from common.wire.messages import Finished
+from master_service.decisions.effects import DeleteStream, Effect, Send
+from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS, finish, publish, publish_again
+from master_service.decisions.records import Settings
+from master_service.decisions.state import EncoderState, State
+
+#: Seconds after the last publication for which a stream is kept for those who do not say that they have read it.
+STREAM_SECONDS = 3600.0
+
+
+def ended(encoder: EncoderState) -> None:
+    """The training has ended: who takes part in it now reads the last version. If nobody does, others may."""
+    encoder.readers = dict.fromkeys(encoder.active()) if encoder.started else {}
+    encoder.observed = not encoder.readers
+
+
+def last_version(
+    settings: Settings, encoder: EncoderState, node: str, at: float, sought: int | None = None
+) -> list[Effect]:
+    """Tell a node of the end of a finished encoder, whose last version is published (again) if the stream lacks it.
+
+    `sought`: the version that the node did not find on the stream; None if it has not looked.
+    """
+    if node in encoder.members:
+        encoder.readers[node] = None
+    else:
+        encoder.observed = True
+    again = publish_again(settings, encoder, sought, at) if encoder.has_stream else [publish(settings, encoder, at)]
+    return [*again, Send(node, finish(encoder))]
+
+
+def finished(state: State, body: Finished, at: float) -> list[Effect]:
+    """A node has read the last version."""
+    encoder = state.encoders.get(body.encoder)
+    if encoder is None or body.version < encoder.version:
+        return []
+    return gone(encoder, body.node, at)
+
+
+def gone(encoder: EncoderState, node: str, at: float) -> list[Effect]:
+    """A node reads no more of the stream, because it has the last version or is not there."""
+    encoder.readers.pop(node, None)
+    return release(encoder, at)
+
+
+def release(encoder: EncoderState, at: float) -> list[Effect]:
+    """Let go of the stream if it is time."""
+    due = release_at(encoder)
+    if due is None or at < due:
+        return []
+    encoder.has_stream, encoder.observed, encoder.readers = False, False, {}
+    return [DeleteStream(encoder.encoder)]
+
+
+def release_at(encoder: EncoderState) -> float | None:
+    """When the stream of a finished encoder is let go of, in `at` seconds; None if there is none.
+
+    Not sooner after a publication than it may be published again: however nodes come, ask and go, the last version is
+    not written more often than that.
+    """
+    if encoder.status != "finished" or not encoder.has_stream:
+        return None
+    awaited = encoder.readers or encoder.observed
+    return encoder.published_at + (STREAM_SECONDS if awaited else PUBLISH_AGAIN_SECONDS)
