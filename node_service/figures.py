@@ -24,6 +24,7 @@ class NodeFigures:
     waiting_seconds: float = 0.0
     training_seconds: float = 0.0
     note: str = "starting"
+    waiting_since: float | None = None
 
     def alive(self, node: str, incarnation: str, encoder: str | None, bytes_sent: int) -> Alive:
         """As it travels."""

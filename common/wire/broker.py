@@ -64,6 +64,8 @@ class BrokerStatus:
     reconnects: int
     bytes_out: int
     bytes_in: int
+    problem: str = ""
+    refused: str = ""
 
 
 def dead_letter(exchange: str, delivery: Delivery, reason: str, detail: str) -> Publication:
