@@ -1,4 +1,4 @@
-"""Logs through structlog: plain lines for people, JSON lines for machines; always on stderr."""
+"""Logging with structlog, always to stderr: plain lines for people, JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 
 
 def configure_logging(*, json: bool = False, level: str = "info") -> None:
-    """Set up structlog for this process."""
+    """Set up structlog for this process. `level`: debug, info, warning, error or critical."""
     renderer: Any = (
         structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
@@ -23,6 +23,7 @@ def configure_logging(*, json: bool = False, level: str = "info") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # looked up for every line: while a live display draws, rich puts a stand-in there that prints above it
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
