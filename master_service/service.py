@@ -56,7 +56,7 @@ from master_service.decisions.records import (
     Versioned,
 )
 from master_service.history.state_directory import Journal
-from master_service.status import Live, report
+from master_service.status import Live, Report, report
 from master_service.wire.inbox import identity, understood
 from master_service.wire.publisher import Publisher
 from master_service.wire.updates import Updates
@@ -265,7 +265,7 @@ class MasterService:
             if known is None or known.incarnation != message.incarnation:
                 self._publisher.send(message.node, Introduce(node=message.node))
         elif isinstance(message, AskStatus):
-            self._publisher.send(message.sender, StatusReport(report=self.report()))
+            self._publisher.send(message.sender, StatusReport(report=self.report().model_dump()))
         else:
             return False
         return True
@@ -372,10 +372,19 @@ class MasterService:
         except Poison:
             return False
 
-    def report(self) -> dict[str, object]:
-        """What `status` shows. Times in seconds, sizes in bytes."""
-        plain = report(self._fold.coordinator.state, self.live, self.broker.status(), self.clock())
-        return plain | {"bytes_published": self._publisher.bytes_out} | self._journal.report()
+    def report(self) -> Report:
+        """What `status` shows."""
+        disk, rows, snapshot = self._journal.report()
+        return report(
+            self._fold.coordinator.state,
+            self.live,
+            self.broker.status(),
+            now=self.clock(),
+            bytes_published=self._publisher.bytes_out,
+            disk=disk,
+            log=rows,
+            snapshot=snapshot,
+        )
 
 
 def _row(offset: int) -> str:

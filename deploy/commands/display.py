@@ -1,4 +1,4 @@
-"""What people see while master, nodes and demo run: a live table on a terminal, plain lines elsewhere."""
+"""What people see while a master, a node or the demo runs: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from common.wire.broker import BrokerStatus
+from master_service.status import BrokerReport, Report
 
 if TYPE_CHECKING:
     from master_service.service import MasterService
@@ -21,19 +24,19 @@ if TYPE_CHECKING:
 #: Seconds between refreshes of the table, and between plain lines.
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
-#: Columns where output is not to a terminal.
+#: Columns of tables that do not go to a terminal.
 _PLAIN_WIDTH = 120
 
 
 def console() -> Console:
-    """For results on stdout: as wide as the terminal; wide enough for every table where there is none."""
+    """A console on stdout for results: as wide as the terminal, or wide enough for every table if there is none."""
     made = Console()
     return made if made.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
 @contextmanager
 def saying(text: str, *, quiet: bool = False) -> Iterator[None]:
-    """Say what is happening while something takes seconds."""
+    """Show `text` while the body runs: a spinner on a terminal, one line elsewhere."""
     console = Console(stderr=True)
     if quiet:
         yield
@@ -46,7 +49,7 @@ def saying(text: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def size(count: float) -> str:
-    """Bytes with a unit, powers of 1,024."""
+    """A number of bytes for people, in powers of 1,024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -55,77 +58,81 @@ def size(count: float) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """A number for people; a dash if it is not known."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def conditions(report: dict[str, Any]) -> list[str]:
-    """What keeps the master from going on, a line each. Reports of older masters say nothing of the disk."""
-    lines = []
-    broker, disk = report["broker"], report.get("disk") or {"short": False}
-    if broker["blocked"]:
-        reason = str(broker["blocked"])
-        lines.append(f"broker blocked: {reason}; nothing is lost, publishing goes on when it is over")
-    elif not broker["connected"]:
-        lines.append("broker away: trying again")
-    if disk["short"]:
+def conditions(report: Report) -> list[str]:
+    """What keeps the master from working, one line each; empty if nothing does."""
+    lines = broker_conditions(report.broker)
+    if report.disk.short:
         lines.append(
-            f"disk short: {size(disk['free_bytes'])} free, {size(disk['needed_bytes'])} needed; "
+            f"disk short: {size(report.disk.free_bytes)} free, {size(report.disk.needed_bytes)} needed; "
             "updates wait in the broker until there is room"
         )
     return lines
 
 
-def federation_tables(report: dict[str, Any]) -> list[Table]:
-    """One table per encoder: a row per node."""
+def broker_conditions(broker: BrokerReport | BrokerStatus) -> list[str]:
+    """What is wrong with a connection to the broker, one line each. An alarm explains a lost connection too."""
+    lines = []
+    if broker.blocked:
+        lines.append(f"broker blocked: {broker.blocked}; nothing is lost, publishing goes on when it is over")
+    elif not broker.connected:
+        lines.append("broker away: trying again")
+    if broker.problem and broker.problem != broker.blocked:
+        lines.append(f"broker: {broker.problem}")
+    return lines
+
+
+def federation_tables(report: Report) -> list[Table]:
+    """One table per encoder, one row per node."""
     tables = []
-    for name, encoder in report["encoders"].items():
+    for name, encoder in report.encoders.items():
         title = (
-            f"{name}  {encoder['status']}  version {encoder['version']}  {encoder['updates']} updates  "
-            f"{encoder['progress']:.0%}"
+            f"{name}  {encoder.status}  version {encoder.version}  {encoder.updates} updates  {encoder.progress:.0%}"
         )
-        if encoder["waiting_for_nodes"] > 0:
-            title += f"  waiting for {encoder['waiting_for_nodes']} more node(s)"
+        if encoder.waiting_for_nodes > 0:
+            title += f"  waiting for {encoder.waiting_for_nodes} more node(s)"
         table = Table(title=title, title_justify="left")
         for heading in ("node", "steps", "steps/s", "loss", "version", "stale", "returns", "weight", "waited", "sent"):
             table.add_column(heading, justify="left" if heading == "node" else "right")
-        for node, member in encoder["members"].items():
+        for node, member in encoder.members.items():
             table.add_row(
-                node if member["active"] else f"{node} (away)",
-                str(member["steps"]),
-                number(member["steps_per_second"], 1),
-                number(member["loss"], 3),
-                str(member["version"]),
-                str(member["staleness"]),
-                str(member["returns"]),
-                number(member["last_weight"]),
-                f"{member['waiting_seconds']:.0f} s",
-                size(member["bytes_sent"]),
+                node if member.active else f"{node} (away)",
+                str(member.steps),
+                number(member.steps_per_second, 1),
+                number(member.loss, 3),
+                str(member.version),
+                str(member.staleness),
+                str(member.returns),
+                number(member.last_weight),
+                f"{member.waiting_seconds:.0f} s",
+                size(member.bytes_sent),
             )
         tables.append(table)
     return tables
 
 
-def federation_line(report: dict[str, Any]) -> str:
-    """The same in one line per encoder, and one for each condition."""
+def federation_line(report: Report) -> str:
+    """The report without a terminal: one line per encoder, one per condition."""
     lines = []
-    for name, encoder in report["encoders"].items():
+    for name, encoder in report.encoders.items():
         nodes = "  ".join(
-            f"{node}: {member['steps']} steps, loss {number(member['loss'], 3)}, {member['returns']} returns"
-            + ("" if member["active"] else " (away)")
-            for node, member in encoder["members"].items()
+            f"{node}: {member.steps} steps, loss {number(member.loss, 3)}, {member.returns} returns"
+            + ("" if member.active else " (away)")
+            for node, member in encoder.members.items()
         )
-        waiting = encoder["waiting_for_nodes"]
+        waiting = encoder.waiting_for_nodes
         wanted = f"waiting for {waiting} more node(s)  " if waiting > 0 else ""
-        lines.append(
-            f"{name} {encoder['status']} version {encoder['version']} {encoder['progress']:.0%}  {wanted}{nodes}"
-        )
+        lines.append(f"{name} {encoder.status} version {encoder.version} {encoder.progress:.0%}  {wanted}{nodes}")
     if not lines:
         lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")
     return "\n".join([*lines, *conditions(report)])
 
 
 class FederationDisplay:
-    """Shows reports: redrawn in place on a terminal, a line now and then elsewhere, nothing if quiet."""
+    """Shows reports on stderr: redrawn in place on a terminal, a line every ten seconds elsewhere, nothing if quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True)
@@ -143,11 +150,11 @@ class FederationDisplay:
             self._live.stop()
 
     def due(self) -> bool:
-        """Whether it is time to show something again."""
+        """Whether enough time has passed since the last `show`."""
         return not self._quiet and time.monotonic() >= self._next
 
-    def show(self, report: dict[str, Any]) -> None:
-        """Show a report now."""
+    def show(self, report: Report) -> None:
+        """Show a report now, due or not."""
         if self._quiet:
             return
         if not self._console.is_terminal:
@@ -155,7 +162,7 @@ class FederationDisplay:
             print(federation_line(report), file=sys.stderr, flush=True)
             return
         self._next = time.monotonic() + _REFRESH_SECONDS
-        if report["encoders"]:
+        if report.encoders:
             group = Group(*federation_tables(report), *(Text(line) for line in conditions(report)))
         else:
             group = Group(Text(federation_line(report)))
@@ -166,7 +173,7 @@ class FederationDisplay:
 
 
 class MasterDisplay(FederationDisplay):
-    """Fed by the master's `on_change`."""
+    """The display of `shared-encoder master`; `update` is the service's `on_change`."""
 
     def __enter__(self) -> MasterDisplay:
         return self
@@ -177,7 +184,7 @@ class MasterDisplay(FederationDisplay):
 
 
 class NodeDisplay:
-    """One line about this node, fed by its `on_change`."""
+    """One line on stderr about a running node; `update` is the service's `on_change`."""
 
     def __init__(self, name: str, *, quiet: bool) -> None:
         self._name = name
@@ -202,19 +209,19 @@ class NodeDisplay:
         if self._quiet or now < self._next:
             return
         figures, broker = service.figures, service.broker.status()
+        note = figures.note
+        if figures.waiting_since is not None:
+            note += f", waiting for the master since {time.strftime('%H:%M:%S', time.localtime(figures.waiting_since))}"
         text = (
-            f"{self._name}: {figures.note}, {figures.steps} steps ({figures.steps_per_second:.1f}/s), "
+            f"{self._name}: {note}, {figures.steps} steps ({figures.steps_per_second:.1f}/s), "
             f"loss {number(figures.loss, 3)}, version {figures.version}, {figures.accepted} updates counted"
             f" of {figures.handed_in} (last weight {figures.last_weight:.2f}, {figures.staleness} versions stale), "
             f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s"
         )
-        if broker.blocked:
-            text += f", broker blocked: {broker.blocked}"
-        elif not broker.connected:
-            text += ", broker away: trying again"
+        text = ", ".join([text, *broker_conditions(broker)])
         if self._status is not None:
             self._next = now + _REFRESH_SECONDS
-            self._status.update(text)
+            self._status.update(Text(text))  # not as markup: errors may hold brackets
         else:
             self._next = now + _LINE_SECONDS
             print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
-"""Looking at a federation from outside, over the broker, and asking it for things. Needs torch only to export."""
+"""The commands that talk to a running master over the broker: `status` and `request`. Only an export needs torch."""
 
 from __future__ import annotations
 
-import json
 import queue
 import secrets
 import threading
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
 from common.wire.broker import Broker, Delivery, Publication
@@ -21,13 +22,14 @@ from deploy.commands.display import FederationDisplay, conditions, console, fede
 from deploy.commands.run import connect
 from deploy.config import load_config
 from deploy.signals import stop_on_signals
+from master_service.status import Report
 
 #: Seconds between two questions while something is waited for.
 _ASK_EVERY = 1.0
 
 
 class Observer:
-    """A party without a corpus: asks the master and gets answers in an inbox of its own."""
+    """A client of the master that is no node: it sends requests and has an inbox of its own for the answers."""
 
     def __init__(self, broker: Broker, topology: Topology) -> None:
         self.name = f"observer-{secrets.token_hex(4)}"
@@ -38,7 +40,7 @@ class Observer:
         self._subscription = broker.consume(topology.node_inbox(self.name), self._answers.put, prefetch=16)
 
     def say(self, message: Message) -> None:
-        """Raises UserError if no master has ever served this namespace."""
+        """Send a request. Raises UserError if no master has ever served this namespace."""
         kind = str(getattr(message, "kind", "")).removeprefix("request.")
         publication = Publication(
             self._topology.request, f"{self.name}.{kind}", encode(message), message_id=secrets.token_hex(16)
@@ -52,7 +54,7 @@ class Observer:
             ) from None
 
     def listen(self, timeout: float) -> Message | None:
-        """The next message for this observer; None after `timeout` seconds of silence."""
+        """The next message in the inbox; None if none came within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -66,14 +68,14 @@ class Observer:
                 continue
         return None
 
-    def status(self, timeout: float) -> dict[str, Any]:
-        """The master's report. Raises BrokerUnavailable if it does not answer."""
+    def status(self, timeout: float) -> Report:
+        """The master's report. Raises BrokerUnavailable if none comes, UserError if it cannot be read."""
         self.say(AskStatus(sender=self.name))
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             message = self.listen(left)
             if isinstance(message, StatusReport):
-                return message.report
+                return read_report(message.report)
         raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
 
     def close(self) -> None:
@@ -81,9 +83,22 @@ class Observer:
         self._broker.delete_queue(self._topology.node_inbox(self.name))
 
 
+def read_report(plain: dict[str, Any]) -> Report:
+    """The report as a master sent it, older and newer ones included. Raises UserError if a value is of another type."""
+    try:
+        return Report.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"the master's report cannot be read: {where}: {first['msg']}; "
+            "the master runs another release: use the shared-encoder command of that release"
+        ) from None
+
+
 @contextmanager
 def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observer, Broker, Topology]]:
-    """An observer by the configuration's broker section."""
+    """Connect an observer to the broker of the configuration."""
     config = load_config(file, flags)
     topology = Topology(config.broker.namespace)
     broker = connect(config, topology, "observer")
@@ -98,7 +113,7 @@ def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observ
 
 
 def show_status(flags: dict[str, Any], file: Path | None, timeout: float, *, watch: bool, as_json: bool) -> None:
-    """Print the report once, or again and again until Ctrl-C or until everything is finished."""
+    """Print the report once, or with `watch` every second until Ctrl-C."""
     with observing(flags, file) as (observer, _, _):
         report = observer.status(timeout)
         if not watch:
@@ -108,7 +123,7 @@ def show_status(flags: dict[str, Any], file: Path | None, timeout: float, *, wat
         with stop_on_signals(stop), FederationDisplay(quiet=as_json) as display:
             while not stop.is_set():
                 if as_json:
-                    print(json.dumps(report), flush=True)
+                    print(report.model_dump_json(), flush=True)
                 else:
                     display.show(report)
                 stop.wait(_ASK_EVERY)
@@ -125,7 +140,10 @@ def request_encoder(
     fresh: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Ask for an encoder by type (get) or by id (update), say what came of it, and with `out` wait and write it."""
+    """Request an encoder by type (get) or by id (update), and print the answer.
+
+    With `out`, wait until the encoder is finished and write it there.
+    """
     with observing(flags, file) as (observer, broker, topology):
         ask: Callable[[], Message]
         if encoder is not None:
@@ -141,8 +159,8 @@ def request_encoder(
         with saying(f"waiting until {answer.encoder} is finished"):
             while answer.status != "finished":
                 time.sleep(_ASK_EVERY)
-                status = observer.status(timeout)["encoders"].get(answer.encoder, {}).get("status")
-                if status in ("finished", "failed"):
+                status = observer.status(timeout).encoders.get(answer.encoder)
+                if status is not None and status.status in ("finished", "failed"):
                     observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
                     answer = _answer(observer, timeout)
         _write_from_stream(broker, topology, answer, out)
@@ -150,16 +168,16 @@ def request_encoder(
 
 
 def request_stop(flags: dict[str, Any], file: Path | None, encoder: str | None) -> None:
-    """Tell the master to end the training."""
+    """Ask the master to end the training of one encoder, or of all, and print how they stand."""
     with observing(flags, file) as (observer, _, _):
         before = observer.status(10.0)
-        if encoder is not None and encoder not in before["encoders"]:
-            known = ", ".join(before["encoders"]) or "none"
+        if encoder is not None and encoder not in before.encoders:
+            known = ", ".join(before.encoders) or "none"
             raise UserError(f"no encoder {encoder!r} is known to the master; there are: {known}")
         observer.say(Stop(sender=observer.name, encoder=encoder))
-        for name, state in observer.status(10.0)["encoders"].items():
+        for name, state in observer.status(10.0).encoders.items():
             if encoder in (None, name):
-                print(f"{name}: {state['status']}, version {state['version']}")
+                print(f"{name}: {state.status}, version {state.version}")
 
 
 def _answer(observer: Observer, timeout: float) -> Answer:
@@ -174,7 +192,7 @@ def _answer(observer: Observer, timeout: float) -> Answer:
 
 
 def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path) -> None:
-    """Read the finished version from its stream, where a get has put it, and export it."""
+    """Read the finished version from its stream, where the answer to a get put it, and export it."""
     from common.encoders import get_encoder_type
     from common.numbers.encodings import decode_vector
     from common.numbers.layout import Layout
@@ -190,17 +208,17 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
     get_encoder_type(answer.encoder_type).export_shared(out, answer.architecture, parameters.tensors(), card)
 
 
-def _print_report(report: dict[str, Any], as_json: bool) -> None:
+def _print_report(report: Report, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report, indent=1))
+        print(report.model_dump_json(indent=1))
         return
     for table in federation_tables(report):
         console().print(table)
     for line in conditions(report):
-        console().print(line, highlight=False)
-    if not report["encoders"]:
+        console().print(line, highlight=False, markup=False)
+    if not report.encoders:
         console().print("no encoder yet: ask for one with `shared-encoder request get text`", highlight=False)
     console().print(
-        f"rule {report['rule']}, {len(report['nodes'])} node(s) known, {report['dead_letters']} message(s) set aside",
+        f"rule {report.rule}, {len(report.nodes)} node(s) known, {report.dead_letters} message(s) set aside",
         highlight=False,
     )

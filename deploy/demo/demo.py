@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 from deploy.commands.display import FederationDisplay, console, saying
@@ -15,6 +14,7 @@ from deploy.config import load_config
 from deploy.demo.corpus import write_corpora
 from deploy.demo.federation import Federation, embedded, over_rabbitmq
 from deploy.logging import configure_logging
+from master_service.status import Report
 
 #: The node that starts when this share of the training is done, and the one that leaves then.
 LATE, LATE_AT = "numeric", 0.25
@@ -34,7 +34,7 @@ _SHOWS = (
 
 
 def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
-    """Run everything and write the results into `out`. Raises UserError if `out` holds something else."""
+    """Run the demo and write its results into `out`. Raises UserError if `out` holds anything but an earlier demo."""
     configure_logging(level="warning")
     screen, started = console(), time.monotonic()
     _prepare(out)
@@ -80,7 +80,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
 
 
 def _prepare(out: Path) -> None:
-    """An empty folder, or that of an earlier demo, which is replaced."""
+    """Make `out` an empty folder; an earlier demo in it is removed. Raises UserError if it holds anything else."""
     if out.exists() and any(out.iterdir()):
         if not (out / "demo.toml").exists():
             raise UserError(f"{out} is there and not from a demo; give another folder with --out DIR")
@@ -89,7 +89,7 @@ def _prepare(out: Path) -> None:
 
 
 def _configuration(out: Path, corpora: dict[str, tuple[Path, Path]], *, quick: bool, broker_url: str | None) -> str:
-    """The demo's configuration as a file that the commands can be given too."""
+    """The TOML text of the demo's configuration; `--config` reads the same file."""
 
     def text(value: object) -> str:
         return json.dumps(str(value))
@@ -120,8 +120,11 @@ def _configuration(out: Path, corpora: dict[str, tuple[Path, Path]], *, quick: b
     return "\n".join(lines) + "\n"
 
 
-def _train(federation: Federation, *, quick: bool) -> dict[str, Any]:
-    """Start everybody, let one join late and one leave early, and watch until the encoder is finished."""
+def _train(federation: Federation, *, quick: bool) -> Report:
+    """Start the master and the nodes, one of them late, stop one early, and watch until the encoder is finished.
+
+    The last report. Raises UserError if the encoder could not be made.
+    """
     federation.start_master()
     for name in federation.config.nodes:
         if name != LATE:
@@ -133,23 +136,23 @@ def _train(federation: Federation, *, quick: bool) -> dict[str, Any]:
             report = federation.observer.status(60.0)
             if display.due():
                 display.show(report)
-            encoder = next(iter(report["encoders"].values()), None)
+            encoder = next(iter(report.encoders.values()), None)
             if encoder is not None:
                 # the quick demo is over before a process that starts later has loaded torch
-                if encoder["progress"] >= (0.0 if quick else LATE_AT) and encoder["members"] and not late:
+                if encoder.progress >= (0.0 if quick else LATE_AT) and encoder.members and not late:
                     late = True
                     federation.start_node(LATE)
-                if encoder["progress"] >= EARLY_AT and not left:
+                if encoder.progress >= EARLY_AT and not left:
                     left = True
                     federation.nodes[EARLY].stop()
-                if encoder["status"] in ("finished", "failed"):
+                if encoder.status in ("finished", "failed"):
                     display.show(report)
                     break
             time.sleep(0.3)
-    if encoder["status"] == "failed":
-        raise UserError(f"the encoder could not be made: {encoder['reason']}")
+    if encoder.status == "failed":
+        raise UserError(f"the encoder could not be made: {encoder.reason}")
     for name, party in federation.nodes.items():
-        if name not in encoder["members"]:
+        if name not in encoder.members:
             party.stop()
     federation.wait_for_nodes()
     return federation.observer.status(10.0)

@@ -108,7 +108,7 @@ def over_rabbitmq(config: Config, file: Path, logs: Path) -> Iterator[Federation
         broker.declare(topology.master())
         with _closing(Federation(config, Observer(broker, topology), start)) as federation:
             yield federation
-            encoders = list(federation.observer.status(10.0)["encoders"])
+            encoders = list(federation.observer.status(10.0).encoders)
         _remove(broker, topology, config, encoders)
     finally:
         broker.close()

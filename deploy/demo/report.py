@@ -1,4 +1,4 @@
-"""The demo's results: report.json, report.png and the table of nodes, all from the message log and the last status."""
+"""The demo's results, from the message log and the last status report: report.json, report.png, the table of nodes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
 from master_service.log.message_log import MessageLog
+from master_service.status import Report
 
 
 @dataclass
 class Series:
-    """What happened over time, seconds since the first update: (time, value) per node, and the versions."""
+    """The training over time: (seconds since the first update, value) per node, and for the versions."""
 
     loss: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     staleness: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class Series:
 
 
 def series(state_dir: Path) -> Series:
-    """Read from the message log: the coordinator's fold says what became of each update; no tensor is needed."""
+    """Read the series from a master's message log. The coordinator folds it again, without tensors, for receipts."""
     log, coordinator, found = MessageLog(state_dir, read_only=True), Coordinator(), Series()
     start: float | None = None
     for entry in log.entries():
@@ -51,35 +52,33 @@ def series(state_dir: Path) -> Series:
     return found
 
 
-def write_report(
-    out: Path, state_dir: Path, report: dict[str, Any], figures: Figures, seconds: float
-) -> dict[str, Any]:
-    """Write report.json and report.png; gives what stands in the former."""
+def write_report(out: Path, state_dir: Path, report: Report, figures: Figures, seconds: float) -> dict[str, Any]:
+    """Write report.json and report.png; the content of report.json."""
     found = series(state_dir)
-    encoder = next(iter(report["encoders"].values()))
+    encoder = next(iter(report.encoders.values()))
     nodes = {}
-    for name, member in encoder["members"].items():
+    for name, member in encoder.members.items():
         weights = found.weight.get(name, [])
         nodes[name] = {
-            "returns": member["returns"],
+            "returns": member.returns,
             "weight": sum(weights),
             "mean_weight": sum(weights) / len(weights) if weights else 0.0,
-            "refused": member["refused"],
-            "steps": member["steps"],
-            "samples": member["samples"],
-            "bytes_sent": member["bytes_sent"],
-            "waiting_seconds": member["waiting_seconds"],
+            "refused": member.refused,
+            "steps": member.steps,
+            "samples": member.samples,
+            "bytes_sent": member.bytes_sent,
+            "waiting_seconds": member.waiting_seconds,
         }
     summary = {
         "domains": figures,
-        "versions": encoder["version"],
-        "updates": encoder["updates"],
+        "versions": encoder.version,
+        "updates": encoder.updates,
         "nodes": nodes,
         "seconds": seconds,
-        "parameters": encoder["parameters"],
-        "bytes_published": report["bytes_published"],
-        "digest": encoder["digest"],
-        "rule": report["rule"],
+        "parameters": encoder.parameters,
+        "bytes_published": report.bytes_published,
+        "digest": encoder.digest,
+        "rule": report.rule,
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
     }
     (out / "report.json").write_text(json.dumps(summary, indent=1))
@@ -88,7 +87,7 @@ def write_report(
 
 
 def print_nodes(summary: dict[str, Any]) -> None:
-    """How often each node returned, what that weighed, and the traffic."""
+    """Print a table with the updates, weights and traffic of each node."""
     table = Table(title="nodes and traffic", title_justify="left")
     for heading in ("node", "samples", "steps", "returns", "weight, mean", "weight, sum", "sent", "waited"):
         table.add_column(heading, justify="left" if heading == "node" else "right")
@@ -112,7 +111,7 @@ def print_nodes(summary: dict[str, Any]) -> None:
 
 
 def draw(found: Series, path: Path) -> None:
-    """Three panels over the same time: training loss per node, the version, the staleness of each counted update."""
+    """Plot training loss per node, version, and staleness of each accepted update, one panel each, over time."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,6 +21,7 @@ from master_service.history.snapshot import read_snapshot, write_snapshot
 from master_service.log.deadly import Attempts
 from master_service.log.message_log import MessageLog
 from master_service.log.room import Storage, is_full
+from master_service.status import DiskReport, LogReport, SnapshotReport
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -122,14 +123,12 @@ class Journal:
         if freed:
             log.info("payloads dropped", retention=str(self._config.retention), bytes=freed)
 
-    def report(self) -> dict[str, object]:
-        """What `status` shows. Times in seconds, sizes in bytes."""
+    def report(self) -> tuple[DiskReport, LogReport, SnapshotReport]:
+        """What `status` shows."""
         age = time.monotonic() - self._snapshot_at
-        return {
-            "disk": self.storage.report(),
-            "log": {"entries": self.log.last_offset + 1},
-            "snapshot": {"offset": self._snapshot_offset, "age_seconds": age},
-        }
+        entries = self.log.last_offset + 1
+        snapshot = SnapshotReport(offset=self._snapshot_offset, age_seconds=age)
+        return self.storage.report(), LogReport(entries=entries), snapshot
 
     def close(self) -> None:
         self.attempts.close()

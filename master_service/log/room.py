@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import StorageFull
+from master_service.status import DiskReport
 
 T = TypeVar("T")
 
@@ -41,9 +42,9 @@ class Storage:
     def free_bytes(self) -> int:
         return shutil.disk_usage(self._directory).free
 
-    def report(self) -> dict[str, int | bool]:
-        """What `status` shows, bytes."""
-        return {"short": self.short, "free_bytes": self.free_bytes(), "needed_bytes": self._needed}
+    def report(self) -> DiskReport:
+        """What `status` shows."""
+        return DiskReport(short=self.short, free_bytes=self.free_bytes(), needed_bytes=self._needed)
 
 
 def is_full(error: OSError | sqlite3.OperationalError) -> bool:
