@@ -6,7 +6,7 @@ The sources (a TOML file < environment `SHARED_ENCODER_…` < flags) are put tog
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -50,16 +50,25 @@ class BrokerConfig(Section):
 
 
 def explained(error: ValidationError, model: type[BaseModel], source: str) -> UserError:
-    """The first validation error in one line that names the key, and suggests one for a key that is unknown."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """The first validation error in one line that names the key, and suggests one for a key that is unknown.
+
+    An error of several keys together has no key of its own: its text names them.
+    """
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = [str(part) for part in first["loc"]]
     key = ".".join(where)
-    if first["type"] != "extra_forbidden":
-        return UserError(f"{source}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}")
-    known = _keys_beside(model, where)
-    close = difflib.get_close_matches(where[-1], known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-    return UserError(f"{source}: there is no setting {key!r}; {hint}")
+    if first["type"] == "extra_forbidden":
+        hint = suggestion(where[-1], _keys_beside(model, where))
+        return UserError(f"{source}: there is no setting {key!r}; {hint}")
+    message = first["msg"].removeprefix("Value error, ")
+    return UserError(": ".join([source, *([key] if key else []), message[0].lower() + message[1:]]))
+
+
+def suggestion(wrong: str, known: Iterable[str]) -> str:
+    """What an error offers instead of a wrong word: the nearest known one, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
 
 
 def _keys_beside(model: type[BaseModel], where: Sequence[str]) -> list[str]:

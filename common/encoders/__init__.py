@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, cast
 
-from common.encoders.settings import suggestion
+from common.config import suggestion
 from common.errors import UserError
 
 if TYPE_CHECKING:

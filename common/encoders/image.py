@@ -17,41 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
-from transformers.activations import ACT2FN
 
 from common.encoders import hugging_face
 from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
-from common.encoders.settings import check_choice, merge_settings
+from common.encoders.image_settings import ImageArchitecture, ImagePrivate
+from common.encoders.settings import checked
 from common.errors import UserError
-
-#: The architecture's keys and defaults: ViTMAEConfig's own names, then those of the task (at the end).
-ARCHITECTURE: Architecture = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "hidden_act": "gelu",
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-6,
-    "qkv_bias": True,
-    "mask_ratio": 0.75,  # share of the patches that are hidden
-    "norm_pix_loss": False,  # targets normalised per patch
-}
-
-#: The node's own settings. `patch_size` (pixels) is chosen by the image's size when it is left out.
-PRIVATE: dict[str, Any] = {
-    "patch_size": 4,
-    "decoder_hidden_size": 64,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 4,
-    "decoder_intermediate_size": 128,
-}
 
 #: Patches along the longer side, unless `patch_size` is set: 49 to 64 patches are a batch that two cores can afford.
 _PATCHES_PER_SIDE = 8
 _STEM = "embeddings."
 #: The stem of an encoder that is exported alone; its tensors are there only so that no weight is missing.
-_PLACEHOLDER: PrivateSpec = {**PRIVATE, "image_size": 32, "num_channels": 3}
+_PLACEHOLDER: PrivateSpec = {**ImagePrivate().model_dump(), "image_size": 32, "num_channels": 3}
 #: Where config.json of an export keeps the ratio of training, because its own says that nothing is hidden.
 _TRAINED_MASK_RATIO = "trained_mask_ratio"
 #: Images in one forward pass of `features`.
@@ -68,12 +45,7 @@ class ImageEncoderType:
 
         Raises UserError for a wrong key (suggesting the right one), a wrong value, or sizes that do not go together.
         """
-        merged = merge_settings("architecture of type image", ARCHITECTURE, overrides)
-        check_choice("architecture of type image: hidden_act", merged["hidden_act"], ACT2FN)
-        _check_width("architecture of type image", "hidden_size", merged["hidden_size"], merged["num_attention_heads"])
-        if not merged["mask_ratio"] < 1:
-            raise UserError(f"architecture of type image: mask_ratio must be below 1, not {merged['mask_ratio']}")
-        return merged
+        return checked(ImageArchitecture, "architecture of type image", overrides).model_dump()
 
     def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
         """Architecture and shared tensors of our export or any ViT-MAE directory. Raises UserError if it is none."""
@@ -82,7 +54,7 @@ class ImageEncoderType:
         config = cast(Any, model).config
         shared = _shared(model)
         hugging_face.require(directory, shared, missing)
-        architecture = {key: getattr(config, key) for key in ARCHITECTURE}
+        architecture = {key: getattr(config, key) for key in ImageArchitecture.model_fields}
         architecture["mask_ratio"] = getattr(config, _TRAINED_MASK_RATIO, config.mask_ratio)
         return self.architecture(architecture), {name: tensor.detach() for name, tensor in shared.items()}
 
@@ -93,23 +65,17 @@ class ImageEncoderType:
         return {name: parameter.detach() for name, parameter in _shared(model).items()}
 
     def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
-        """See the images' size and their mean and spread per channel. Settings: see `PRIVATE`.
+        """See the images' size and their mean and spread per channel. Settings: `ImagePrivate`.
 
         Raises UserError for samples that are not uint8 images and for a wrong setting.
         """
         images = _images(samples)
         longer = max(images.shape[1:3])
-        defaults = {**PRIVATE, "patch_size": max(1, math.ceil(longer / _PATCHES_PER_SIDE))}
-        merged = merge_settings("private settings of type image", defaults, settings)
-        _check_width(
-            "private settings of type image",
-            "decoder_hidden_size",
-            merged["decoder_hidden_size"],
-            merged["decoder_num_attention_heads"],
-        )
+        chosen = {"patch_size": max(1, math.ceil(longer / _PATCHES_PER_SIDE))}
+        own = checked(ImagePrivate, "private settings of type image", {**chosen, **settings})
         return {
-            **merged,
-            "image_size": math.ceil(longer / merged["patch_size"]) * merged["patch_size"],
+            **own.model_dump(),
+            "image_size": math.ceil(longer / own.patch_size) * own.patch_size,
             "num_channels": images.shape[3],
             # one part in 255 at least: a channel without any contrast must not be divided by nothing
             "mean": [float(images[..., c].mean(dtype=np.float64)) for c in range(images.shape[3])],
@@ -234,7 +200,7 @@ class ImageModel(EncoderModel):
 
 
 def _config(architecture: Architecture, private: PrivateSpec) -> ViTMAEConfig:
-    keys = (*PRIVATE, "image_size", "num_channels")
+    keys = (*ImagePrivate.model_fields, "image_size", "num_channels")
     return ViTMAEConfig(**architecture, **{key: private[key] for key in keys}, attn_implementation="sdpa")
 
 
@@ -274,14 +240,6 @@ def _positions(like: Tensor) -> Tensor:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     grid = torch.cat([waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)], dim=1)
     return torch.cat([torch.zeros(1, size, dtype=torch.float64), grid]).to(like.dtype)[None]
-
-
-def _check_width(what: str, key: str, size: int, heads: int) -> None:
-    if size % heads or size % 4:
-        raise UserError(
-            f"{what}: {key} {size} must be a multiple of its number of attention heads ({heads}) and, for the "
-            "positions, of 4; change one of them"
-        )
 
 
 def _images(samples: Samples) -> NDArray[np.uint8]:

@@ -1,56 +1,56 @@
-"""Defaults overridden by what a person wrote, checked: a wrong key suggests the right one."""
+"""What the settings of all encoder types have in common: strict models, bounded numbers, errors of one line.
+
+A type's models say its keys, their order, their defaults and their bounds; outside the type, settings are plain dicts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from common.errors import UserError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from transformers.activations import ACT2FN
+
+from common.config import Section, explained, suggestion
 
 #: No width, length or depth is larger: what anybody may ask for must not keep a service busy for ever.
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
+
+#: A width, a length, a depth, a number of heads.
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+
+#: A spread or a small constant of the arithmetic.
+Positive = Annotated[float, Field(gt=0)]
+
+#: The part of a sample that is hidden for the task, neither nothing nor everything.
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-def merge_settings(what: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` with the values of `given`; numbers must be positive and of the default's kind.
+def _known_activation(name: str) -> str:
+    if name not in ACT2FN:
+        raise ValueError(f"{name!r} is unknown; {suggestion(name, ACT2FN)}")
+    return name
 
-    `what` names the settings in errors ("architecture of type text"). Raises UserError for an unknown key, with the
-    nearest known one, and for a value that does not fit.
+
+#: The name of an activation function of transformers.
+Activation = Annotated[str, AfterValidator(_known_activation)]
+
+
+class EncoderSettings(Section):
+    """Settings of an encoder type: no unknown keys, no number as a string, no boolean as a number, all finite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=EncoderSettings)
+
+
+def checked(model: type[S], what: str, given: Mapping[str, Any]) -> S:
+    """`given` over the model's defaults; `what` names the settings in errors ("architecture of type text").
+
+    Raises UserError, one line, for an unknown key (with the nearest known one) and for a value that does not fit.
     """
-    merged = dict(defaults)
-    for key, value in given.items():
-        if key not in defaults:
-            raise UserError(f"{what}: unknown key {key!r}; {suggestion(key, defaults)}")
-        merged[key] = _fitting(f"{what}: {key}", defaults[key], value)
-    return merged
-
-
-def _fitting(what: str, default: Any, value: Any) -> Any:
-    if isinstance(default, bool) or not isinstance(default, int | float):
-        if type(value) is not type(default):
-            raise UserError(f"{what} must be {_KINDS[type(default)]}, not {value!r}")
-        return value
-    whole = isinstance(default, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
-        raise UserError(f"{what} must be a positive {'whole number' if whole else 'number'}, not {value!r}")
-    if whole and value > max(_LARGEST, default):
-        raise UserError(f"{what} must be at most {_LARGEST:,}, not {value:,}")
-    return value if whole else float(value)
-
-
-_KINDS = {bool: "true or false", str: "a string"}
-
-
-def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    """Raise UserError, with the nearest choice, if `value` is none of them."""
-    known = list(choices)
-    if value not in known:
-        raise UserError(f"{what} {value!r} is unknown; {suggestion(value, known)}")
-
-
-def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """What an error offers instead of a wrong word: the nearest known one, or all of them."""
-    names = list(known)
-    near = get_close_matches(wrong, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        raise explained(error, model, what) from None

@@ -18,38 +18,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel, PreTrainedTokenizerFast
-from transformers.activations import ACT2FN
 
 from common.encoders import hugging_face, vocabulary
 from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
-from common.encoders.settings import check_choice, merge_settings
+from common.encoders.settings import checked
+from common.encoders.text_settings import TextArchitecture, TextPrivate
 from common.errors import UserError
-
-#: The architecture's keys and defaults: ModernBertConfig's own names, then the two of the task (at the end).
-ARCHITECTURE: Architecture = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "max_position_embeddings": 512,
-    "local_attention": 128,  # tokens that a local layer sees, its own in the middle
-    "global_attn_every_n_layers": 3,
-    # ModernBERT's 160,000 is for 8,192 tokens; at windows of 32 a lower base trained a little faster (one seed)
-    "global_rope_theta": 100.0,
-    "local_rope_theta": 100.0,
-    "hidden_activation": "gelu",
-    # near 1/sqrt(hidden_size); with ModernBERT's 0.02, meant for a width of 768, 400 steps got 0.23 nats less far
-    "initializer_range": 0.1,
-    "norm_eps": 1e-5,
-    "norm_bias": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sequence_length": 32,  # tokens of a training window
-    "mask_rate": 0.25,  # share of a window's tokens that are to be predicted; BERT has 0.15
-}
-
-#: The node's own settings: entries of its vocabulary (or "bytes"), and how much of a long text its features see.
-PRIVATE: dict[str, Any] = {"vocabulary": 1024, "feature_tokens": 512}
 
 #: What is not predicted, in `labels`; the number that cross entropy skips by default.
 _NOT_MASKED = -100
@@ -68,22 +42,7 @@ class TextEncoderType:
 
         Raises UserError for a wrong key (suggesting the right one), a wrong value, or sizes that do not go together.
         """
-        merged = merge_settings("architecture of type text", ARCHITECTURE, overrides)
-        check_choice("architecture of type text: hidden_activation", merged["hidden_activation"], ACT2FN)
-        size, heads = merged["hidden_size"], merged["num_attention_heads"]
-        if size % (2 * heads):
-            raise UserError(
-                f"architecture of type text: hidden_size {size} is no multiple of twice num_attention_heads ({heads}); "
-                "rotary positions need that: change one of them"
-            )
-        if not merged["mask_rate"] < 1:
-            raise UserError(f"architecture of type text: mask_rate must be below 1, not {merged['mask_rate']}")
-        if merged["sequence_length"] > merged["max_position_embeddings"]:
-            raise UserError(
-                f"architecture of type text: sequence_length {merged['sequence_length']} is more than "
-                f"max_position_embeddings {merged['max_position_embeddings']}; lower the one or raise the other"
-            )
-        return merged
+        return checked(TextArchitecture, "architecture of type text", overrides).model_dump()
 
     def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
         """Architecture and shared tensors of our own export or of any ModernBERT directory.
@@ -93,7 +52,7 @@ class TextEncoderType:
         hugging_face.read_config(directory, "modernbert")
         model, missing = hugging_face.load_base_model(directory)
         config = cast(Any, model).config
-        architecture = {key: getattr(config, key) for key in ARCHITECTURE if hasattr(config, key)}
+        architecture = {key: getattr(config, key) for key in TextArchitecture.model_fields if hasattr(config, key)}
         architecture["global_attn_every_n_layers"] = _global_every(config.layer_types, directory)
         for key, layer in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
             rope = config.rope_parameters[layer]
@@ -111,13 +70,11 @@ class TextEncoderType:
         return {name: parameter.detach() for name, parameter in _shared(model).items()}
 
     def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
-        """Train the vocabulary on the owner's texts. Settings: see `PRIVATE`; raises UserError for a wrong one."""
-        numbers = {key: value for key, value in settings.items() if key != "vocabulary"}
-        merged = merge_settings("private settings of type text", PRIVATE, numbers)
-        size = vocabulary.vocabulary_size(settings.get("vocabulary", PRIVATE["vocabulary"]))
+        """Train the vocabulary on the owner's texts. Settings: `TextPrivate`; raises UserError for a wrong one."""
+        own = checked(TextPrivate, "private settings of type text", settings)
         return {
-            "tokenizer": vocabulary.train_vocabulary(samples, size),
-            "feature_tokens": merged["feature_tokens"],
+            "tokenizer": vocabulary.train_vocabulary(samples, own.entries),
+            "feature_tokens": own.feature_tokens,
         }
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> TextModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +26,6 @@ _TRAINED_ON = 20_000_000
 _PIECE = 1 << 14
 #: Pieces tokenised at a time.
 _PIECES = 1 << 10
-
-
-def vocabulary_size(value: Any) -> int:
-    """Entries for the setting `vocabulary`: a number, or "bytes" for no merges. Raises UserError for anything else."""
-    if value == "bytes":
-        return SMALLEST
-    if isinstance(value, bool) or not isinstance(value, int) or value < SMALLEST:
-        raise UserError(f'vocabulary must be a whole number from {SMALLEST} on, or "bytes", not {value!r}')
-    return value
 
 
 def train_vocabulary(texts: Sequence[str], size: int) -> str:

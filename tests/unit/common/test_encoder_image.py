@@ -57,11 +57,8 @@ def model(architecture: dict[str, Any]) -> ImageModel:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"hiden_size": 64}, "did you mean 'hidden_size'"),
         ({"hidden_size": 30, "num_attention_heads": 2}, "hidden_size 30 must be a multiple"),
-        ({"num_attention_heads": 3}, r"hidden_size 64 must be a multiple of its number of attention heads \(3\)"),
-        ({"mask_ratio": 1.0}, "mask_ratio must be below 1"),
-        ({"hidden_act": "gelo"}, "hidden_act 'gelo' is unknown"),
+        ({"num_attention_heads": 3}, r"hidden_size 64 must be a multiple of num_attention_heads \(3\)"),
     ],
 )
 def test_wrong_architecture(overrides: dict[str, Any], said: str) -> None:
@@ -70,12 +67,8 @@ def test_wrong_architecture(overrides: dict[str, Any], said: str) -> None:
 
 
 def test_wrong_private_settings(architecture: dict[str, Any]) -> None:
-    for settings, said in [
-        ({"patchsize": 4}, "did you mean 'patch_size'"),
-        ({"decoder_hidden_size": 18}, "18 must be"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            image.fit_private(stripes(4, 8, 8), architecture, settings)
+    with pytest.raises(UserError, match="private settings of type image: decoder_hidden_size 18 must be"):
+        image.fit_private(stripes(4, 8, 8), architecture, {"decoder_hidden_size": 18})
 
 
 @pytest.mark.parametrize("samples", [["a", "b"], np.zeros((4, 8), np.uint8), np.zeros((4, 8, 8)), [], [[1], [1, 2]]])
