@@ -14,8 +14,8 @@ from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
 from common.wire.messages import UpdateRule
 from master_service.config import EncoderConfig, MasterConfig, RuleConfig, settings
-from master_service.decisions.records import Settings, StopRule
 from master_service.decisions.rules.model import AggregationRule
+from master_service.decisions.settings import Settings, StopRule
 from node_service.config import NodeConfig
 
 PREFIX = "SHARED_ENCODER_"

@@ -11,8 +11,8 @@ from common.config import Section
 from common.numbers.slicing import EncodingName
 from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
-from master_service.decisions.records import DEFAULT_VERSIONS, Settings, StopRule
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import DEFAULT_VERSIONS, Settings, StopRule
 
 
 class MasterConfig(Section):

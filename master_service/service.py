@@ -47,7 +47,6 @@ from master_service.decisions.records import (
     Loggable,
     Presence,
     Record,
-    Settings,
     Skipped,
     Started,
     StepFailed,
@@ -55,6 +54,7 @@ from master_service.decisions.records import (
     UpdateFacts,
     Versioned,
 )
+from master_service.decisions.settings import Settings
 from master_service.history.state_directory import Journal
 from master_service.status import Live, Report, report
 from master_service.wire.inbox import identity, understood

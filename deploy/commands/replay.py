@@ -15,8 +15,9 @@ from common.errors import Damaged, UserError
 from deploy.commands.display import console, number, saying
 from deploy.commands.progress import Counted, counting
 from deploy.logging import configure_logging
-from master_service.decisions.records import Settings, Started, unpack
+from master_service.decisions.records import Started, unpack
 from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.settings import Settings
 from master_service.log.jsonl import opened
 from master_service.log.message_log import MessageLog
 

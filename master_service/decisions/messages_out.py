@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from common.wire.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
 from master_service.decisions.effects import Effect, Publish, Send
-from master_service.decisions.records import Settings
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import Buffered, EncoderState, Member
 from master_service.decisions.stopping import progress
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
 from common.wire.messages import LayoutEntries, Receipt
-from master_service.decisions.records import Settings
+from master_service.decisions.settings import Settings
 
 #: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time
 #: (`UpdateRule.max_unanswered`), so what is forgotten is older than any that is still on its way.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from master_service.decisions.records import StopRule
+from master_service.decisions.settings import StopRule
 from master_service.decisions.state import EncoderState
 
 

@@ -22,13 +22,12 @@ from master_service.decisions.records import (
     Generated,
     Loggable,
     Repaired,
-    Settings,
     Skipped,
     StepFailed,
-    StopRule,
     Tick,
     Versioned,
 )
+from master_service.decisions.settings import Settings, StopRule
 from master_service.decisions.state import EncoderState
 from master_service.history.fold import Check, Fold
 from master_service.history.snapshot import read_snapshot

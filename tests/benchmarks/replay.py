@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from master_service.decisions.records import Configured, Settings, StopRule
+from master_service.decisions.records import Configured
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from master_service.history.audit import issued
 from master_service.history.replay import Refold, origin, verify
 from master_service.log.message_log import MessageLog

@@ -29,8 +29,9 @@ from common.wire.messages import (
     receipt_hash,
 )
 from master_service.decisions.effects import Send
-from master_service.decisions.records import Settings, StopRule, Versioned
+from master_service.decisions.records import Versioned
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from master_service.history.fold import Fold
 from master_service.history.replay import Refold
 from tests.faults.simulated import (

@@ -54,13 +54,13 @@ from master_service.decisions.records import (
     Entry,
     Loggable,
     Record,
-    Settings,
     Skipped,
     UpdateFacts,
     Versioned,
     pack,
     unpack,
 )
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import State
 from master_service.history.fold import Fold
 from master_service.history.state_directory import Journal

@@ -24,8 +24,8 @@ from common.wire.topology import Topology
 from deploy.logging import configure_logging
 from deploy.signals import stop_on_signals
 from master_service.config import MasterConfig
-from master_service.decisions.records import Settings, StopRule
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from master_service.service import MasterService
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus

@@ -30,8 +30,8 @@ from common.wire.topology import Topology
 from common.wire.transfer import payload_digest, update_chunks
 from deploy.demo.parties import ThreadParty
 from master_service.config import MasterConfig
-from master_service.decisions.records import Settings, StopRule
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from master_service.service import MasterService
 
 M = TypeVar("M", bound=Message)

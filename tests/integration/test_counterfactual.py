@@ -11,7 +11,7 @@ import structlog
 from common.brokers.memory import MemoryServer
 from common.wire.messages import Receipt
 from deploy.cli import app, guarded
-from master_service.decisions.records import StopRule
+from master_service.decisions.settings import StopRule
 from tests.integration.harness import decided, eventually, running_master
 from tests.integration.test_federation import Node, lines
 

@@ -21,8 +21,8 @@ from common.wire.codec import decode
 from common.wire.messages import Stop, UpdateChunk, UpdateManifest, UpdateRule
 from deploy.commands.observe import Observer
 from deploy.demo.parties import ThreadParty
-from master_service.decisions.records import StopRule
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.history.replay import rebuild
 from master_service.log.message_log import MessageLog
 from node_service.config import NodeConfig

@@ -21,8 +21,9 @@ from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend,
 from master_service import service as service_module
 from master_service.config import MasterConfig
 from master_service.decisions.coordinator import Coordinator
-from master_service.decisions.records import Entry, StopRule
+from master_service.decisions.records import Entry
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.history.replay import origin, rebuild, verify
 from master_service.log.message_log import MessageLog
 from master_service.log.room import Storage

@@ -18,8 +18,8 @@ from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.wire.messages import ReturnWhen, UpdateRule
 from common.wire.versions import publish_version
-from master_service.decisions.records import StopRule
 from master_service.decisions.rules.model import GuardRule, aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.decisions.state import EncoderState
 from node_service.corpus.corpus import CorpusConfig
 from tests.integration.harness import TOPOLOGY, HandNode, Master, decided, eventually, numbers, running_master

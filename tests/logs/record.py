@@ -15,8 +15,8 @@ import torch
 
 from common.brokers.memory import MemoryServer
 from common.wire.messages import ReturnWhen, UpdateRule
-from master_service.decisions.records import StopRule
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.log.jsonl import export_log
 from master_service.log.message_log import MessageLog
 from node_service.corpus.corpus import CorpusConfig

@@ -15,11 +15,11 @@ from master_service.decisions.records import (
     Entry,
     Generated,
     Loggable,
-    Settings,
     Started,
     UpdateFacts,
     Versioned,
 )
+from master_service.decisions.settings import Settings
 
 LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])
 DIGEST = hashlib.sha256(b"version").hexdigest()

@@ -18,15 +18,13 @@ from master_service.decisions.records import (
     Entry,
     Generated,
     GenerationFailed,
-    LossPlateau,
     Presence,
-    Settings,
-    StopRule,
     Tick,
     pack,
     unpack,
 )
 from master_service.decisions.rules.model import PRESETS, aggregation_rule
+from master_service.decisions.settings import LossPlateau, Settings, StopRule
 from master_service.decisions.state import State
 from tests.unit.scenario import DIGEST, LAYOUT, Scenario, receipts, sent
 

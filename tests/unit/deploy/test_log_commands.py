@@ -17,8 +17,9 @@ from common.locks import DirectoryLock
 from common.wire.messages import Receipt, UpdateManifest
 from deploy.cli import app, guarded
 from deploy.commands.replay import changed_rule, parse_changes
-from master_service.decisions.records import Loggable, Settings, Started, Versioned
+from master_service.decisions.records import Loggable, Started, Versioned
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings
 from master_service.history.replay import rebuild
 from master_service.log.jsonl import export_log, opened
 from tests.unit.master.test_fold import Federation, snapshot

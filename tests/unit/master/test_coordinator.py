@@ -33,14 +33,13 @@ from master_service.decisions.records import (
     Entry,
     Generated,
     GenerationFailed,
-    LossPlateau,
     Presence,
     Started,
     StepFailed,
-    StopRule,
     Tick,
 )
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import LossPlateau, StopRule
 from master_service.decisions.state import KEPT_INCARNATIONS
 from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
 

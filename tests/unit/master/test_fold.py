@@ -17,8 +17,9 @@ from common.wire.messages import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
 from master_service.arithmetic.aggregator import Aggregator, PayloadsLost, Target, measure
 from master_service.decisions.effects import Contribution, Generate, Step
-from master_service.decisions.records import Configured, Generated, Loggable, Settings, Started, UpdateFacts
+from master_service.decisions.records import Configured, Generated, Loggable, Started, UpdateFacts
 from master_service.decisions.rules.model import OuterOptimizer, aggregation_rule
+from master_service.decisions.settings import Settings
 from master_service.history.fold import Fold
 from master_service.history.replay import rebuild, verify
 from master_service.history.snapshot import read_snapshot, write_snapshot

@@ -15,16 +15,13 @@ from master_service.decisions.records import (
     Entry,
     Generated,
     GenerationFailed,
-    LossPlateau,
     Presence,
     Record,
     Repaired,
     Said,
-    Settings,
     Skipped,
     Started,
     StepFailed,
-    StopRule,
     Tick,
     UpdateFacts,
     Versioned,
@@ -32,6 +29,7 @@ from master_service.decisions.records import (
     unpack,
 )
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import LossPlateau, Settings, StopRule
 from master_service.log.message_log import MessageLog
 from tests.unit.common.test_codec import instances
 from tests.unit.scenario import DIGEST, LAYOUT, Scenario

@@ -19,14 +19,13 @@ from master_service.decisions.records import (
     Entry,
     Loggable,
     Repaired,
-    Settings,
     Skipped,
     StepFailed,
-    StopRule,
     Tick,
     Versioned,
 )
 from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from master_service.history.audit import examine, issued
 from master_service.history.fold import Fold
 from master_service.history.repair import repair
