@@ -39,13 +39,15 @@ ConfigFile = Annotated[
 ]
 BrokerUrl = Annotated[
     str | None,
-    typer.Option("--broker", metavar="URL", help="amqp[s]://user:password@host:port/vhost [default: a local RabbitMQ]"),
+    typer.Option(
+        "--broker", metavar="URL", help="amqp\\[s]://user:password@host:port/vhost", show_default="a local RabbitMQ"
+    ),
 ]
 Namespace = Annotated[
-    str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker [default: shared-encoder]")
+    str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic [default: 1]")]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic", show_default="1")]
 
 
 @app.command()
@@ -54,7 +56,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="about 30 seconds instead of about 4 minutes")] = False,
     broker: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="run master and nodes as processes over this RabbitMQ [default: embedded]"),
+        typer.Option(
+            metavar="URL", help="run master and nodes as processes over this RabbitMQ", show_default="embedded"
+        ),
     ] = None,
 ) -> None:
     """Four nodes with one topic of Python's own library each train one encoder together, then it is evaluated."""
@@ -69,23 +73,23 @@ def master(
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     state: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="message log, snapshots [default: master-state]")
+        Path | None, typer.Option(metavar="DIR", help="message log, snapshots", show_default="master-state")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="finished encoder [default: STATE/encoders/ID]")
+        Path | None, typer.Option(metavar="DIR", help="finished encoder", show_default="STATE/encoders/ID")
     ] = None,
     get: Annotated[str | None, typer.Option(metavar="TYPE", help="make an encoder of this type at the start")] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco [default: return-count]"
+            metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco", show_default="return-count"
         ),
     ] = None,
     min_nodes: Annotated[
-        int | None, typer.Option(metavar="N", help="nodes to wait for before training [default: 1]")
+        int | None, typer.Option(metavar="N", help="nodes to wait for before training", show_default="1")
     ] = None,
     versions: Annotated[
-        int | None, typer.Option(metavar="N", help="stop after N versions [default: 400, without a limit]")
+        int | None, typer.Option(metavar="N", help="stop after N versions", show_default="400, without a limit")
     ] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help="stop after N counted updates")] = None,
     seconds: Annotated[float | None, typer.Option(metavar="S", help="stop after S seconds of training")] = None,
@@ -121,25 +125,27 @@ def node(
         list[str] | None,
         typer.Option(metavar="PATH", help="file, folder or glob with the private samples; may be repeated"),
     ] = None,
-    type_: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image [default: text]")] = None,
+    type_: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")
+    ] = None,
     field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="field or array of the samples [default: text]")
+        str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
     ] = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     state: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="identity and private parts [default: node-state/NAME]")
+        Path | None, typer.Option(metavar="DIR", help="identity and private parts", show_default="node-state/NAME")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="stem + encoder + head [default: STATE/encoders/ID/model]")
+        Path | None, typer.Option(metavar="DIR", help="stem + encoder + head", show_default="STATE/encoders/ID/model")
     ] = None,
     get: Annotated[str | None, typer.Option(metavar="TYPE", help="ask the master for an encoder of this type")] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps [default: auto]")
+        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps", show_default="auto")
     ] = None,
     threads: Threads = None,
     max_speed: Annotated[
-        float | None, typer.Option(metavar="N", help="at most N training steps a second [default: no limit]")
+        float | None, typer.Option(metavar="N", help="at most N training steps a second", show_default="no limit")
     ] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
     json: JsonLogs = False,
@@ -202,7 +208,7 @@ def request_update(
 
 @request_app.command("stop")
 def request_stop(
-    encoder: Annotated[str | None, typer.Argument(metavar="[ENCODER]", help="id; all encoders if not given")] = None,
+    encoder: Annotated[str | None, typer.Argument(metavar="ENCODER", help="id; all encoders if not given")] = None,
     config: ConfigFile = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
@@ -231,13 +237,15 @@ def status(
 @app.command()
 def evaluate(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NODE]…", help="nodes; all in the file if not given")
+        list[str] | None, typer.Argument(metavar="NODE", help="nodes; all in the file if not given")
     ] = None,
     config: ConfigFile = None,
     encoder: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="DIR", help="the shared encoder [default: master.export_dir of the file]; more get a column each"
+            metavar="DIR",
+            help="the shared encoder; more get a column each",
+            show_default="master.export_dir of the file",
         ),
     ] = None,
     pooled: Annotated[
@@ -256,7 +264,9 @@ def evaluate(
 def export(
     encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="id, as `status` shows it")],
     state: State = DEFAULT_STATE,
-    version: Annotated[int | None, typer.Option(metavar="N", help="rebuild this version [default: the newest]")] = None,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="rebuild this version", show_default="the newest")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path(
         "encoder"
     ),
@@ -270,7 +280,7 @@ def export(
 @app.command()
 def replay(
     state: State = DEFAULT_STATE,
-    encoder: Annotated[str | None, typer.Option(metavar="ID", help="only this encoder [default: all]")] = None,
+    encoder: Annotated[str | None, typer.Option(metavar="ID", help="only this encoder", show_default="all")] = None,
     version: Annotated[int | None, typer.Option(metavar="N", help="only up to this version")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the result for transformers")] = None,
     rule: Annotated[

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
+from common.exports import TITLE, check_export_directory, replacing
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import decode, encode
 from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
@@ -144,6 +145,8 @@ def request_encoder(
 
     With `out`, wait until the encoder is finished and write it there.
     """
+    if out is not None:
+        check_export_directory(out)
     with observing(flags, file) as (observer, broker, topology):
         ask: Callable[[], Message]
         if encoder is not None:
@@ -204,8 +207,9 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
     reader = VersionReader(broker, topology, answer.encoder, layout.digest)
     read = reader.read(answer.version, answer.published_at)
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
-    card = f"# Shared encoder {answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
-    get_encoder_type(answer.encoder_type).export_shared(out, answer.architecture, parameters.tensors(), card)
+    card = f"{TITLE}{answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
+    with replacing(out, card) as beside:
+        get_encoder_type(answer.encoder_type).export_shared(beside, answer.architecture, parameters.tensors(), card)
 
 
 def _print_report(report: Report, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from common.config import explained
 from common.errors import Damaged, UserError
+from common.exports import check_export_directory
 from deploy.commands.display import console, number, saying
 from deploy.commands.progress import Counted, counting
 from deploy.logging import configure_logging
@@ -51,6 +52,8 @@ def run_replay(
     change = changed_rule(rule, parse_changes(changes)) if rule or changes else None
     if version is not None and (change or without):
         raise UserError("--version N is of the numbering of what was published; leave it out with another rule")
+    if out is not None:
+        check_export_directory(out)
     with opened(state) as log:
         with saying("loading torch"):
             import torch
@@ -177,11 +180,9 @@ def _chosen(fold: Fold, encoder: str | None) -> EncoderState:
 
 def _export(state: EncoderState, parameters: ParameterSet, out: Path, note: str = "") -> None:
     with saying("loading transformers"):
-        from common.encoders import get_encoder_type
-        from master_service.arithmetic.export import card
+        from master_service.arithmetic.export import export_encoder
 
-        encoder_type = get_encoder_type(state.encoder_type)
-    encoder_type.export_shared(out, state.architecture, parameters.tensors(), card(state, note))
+        export_encoder(out, state, parameters, note)
     print(
         f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters {parameters.digest()}"
     )

@@ -11,6 +11,7 @@ import structlog
 
 from common.brokers import open_broker
 from common.errors import UserError
+from common.exports import check_export_directory
 from common.wire.topology import Topology
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config
@@ -29,6 +30,8 @@ def run_master(file: Path | None, flags: dict[str, Any]) -> None:
     """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured."""
     config = load_config(file, flags)
     decided = config.settings()
+    if config.master.export_dir is not None:
+        check_export_directory(config.master.export_dir)
     configure_logging(json=config.log.json_lines, level=config.log.level)
     from master_service.decisions.rules.model import warnings
 
@@ -67,6 +70,8 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     configure_logging(json=config.log.json_lines, level=config.log.level)
     check_node_id(name)
     node_config = config.nodes.get(name) or NodeConfig()
+    if node_config.export_dir is not None:
+        check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config)
     topology = Topology(config.broker.namespace)
     broker = connect(config, topology, f"node {name}")

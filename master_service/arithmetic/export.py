@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from common.durable import sync
 from common.encoders import get_encoder_type
-from common.errors import UserError
+
+# the check is the master's too: it is made when a master is, long before there is anything to export
+from common.exports import TITLE, replacing
+from common.exports import check_export_directory as check_export_directory
 from common.numbers.parameters import ParameterSet
 from master_service.decisions.state import EncoderState
 
-_TITLE = "# Shared encoder "
 
+def export_encoder(directory: Path, encoder: EncoderState, parameters: ParameterSet, note: str = "") -> Path:
+    """Write the encoder into `directory`, replacing the export of another version; `note` goes into its card.
 
-def check_export_directory(directory: Path) -> None:
-    """An export replaces what is there. Raises UserError if that is anything but an export."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    card = directory / "README.md"
-    if not card.is_file() or not card.read_text(errors="replace").startswith(_TITLE):
-        raise UserError(f"{directory} holds something else than an exported encoder; export into a new directory")
-
-
-def export_encoder(directory: Path, encoder: EncoderState, parameters: ParameterSet) -> Path:
-    """Write the encoder into `directory`, replacing the export of another version. Raises UserError, OSError."""
-    check_export_directory(directory)
-    directory = directory.resolve()
-    beside = directory.with_name(directory.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    get_encoder_type(encoder.encoder_type).export_shared(
-        beside, encoder.architecture, parameters.tensors(), card(encoder)
-    )
-    for path in (*beside.iterdir(), beside):
-        sync(path)
-    shutil.rmtree(directory, ignore_errors=True)
-    beside.rename(directory)
-    sync(directory.parent)
-    return directory
+    A failure leaves what was there. Raises UserError for a directory that holds something else, OSError.
+    """
+    facts = card(encoder, note)
+    with replacing(directory, facts) as beside:
+        encoder_type = get_encoder_type(encoder.encoder_type)
+        encoder_type.export_shared(beside, encoder.architecture, parameters.tensors(), facts)
+    return directory.resolve()
 
 
 def card(encoder: EncoderState, note: str = "") -> str:
@@ -48,7 +32,7 @@ def card(encoder: EncoderState, note: str = "") -> str:
         for member in encoder.members.values()
     )
     return (
-        f"{_TITLE}{encoder.encoder}\n\n"
+        f"{TITLE}{encoder.encoder}\n\n"
         f"Type `{encoder.encoder_type}`, version {encoder.version}, made of {encoder.updates} updates of "
         f"{len(encoder.members)} nodes ({encoder.reason or encoder.status}). No sample left its owner.\n\n"
         f"{note + chr(10) * 2 if note else ''}"

@@ -10,6 +10,7 @@ import torch
 
 from common.encoders import get_encoder_type
 from common.errors import UserError
+from common.exports import TITLE, replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.wire.messages import Instruction, UpdateManifest, UpdateRule
@@ -163,10 +164,18 @@ class Training:
         write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
 
     def export(self, directory: Path) -> None:
-        """Write stem + shared encoder + head for transformers' Auto classes."""
-        with torch.no_grad():
+        """Write stem + shared encoder + head for transformers' Auto classes, replacing an earlier export.
+
+        A failure leaves what was there. Raises UserError for a directory that holds something else, OSError.
+        """
+        card = (
+            f"{TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
+            f"Type `{self.instruction.encoder_type}`. Stem and head were fitted to this node's own samples: they have "
+            "never left it, and are its owner's to hand on or to keep.\n"
+        )
+        with torch.no_grad(), replacing(directory, card, ours=directory.parent == self.directory) as beside:
             self.model.eval()
-            self.model.export(directory)
+            self.model.export(beside)
 
     def _path_facts(self, frame: Frame) -> PathFacts:
         return PathFacts(

@@ -7,44 +7,23 @@ import json
 import re
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from common.locks import DirectoryLock
 from common.wire.messages import Receipt, UpdateManifest
-from deploy.cli import app, guarded
 from deploy.commands.replay import changed_rule, parse_changes
 from master_service.decisions.records import Loggable, Started, Versioned
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings
 from master_service.history.replay import rebuild
 from master_service.log.jsonl import export_log, opened
+from tests.unit.deploy.conftest import Command
 from tests.unit.master.test_fold import Federation, snapshot
 from tests.unit.master.test_replay import flip, rewritten, some_update, trained
 
 RECORDED = Path(__file__).parents[2] / "logs"
-#: arguments → (exit code, what was printed, what went to stderr)
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = guarded(lambda: app([str(argument) for argument in arguments], standalone_mode=False))
-        return code, *capsys.readouterr()
-
-    yield run
-    structlog.reset_defaults()  # it writes to what this test has captured
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Federation:
-    """Its ledger stays open for writing, as a running master's."""
-    return trained(tmp_path / "state", "return-count")
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
