@@ -93,6 +93,9 @@ def master(
     ] = None,
     updates: Annotated[int | None, typer.Option(metavar="N", help="stop after N counted updates")] = None,
     seconds: Annotated[float | None, typer.Option(metavar="S", help="stop after S seconds of training")] = None,
+    change: Annotated[
+        bool, typer.Option("--change", help="go on with the settings given here where the message log has others")
+    ] = False,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when every encoder is finished")] = False,
     threads: Threads = None,
     json: JsonLogs = False,
@@ -114,7 +117,7 @@ def master(
         "rule": {"preset": rule},
         "stop": stop,
     }
-    run_master(config, flags)
+    run_master(config, flags, change=change)
 
 
 @app.command()

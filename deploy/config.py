@@ -7,13 +7,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
 from common.wire.messages import UpdateRule
-from master_service.config import EncoderConfig, MasterConfig, RuleConfig, settings
+from master_service.config import EncoderConfig, MasterConfig, RuleConfig, given, settings
 from master_service.decisions.rules.model import AggregationRule
 from master_service.decisions.settings import Settings, StopRule
 from node_service.config import NodeConfig
@@ -48,6 +48,12 @@ class Config(BaseSettings):
     stop: StopRule = StopRule()
     nodes: dict[str, NodeConfig] = Field(default_factory=dict)
 
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def given(self) -> dict[str, Any]:
+        """What of `settings()` the file, the environment or a flag says explicitly; the rest of it are defaults."""
+        return self._given
+
     def settings(self) -> Settings:
         """What of it decides, as the master logs it."""
         try:
@@ -73,17 +79,24 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
             sources = (init_settings, env_settings)
             return (*sources, TomlConfigSettingsSource(settings_cls, file)) if file else sources
 
+    class Explicit(FromFile):
+        """The same without the defaults that complete a section given in part: its fields are those that were given."""
+
+        model_config = SettingsConfigDict(nested_model_default_partial_update=False)
+
     if file is not None and not file.exists():
         raise UserError(f"{file}: no such file; give the configuration with --config FILE")
     unknown = [name for name in os.environ if name.startswith(PREFIX) and _section(name) not in Config.model_fields]
     if unknown:
         raise UserError(f"environment: {unknown[0]} names no section; there are: {', '.join(Config.model_fields)}")
     try:
-        return FromFile(**_given(flags))
+        config, explicit = FromFile(**_given(flags)), Explicit(**_given(flags))
     except ValidationError as error:
         raise explained(error, Config, source) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{source}: not readable as TOML: {error}") from None
+    config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop)
+    return config
 
 
 def _section(name: str) -> str:

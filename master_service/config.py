@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import BaseModel, ByteSize, Field
 
 from common.config import Section
 from common.numbers.slicing import EncodingName
@@ -73,3 +73,18 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         architecture=encoder.architecture,
         seed=encoder.seed,
     )
+
+
+def given(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule) -> dict[str, Any]:
+    """What of `settings` was said explicitly, shaped as a Settings: the fields that the sections were made with."""
+    found = {"rule": _explicit(rule), "update_rule": _explicit(update), "stop": _explicit(stop)}
+    own = {name: value for name, value in _explicit(encoder).items() if name in Settings.model_fields}
+    if "source" in own:
+        own["source"] = str(encoder.source) if encoder.source else None
+    return {name: value for name, value in found.items() if value} | own
+
+
+def _explicit(section: BaseModel) -> dict[str, Any]:
+    """In the order of the fields, at every level."""
+    values = {name: getattr(section, name) for name in type(section).model_fields if name in section.model_fields_set}
+    return {name: _explicit(value) if isinstance(value, BaseModel) else value for name, value in values.items()}

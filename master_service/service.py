@@ -7,8 +7,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 import torch
@@ -54,7 +55,7 @@ from master_service.decisions.records import (
     UpdateFacts,
     Versioned,
 )
-from master_service.decisions.settings import Settings
+from master_service.decisions.settings import Settings, settled
 from master_service.history.state_directory import Journal
 from master_service.status import Live, Report, report
 from master_service.wire.inbox import identity, understood
@@ -73,8 +74,10 @@ class MasterService:
     """Runs until stopped, or until all encoders are finished if so configured.
 
     Made: the state directory is locked and the newest snapshot read. Raises LockHeld, which names the holder, Damaged,
-    or UserError for an export directory that holds something else. `on_change` is called in the service's thread
-    whenever something happened that is worth showing.
+    or UserError for an export directory that holds something else. `given`: what of `settings` was said explicitly; the
+    rest is taken from the log, and where that has other values, `run` raises UserError unless `change` is set. None:
+    all of `settings` is meant. `on_change` is called in the service's thread whenever something happened that is worth
+    showing.
     """
 
     config: MasterConfig
@@ -82,6 +85,8 @@ class MasterService:
     broker: Broker
     topology: Topology
     get: str | None = None
+    given: Mapping[str, Any] | None = None
+    change: bool = False
     on_change: Callable[[MasterService], None] = lambda service: None
     clock: Callable[[], float] = time.time
     live: Live = field(default_factory=Live)
@@ -162,16 +167,19 @@ class MasterService:
                 f"{error}, in {self.config.state_dir / 'payloads'}: a version that was published was made of it; "
                 "restore it from a backup of the state directory"
             ) from None
+        state = fold.coordinator.state
+        # before anything is written: a start that is refused leaves the log as it is
+        settings = settled(state.settings if state.epoch else None, self.settings, self.given, change=self.change)
         journal.carried_out = fold.offset
         with journal.attempts.at(_row(fold.offset)):
             outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
             outcomes += [generated(effect) for effect in fold.coordinator.unmade()]
         self._record_all(outcomes)
-        state = fold.coordinator.state
+        # before the epoch: a first start that dies in between is a first start again
+        if state.settings != settings:
+            self._record(Configured(settings=settings))
         # later than every epoch before, also when rows of the log were lost
         self._record(Started(epoch=max(state.epoch + 1, int(self.clock())), fingerprint=fingerprint()))
-        if state.settings != self.settings:
-            self._record(Configured(settings=self.settings))
         # who has vanished meanwhile is missed as if it had been heard just now
         for known in state.nodes.values():
             self.live.begin(known.node, known.present, self.clock())

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def run_master(file: Path | None, flags: dict[str, Any]) -> None:
-    """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured."""
+def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False) -> None:
+    """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured.
+
+    `change`: settings that are given and are not those of the message log hold from here on, instead of a UserError.
+    """
     config = load_config(file, flags)
     decided = config.settings()
     if config.master.export_dir is not None:
@@ -46,7 +49,14 @@ def run_master(file: Path | None, flags: dict[str, Any]) -> None:
         threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
         with stop_on_signals(stop), MasterDisplay(quiet=config.log.json_lines) as display:
             service = MasterService(
-                config.master, decided, broker, topology, get=config.encoder.get, on_change=display.update
+                config.master,
+                decided,
+                broker,
+                topology,
+                get=config.encoder.get,
+                given=config.given(),
+                change=change,
+                on_change=display.update,
             )
             service.run(stop)
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from common.errors import UserError
 from common.wire.messages import UpdateRule
-from master_service.decisions.rules.model import AggregationRule
+from master_service.decisions.rules.model import AggregationRule, aggregation_rule
 
 
 class LossPlateau(BaseModel):
@@ -48,3 +51,90 @@ class Settings(BaseModel):
     source: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
+
+
+#: Where a setting stands in the configuration, if not under its own name.
+_CONFIGURED_AS = {"update_rule": "update"} | {
+    name: f"encoder.{name}" for name in ("min_nodes", "generation", "source", "architecture", "seed")
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One setting, by its path in the configuration (`stop.versions`); None where it has no value."""
+
+    path: str
+    logged: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        logged, wanted = ("not set" if value is None else value for value in (self.logged, self.wanted))
+        return f"{self.path}: {logged} in the log, {wanted} wanted"
+
+
+def settled(
+    logged: Settings | None, defaults: Settings, given: Mapping[str, Any] | None, *, change: bool = False
+) -> Settings:
+    """The settings that a master starts with.
+
+    `logged`: those that its log ends with; None for a log that no master has written to, where `defaults` hold (what
+    was given, and defaults for the rest). `given` are the explicitly given ones alone, shaped as a `Settings`; None
+    means that all of `defaults` is meant, as of somebody who composes a service in code. What is not given stays as it
+    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant.
+    """
+    if logged is None or given is None:
+        return defaults
+    wanted = merged(logged, given)
+    found = differences(logged, wanted)
+    if found and not change:
+        lines = "".join(f"\n  {difference}" for difference in found)
+        raise UserError(
+            "the message log was written with other settings; start without them to go on as before, or with --change "
+            f"to go on with the new ones:{lines}"
+        )
+    return wanted
+
+
+def merged(logged: Settings, given: Mapping[str, Any]) -> Settings:
+    """The logged settings, overlaid with what is given.
+
+    A number that is given changes that number alone, with two exceptions, which read as they do at a first start: a
+    preset is a whole rule, to which the other numbers given are changes; and the limits given are all limits there are.
+    Raises UserError for an unknown preset, ValidationError for a value out of its range.
+    """
+    if not given:
+        return logged
+    plain = logged.model_dump()
+    for name, value in given.items():
+        if name == "stop":
+            plain["stop"] = value
+        elif name == "rule" and "preset" in value:
+            changes = {section: numbers for section, numbers in value.items() if section != "preset"}
+            plain["rule"] = aggregation_rule(value["preset"], changes).model_dump()
+        else:
+            plain[name] = _overlaid(plain[name], value)
+    return Settings.model_validate(plain)
+
+
+def differences(logged: Settings, wanted: Settings) -> list[Difference]:
+    """What is not the same, setting by setting, in the order of the configuration's sections."""
+    before, after = _flat(logged.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    return [
+        Difference(path, before.get(path), after.get(path))
+        for path in dict.fromkeys((*before, *after))
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{name: _overlaid(below.get(name), value) for name, value in above.items()}}
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        path = f"{prefix}.{name}" if prefix else _CONFIGURED_AS.get(name, name)
+        found |= _flat(value, path) if isinstance(value, Mapping) else {path: value}
+    return found

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import sqlite3
+import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from common.brokers import open_broker
+from common.wire.topology import Topology
 from tests.e2e.test_processes import shared_encoder
 
 
@@ -89,8 +98,6 @@ def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
     assert result.returncode == 2 and "--versions" in result.stderr
     assert shared_encoder("--help").returncode == 0
     # what makes it quick: none of these is imported to print the help
-    import subprocess
-
     code = "import deploy.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pika', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     result = shared_encoder("export", "text-1", "--state", str(tmp_path / "none"))
@@ -107,3 +114,62 @@ def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
         assert "no message log in" in result.stderr and "--state" in result.stderr
     result = shared_encoder("evaluate")
     assert result.returncode == 2 and "give --config FILE" in result.stderr
+
+
+@pytest.fixture
+def namespace(amqp_url: str) -> Iterator[str]:
+    """One of its own, whose queues go with it."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    yield name
+    topology = Topology(name)
+    broker = open_broker(amqp_url, client_name="cleaner", dead_letters=topology.dead_letters)
+    for queue in (topology.master_inbox, topology.master_updates, topology.dead_letters):
+        broker.delete_queue(queue)
+    broker.close()
+
+
+@pytest.mark.timeout(300)
+def test_f14_a_master_started_again_with_other_settings_says_so_and_changes_nothing(
+    tmp_path: Path, amqp_url: str, namespace: str
+) -> None:
+    state, log = tmp_path / "state", tmp_path / "log"
+    common = ("master", "--state", str(state), "--broker", amqp_url, "--namespace", namespace)
+
+    def kinds() -> list[str]:
+        try:
+            with closing(sqlite3.connect(f"file:{state}/ledger.sqlite?mode=ro", uri=True)) as ledger:
+                return [kind for (kind,) in ledger.execute("SELECT kind FROM entries ORDER BY offset")]
+        except sqlite3.OperationalError:  # not there yet
+            return []
+
+    def served(*arguments: str) -> list[str]:
+        """Start, wait until it serves, end it with Ctrl-C; the rows that it wrote."""
+        before = kinds()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.cli", *common, *arguments], stdout=file, stderr=subprocess.STDOUT
+            )
+        try:
+            deadline = time.monotonic() + 60
+            while "started" not in kinds()[len(before) :]:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0, log.read_text()
+        finally:
+            process.kill()
+        return kinds()[len(before) :]
+
+    assert served("--versions", "200", "--min-nodes", "2") == ["configured", "started"]
+    assert served() == ["started"], "without a word the logged settings stand"
+    assert served("--versions", "200") == ["started"], "and to say them again is no change"
+    before = kinds()
+    refused = shared_encoder(*common, "--versions", "300", "--rule", "fedasync")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    told = refused.stderr[refused.stderr.index("shared-encoder: ") :].splitlines()
+    assert "--change" in told[0]
+    assert "  stop.versions: 200 in the log, 300 wanted" in told
+    assert "  rule.preset: return-count in the log, fedasync wanted" in told
+    assert kinds() == before
+    assert served("--versions", "300", "--change") == ["configured", "started"]
+    assert served("--versions", "300", "--min-nodes", "2") == ["started"]

@@ -10,6 +10,8 @@ from pydantic import Field, SecretStr, ValidationError
 
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
+from deploy.config import load_config
+from master_service.decisions.settings import settled
 
 
 class Inner(Section):
@@ -52,3 +54,32 @@ def test_a_password_file_goes_into_the_url_and_nothing_prints_it(tmp_path: Path)
     assert "old" not in repr(config) and "old" not in config.model_dump_json()
     with pytest.raises(UserError, match=r"broker\.password_file .*none: No such file"):
         BrokerConfig(password_file=tmp_path / "none").resolved_url()
+
+
+def test_f14_what_is_given_is_known_from_file_environment_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it equals the default; and a part of a section is that part alone."""
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[rule]\npreset = "return-count"\n[update]\nwhen = { seconds = 30 }\n[update.inner]\nlr = 0.005\n'
+        '[encoder]\nsource = "there"\nget = "text"\n[stop.plateau]\npatience = 3\n[master]\nthreads = 2\n'
+    )
+    monkeypatch.setenv("SHARED_ENCODER_RULE__OUTER__LR", "2")
+    config = load_config(file, {"stop": {"versions": 400, "updates": None}, "encoder": {"min_nodes": 1}})
+    assert config.given() == {
+        "rule": {"preset": "return-count", "outer": {"lr": "2"}},
+        "update_rule": {"when": {"seconds": 30.0}, "inner": {"lr": 0.005}},
+        "stop": {"versions": 400, "plateau": {"patience": 3}},
+        "min_nodes": 1,
+        "source": "there",
+    }
+    monkeypatch.delenv("SHARED_ENCODER_RULE__OUTER__LR")
+    assert load_config(None, {"stop": {"versions": None}, "rule": {"preset": None}}).given() == {}
+
+
+def test_f14_a_first_start_and_a_start_again_with_the_same_configuration_are_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[rule]\npreset = "diloco"\nbuffer = { grace_seconds = 5 }\n[update]\nwhen = { samples = 9 }\n')
+    config = load_config(file, {"stop": {"seconds": 5.0}})
+    assert settled(config.settings(), config.settings(), config.given()) == config.settings()
