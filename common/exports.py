@@ -56,6 +56,13 @@ def check_writable(folder: Path, wanted: Path) -> None:
         raise UserError(f"{wanted} cannot be written: {there}: {error.strerror}; give another place") from None
 
 
+def check_file(file: Path) -> None:
+    """Whether a file of this name can be written or replaced. Raises UserError."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give the name of a file")
+    check_writable(file.parent, file)
+
+
 @contextmanager
 def replacing(directory: Path, card: str, *, ours: bool = False) -> Iterator[Path]:
     """A new folder to write an export into, which takes the place of `directory` at the end of the block.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from common.durable import write_durably
 from common.errors import UserError
+from common.exports import check_file
 from deploy.commands.display import console, number, saying
 from deploy.commands.run import load_corpora
 from deploy.config import load_config
@@ -39,8 +41,10 @@ def run_evaluation(
 ) -> None:
     """Evaluate nodes of a configuration and print the table; every encoder after the first is a column of its own.
 
-    Raises UserError for what is not there.
+    With `out`, the figures of each node are there as soon as they are known. Raises UserError for what is not there.
     """
+    if out is not None:
+        check_file(out)
     config = load_config(file, {})
     configure_logging(level="warning")
     unknown = [name for name in names if name not in config.nodes]
@@ -64,17 +68,24 @@ def run_evaluation(
         pinned = sorted((state / "encoders").glob("*/pinned.json"), key=lambda path: path.stat().st_mtime)
         if not pinned:
             raise UserError(f"{state}: node {name!r} has not saved private parts; train it first")
-        private = pinned[-1].parent
-        corpora = load_corpora(name, node)
-        kind = json.loads(pinned[-1].read_text())["type"]
-        domains.append(Domain.of(name, corpora[kind], private))
+        domains.append(Domain.of(name, load_corpora(name, node), pinned[-1].parent))
+    kinds = {domain.pinned.type: domain.name for domain in domains}
+    if len(kinds) > 1:
+        named = " and ".join(f"{name} of type {kind}" for kind, name in kinds.items())
+        raise UserError(f"nodes of different encoder types have no encoder in common: {named}; name those of one type")
     encoder_type = get_encoder_type(domains[0].pinned.type)
     tensors, *others = [encoder_type.architecture_of(directory)[1] for directory in directories if directory]
-    named = dict(zip(_names(encoders[1:]), others, strict=True))
-    figures = evaluate_domains(domains, tensors, config.update.inner, others=named, pooled=pooled)
+    more = dict(zip(_names(encoders[1:]), others, strict=True))
+
+    def keep(figures: Figures) -> None:
+        if out is not None:
+            missing = [domain.name for domain in domains if domain.name not in figures]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(out, json.dumps({"domains": figures, "missing": missing}, indent=1).encode())
+
+    figures = evaluate_domains(domains, tensors, config.update.inner, others=more, pooled=pooled, on_domain=keep)
     print_table(figures)
     if out is not None:
-        out.write_text(json.dumps({"domains": figures}, indent=1))
         print(f"figures written to {out}")
 
 
@@ -86,15 +97,21 @@ def evaluate_domains(
     others: Mapping[str, Mapping[str, Tensor]] | None = None,
     pooled: bool = False,
     probe_rows: int = 2000,
+    on_domain: Callable[[Figures], None] = lambda figures: None,
 ) -> Figures:
     """Train the baselines and score everything, with a progress bar; takes about as long as the nodes' training.
 
-    `others` are further encoders by name, within the same private parts, which fit the shared one best.
+    `others` are further encoders by name, within the same private parts, which fit the shared one best. `on_domain` is
+    called whenever a domain is done, with the figures so far. Raises UserError, before anything is trained, for an
+    encoder that does not fit into a domain's private parts.
     """
     from node_service.evaluation.evaluate import fresh_model, score, shared_model, train_alone, train_pooled
 
     total = sum(domain.steps for domain in domains) * (2 if pooled else 1)
-    figures: Figures = {domain.name: {} for domain in domains}
+    figures: Figures = {}
+    for domain in domains:
+        for tensors in (encoder, *(others or {}).values()):
+            fresh_model(domain, tensors)
     with _progress(total) as advance:
         together = train_pooled(domains, inner, lambda done, of: advance("pooled")) if pooled else {}
         for domain in domains:
@@ -110,8 +127,10 @@ def evaluate_domains(
             }
             if domain.name in together:
                 models["pooled"] = together[domain.name]
-            for kind, model in models.items():
-                figures[domain.name][kind] = score(domain, model, probe_rows=probe_rows).plain()
+            figures[domain.name] = {
+                kind: score(domain, model, probe_rows=probe_rows).plain() for kind, model in models.items()
+            }
+            on_domain(figures)
     return figures
 
 
@@ -144,9 +163,12 @@ def print_table(figures: Figures) -> None:
             table.add_column("majority", justify="right")
         for domain, scores in figures.items():
             values = {kind: scores[kind][key] for kind in kinds}
-            best = better(value for kind, value in values.items() if value is not None and kind in ("alone", "shared"))
+            # a corpus without labels has no probe: a row of dashes, and nothing that is best
+            rivals = [value for kind in ("alone", "shared") if (value := values[kind]) is not None]
+            best = better(rivals) if rivals else None
             cells = [
-                f"[bold]{number(value, 3)}[/bold]" if value == best else number(value, 3) for value in values.values()
+                f"[bold]{number(value, 3)}[/bold]" if value is not None and value == best else number(value, 3)
+                for value in values.values()
             ]
             if key != "loss":
                 cells.append(number(scores["shared"]["majority"], 3))

@@ -65,7 +65,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
         if private is None:
             screen.print(f"{name} did not get ready before the training was over: it has no row", highlight=False)
             continue
-        domains.append(Domain.of(name, load_corpora(name, node)["text"], private.parent))
+        domains.append(Domain.of(name, load_corpora(name, node), private.parent))
     _, tensors = get_encoder_type("text").architecture_of(out / "encoder")
     figures = evaluate_domains(domains, tensors, config.update.inner, probe_rows=400 if quick else 2000)
     summary = write_report(out, config.master.state_dir, report, figures, time.monotonic() - started)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from common.errors import UserError
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import InnerOptimizer
 from node_service.corpus.corpus import Corpus
-from node_service.evaluation.probe import masked_loss, probe
+from node_service.evaluation.probe import NotProbed, masked_loss, probe
 from node_service.training.checkpoint import Facts, read_checkpoint
 from node_service.training.private_parts import load_private, load_spec
 from node_service.training.trainer import Trainer
+
+log = structlog.get_logger()
 
 #: Called with (steps done, steps in all) between steps.
 Progress = Callable[[int, int], None]
@@ -38,12 +41,21 @@ class Domain:
     pinned: Facts
 
     @classmethod
-    def of(cls, name: str, corpus: Corpus, directory: Path) -> Domain:
-        """Raises UserError if no node has finished there."""
+    def of(cls, name: str, corpora: Mapping[str, Corpus], directory: Path) -> Domain:
+        """With the corpus, of those by encoder type, that the node trained on.
+
+        Raises UserError if no node has finished there, if its corpus is not among them, or holds no samples out.
+        """
         checkpoint = read_checkpoint(directory)
         if checkpoint is None:
             raise UserError(f"{directory}: node {name!r} has not saved private parts there; has it been trained?")
-        return cls(name, corpus, directory, checkpoint.facts)
+        kind = checkpoint.facts.type
+        if kind not in corpora:
+            have = ", ".join(corpora) or "nothing"
+            raise UserError(f"node {name!r} was trained on samples of type {kind}, and its configuration names {have}")
+        if len(corpora[kind].test) == 0:
+            raise UserError(f"node {name!r} holds no samples out; set test_path, or held_out above 0")
+        return cls(name, corpora[kind], directory, checkpoint.facts)
 
     @property
     def steps(self) -> int:
@@ -64,21 +76,23 @@ class Scores:
 
 
 def score(domain: Domain, model: EncoderModel, *, probe_rows: int = 2000) -> Scores:
-    """Evaluate a whole model on a domain's held-out samples. Raises UserError if none are held out."""
+    """Evaluate a whole model on a domain's held-out samples: without labels, by its loss alone."""
     corpus = domain.corpus
-    if len(corpus.test) == 0:
-        raise UserError(f"node {domain.name!r} holds no samples out; set test_path, or held_out above 0")
     model.eval()
     loss = masked_loss(model, model.encode(corpus.test))
-    if corpus.train_labels is None or corpus.test_labels is None or len(set(corpus.train_labels)) < 2:
+    if corpus.train_labels is None or corpus.test_labels is None:
         return Scores(loss)
-    result = probe(
-        model,
-        (corpus.train, corpus.train_labels),
-        (corpus.test, corpus.test_labels),
-        train_rows=probe_rows,
-        test_rows=max(1, probe_rows // 2),
-    )
+    try:
+        result = probe(
+            model,
+            (corpus.train, corpus.train_labels),
+            (corpus.test, corpus.test_labels),
+            train_rows=probe_rows,
+            test_rows=max(1, probe_rows // 2),
+        )
+    except NotProbed as reason:
+        log.warning("no probe", domain=domain.name, reason=str(reason))
+        return Scores(loss)
     return Scores(loss, result.linear, result.knn, result.majority)
 
 
@@ -91,7 +105,10 @@ def shared_model(domain: Domain, encoder: Mapping[str, Tensor]) -> EncoderModel:
 
 
 def fresh_model(domain: Domain, encoder: Mapping[str, Tensor] | None = None, seed: int = 0) -> EncoderModel:
-    """The node's vocabulary and architecture with fresh private parts, around a fresh or a given shared encoder."""
+    """The node's vocabulary and architecture with fresh private parts, around a fresh or a given shared encoder.
+
+    Raises UserError for an encoder of another architecture.
+    """
     encoder_type = get_encoder_type(domain.pinned.type)
     architecture = domain.pinned.architecture
     spec = load_spec(domain.directory)
@@ -99,7 +116,11 @@ def fresh_model(domain: Domain, encoder: Mapping[str, Tensor] | None = None, see
         raise UserError(f"{domain.directory}: spec.json is missing; has the node been trained?")
     model = encoder_type.build(architecture, spec, seed)
     shared = {name: parameter.data for name, parameter in model.shared_parameters().items()}
-    ParameterSet.from_tensors(encoder or encoder_type.initial(architecture, seed)).scatter(shared)
+    parameters = ParameterSet.from_tensors(encoder or encoder_type.initial(architecture, seed))
+    difference = parameters.layout.difference(ParameterSet.from_tensors(shared).layout)
+    if difference is not None:
+        raise UserError(f"node {domain.name!r} was trained with another encoder than is to be evaluated: {difference}")
+    parameters.scatter(shared)
     return model
 
 

@@ -21,6 +21,10 @@ TEST_ROWS = 1000
 _NEIGHBOURS = 10
 
 
+class NotProbed(ValueError):
+    """These samples and this model allow no probe; the text says why."""
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """Accuracies in [0, 1] on held-out samples, and the rows that they rest on."""
@@ -70,10 +74,15 @@ def probe(
 ) -> ProbeResult:
     """Both probes of a model on labelled samples, on at most so many rows, drawn by `seed`: the same for every model.
 
-    Raises ValueError for fewer than two labels, or an empty part.
+    Raises NotProbed for an empty part, fewer than two labels among the rows drawn for training, and features that are
+    not finite: the linear classifier is defined for none of these.
     """
     (train_samples, train_y), (test_samples, test_y) = _drawn(*train, train_rows, seed), _drawn(*test, test_rows, seed)
+    if len(set(train_y)) < 2:
+        raise NotProbed("a probe needs two different labels for training")
     train_x, test_x = model.features(train_samples), model.features(test_samples)
+    if not (torch.isfinite(train_x).all() and torch.isfinite(test_x).all()):
+        raise NotProbed("the features are not finite: the model has diverged")
     names, counts = np.unique(np.asarray(train_y), return_counts=True)
     return ProbeResult(
         linear=linear_probe(train_x, train_y, test_x, test_y),
@@ -100,7 +109,7 @@ def masked_loss(model: EncoderModel, encoded: Any, seed: int = 0, batches: int =
 
 def _drawn(samples: Samples, labels: Sequence[str], rows: int, seed: int) -> tuple[Samples, list[str]]:
     if not len(samples):
-        raise ValueError("a probe needs labelled samples for training and for the test")
+        raise NotProbed("a probe needs labelled samples for training and for the test")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:rows])
     taken = samples[chosen] if isinstance(samples, np.ndarray) else [samples[i] for i in chosen]
     return taken, [labels[i] for i in chosen]

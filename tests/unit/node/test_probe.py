@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.encoders.base import Batch, EncoderModel
-from node_service.evaluation.probe import knn_probe, linear_probe, masked_loss, probe
+from node_service.evaluation.probe import NotProbed, knn_probe, linear_probe, masked_loss, probe
 
 
 class Toy(EncoderModel):
@@ -101,3 +101,16 @@ def test_masked_loss_is_deterministic_and_restores_the_mode() -> None:
     assert model.training
     whole = masked_loss(model, torch.full((10,), 2.5), batches=4)
     assert whole == 2.5, "a mean over batches, not a sum"
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "why"),
+    [
+        (([[0.0], [1.0]], ["a", "a"]), ([[1.0]], ["a"]), "two different labels"),
+        (([[0.0], [1.0]], ["a", "b"]), ([], []), "labelled samples"),
+        (([[0.0], [float("nan")]], ["a", "b"]), ([[1.0]], ["a"]), "not finite"),
+    ],
+)
+def test_f16_what_allows_no_probe_is_told_from_a_bug(train: Any, test: Any, why: str) -> None:
+    with pytest.raises(NotProbed, match=why):
+        probe(Toy(), train, test)

@@ -1,0 +1,126 @@
+"""F16: `evaluate` over corpora with and without labels, and what stays of it when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import node_service.evaluation.evaluate as evaluation
+from common.encoders import get_encoder_type
+from common.numbers.parameters import ParameterSet
+from node_service.training.checkpoint import Checkpoint, Facts, write_checkpoint
+from node_service.training.private_parts import save_spec
+from tests.unit.deploy.conftest import Command
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+class Killed(BaseException):
+    """No error: what ends a process from outside."""
+
+
+def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text", held_out: float = 0.2) -> str:
+    """Corpus and private parts as a node leaves them, and its table of the configuration. `labels`: how many kinds."""
+    texts = [f"{name} says {i} and {i * i}" for i in range(60)]
+    rows = [{"text": text} | ({"label": str(i % labels)} if labels else {}) for i, text in enumerate(texts)]
+    corpus, private = directory / f"{name}.jsonl", directory / name / "encoders" / "text-1"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    text = get_encoder_type("text")
+    architecture = text.architecture(SMALL)
+    spec = text.fit_private(texts, architecture, {"vocabulary": 300})
+    save_spec(private, spec)
+    parts = text.build(architecture, spec, 0).private_parameters()
+    facts = Facts(encoder="text-1", version=1, steps=2, type=type_, architecture=architecture)
+    write_checkpoint(private, Checkpoint(facts, {key: part.data for key, part in parts.items()}, {}))
+    return (
+        f'[nodes.{name}]\nstate_dir = "{directory / name}"\n'
+        f'corpus = {{ path = "{corpus}", documents = "line", held_out = {held_out} }}\n'
+    )
+
+
+def encoder(directory: Path, **overrides: int) -> Path:
+    text = get_encoder_type("text")
+    architecture = text.architecture({**SMALL, **overrides})
+    directory.mkdir()
+    tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
+    text.export_shared(directory, architecture, tensors, "# card")
+    return directory
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[object]:
+    """`evaluate` of a node with labels and two without any that a probe can use."""
+    file = tmp_path / "run.toml"
+    kinds = {"labelled": 2, "plain": 0, "alike": 1}
+    file.write_text("".join(trained_node(tmp_path, name, labels=count) for name, count in kinds.items()))
+    return ["evaluate", "--config", file, "--encoder", encoder(tmp_path / "encoder")]
+
+
+def test_f16_corpora_with_and_without_labels_stand_in_one_table(
+    command: Command, arguments: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "new folder" / "figures.json"
+    code, printed, err = command(*arguments, "--pooled", "--out", out)
+    assert code == 0, err
+    told = json.loads(out.read_text())
+    assert list(told["domains"]) == ["labelled", "plain", "alike"] and told["missing"] == []
+    for name, kinds in told["domains"].items():
+        assert list(kinds) == ["random", "alone", "shared", "pooled"]
+        for scores in kinds.values():
+            assert scores["loss"] > 0 and (scores["probe"] is None) == (name != "labelled")
+    probes = printed[printed.index("linear probe") :].splitlines()
+    for name in ("plain", "alike"):
+        row = next(line for line in probes if name in line)
+        assert row.count("–") == 5, "a dash for each kind and for the majority"
+    assert "no probe" in err and "two different labels" in err and "alike" in err
+
+
+def test_f16_an_interruption_keeps_the_rows_that_are_done(
+    command: Command, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = evaluation.train_alone
+
+    def train_alone(domain: evaluation.Domain, *rest: object) -> object:
+        if domain.name == "plain":
+            raise Killed
+        return original(domain, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "train_alone", train_alone)
+    out = tmp_path / "figures.json"
+    with pytest.raises(Killed):
+        command(*arguments, "--out", out)
+    told = json.loads(out.read_text())
+    assert list(told["domains"]) == ["labelled"] and told["missing"] == ["plain", "alike"]
+    assert told["domains"]["labelled"]["shared"]["probe"] is not None
+
+
+def test_f16_what_cannot_be_evaluated_is_said_before_anything_is_trained(
+    command: Command, arguments: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object) -> None:
+        raise AssertionError("this takes a minute, and then it fails")
+
+    monkeypatch.setattr(evaluation, "train_alone", train)
+    monkeypatch.setattr(evaluation, "train_pooled", train)
+    file = tmp_path / "run.toml"
+    before = file.read_text()
+    other = encoder(tmp_path / "other", hidden_size=32)
+    code, _, err = command(*arguments, "--pooled", "--encoder", other)
+    assert code == 2 and "node 'labelled' was trained with another encoder than is to be evaluated" in err
+    for table, words in {
+        trained_node(tmp_path, "all", labels=0, held_out=0.0): "node 'all' holds no samples out; set test_path",
+        trained_node(tmp_path, "odd", labels=0, type_="image"): "node 'odd' was trained on samples of type image",
+    }.items():
+        file.write_text(before + table)
+        code, _, err = command(*arguments, "--pooled")
+        assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("out", "words"), [("run.toml/figures.json", "Not a directory"), ("encoder", "is a folder")])
+def test_f18_evaluate_looks_first_whether_it_can_write(command: Command, tmp_path: Path, out: str, words: str) -> None:
+    (tmp_path / "run.toml").touch()
+    (tmp_path / "encoder").mkdir()
+    code, _, err = command("evaluate", "--config", tmp_path / "none.toml", "--out", tmp_path / out)
+    assert (code, err.count("\n")) == (2, 1) and str(tmp_path / out) in err and words in err
