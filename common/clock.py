@@ -6,9 +6,18 @@ and is what waiting and deadlines are measured by.
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Protocol
+
+
+class Signal(Protocol):
+    """Something that happens once, as a threading.Event does."""
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for it up to `timeout` seconds; whether it has happened."""
 
 
 class Clock(Protocol):
@@ -20,7 +29,7 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds from an arbitrary start; never goes back, whatever becomes of the time of day."""
 
-    def wait(self, seconds: float, event: threading.Event | None = None) -> bool:
+    def wait(self, seconds: float, event: Signal | None = None) -> bool:
         """Let so many seconds pass, or fewer if `event` is set meanwhile; whether it is set."""
 
 
@@ -33,7 +42,7 @@ class SystemClock:
     def monotonic(self) -> float:
         return time.monotonic()
 
-    def wait(self, seconds: float, event: threading.Event | None = None) -> bool:
+    def wait(self, seconds: float, event: Signal | None = None) -> bool:
         if event is not None:
             return event.wait(seconds)
         time.sleep(max(0.0, seconds))
@@ -52,7 +61,7 @@ class VirtualClock:
     def monotonic(self) -> float:
         return self.time
 
-    def wait(self, seconds: float, event: threading.Event | None = None) -> bool:
+    def wait(self, seconds: float, event: Signal | None = None) -> bool:
         if event is not None and event.is_set():
             return True
         self.time += max(0.0, seconds)

@@ -82,9 +82,9 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Republish:
-    """Publish an owed update again, as this attempt; None: as the next."""
+    """Publish an owed update again, as this attempt (None: as the next); without a number, everything that is owed."""
 
-    sequence: int
+    sequence: int | None = None
     attempt: int | None = None
 
 
@@ -98,7 +98,7 @@ Action = Say | CheckSamples | Train | Read | Look | Drop | Answered | Republish 
 
 @dataclass
 class Agent:
-    """What the node knows of the protocol's state. `unanswered` holds the sequence numbers without a receipt.
+    """What the node knows of the protocol's state.
 
     Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
     only the one that it names is read, because the stream may hold two of one number.
@@ -107,7 +107,6 @@ class Agent:
     node: str
     incarnation: str
     types: tuple[str, ...]
-    unanswered: set[int] = field(default_factory=set)
     current: Instruction | None = None
     rule: Rule | None = None
     version: int = -1
@@ -143,7 +142,7 @@ class Agent:
                 return self.join()
             case Receipt() if message.incarnation == self.incarnation:
                 return self._receipted(message)
-            case Resend() if message.incarnation == self.incarnation and message.sequence in self.unanswered:
+            case Resend() if message.incarnation == self.incarnation:
                 return [Republish(message.sequence, message.attempt)]
             case Finish():
                 return self._finish(message)
@@ -263,12 +262,11 @@ class Agent:
         self.rule = rule
         self.finishing = None  # it goes on; should the rule be an old one, the next update is answered by the end again
         # what came while the master did not know this node was not looked at
-        again = [Republish(sequence) for sequence in sorted(self.unanswered)] if self.unknown else []
+        again = [Republish()] if self.unknown else []
         self.unknown = False
         return [Train(self.current, rule), *self._read(rule.version, rule.published_at), *again]
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
-        self.unanswered.discard(receipt.sequence)
         current = self._is_current(receipt.encoder)
         answered: list[Action] = [Answered(receipt)]
         said = verdict(receipt)

@@ -10,7 +10,8 @@ from common.wire.messages import Alive
 
 @dataclass
 class NodeFigures:
-    """Seconds in which it could not train for want of the master count as waiting."""
+    """Seconds in which it could not train for want of the master count as waiting; `waiting_since`, in seconds since
+    1970, is when that began, while it lasts."""
 
     steps: int = 0
     steps_per_second: float = 0.0
@@ -25,6 +26,12 @@ class NodeFigures:
     training_seconds: float = 0.0
     note: str = "starting"
     waiting_since: float | None = None
+
+    def trained(self, steps: int, loss: float, seconds: float) -> None:
+        """A step was taken: the count of all of them, the running mean loss, and how long this one took."""
+        self.steps, self.loss = steps, loss
+        rate = 1.0 / max(seconds, 1e-9)
+        self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
 
     def alive(self, node: str, incarnation: str, encoder: str | None, bytes_sent: int) -> Alive:
         """As it travels."""

@@ -42,10 +42,11 @@ class _Queue:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whose a lock is, and what a refused second one is told of it."""
+    """Whose a lock is, what a refused second one is told of it, and whom to tell should it be lost."""
 
     broker: MemoryBroker
     name: str
+    on_lost: Callable[[], None]
 
 
 class MemoryServer:
@@ -76,9 +77,13 @@ class MemoryServer:
             self._queues.pop(name, None)
             self._bindings = [binding for binding in self._bindings if binding.queue != name]
 
+    def find(self, name: str) -> _Queue | None:
+        """The queue or stream of this name, if it is declared."""
+        return self._queues.get(name)
+
     def queue(self, name: str) -> _Queue:
         """Raises BrokerUnavailable for a queue that nobody has declared."""
-        found = self._queues.get(name)
+        found = self.find(name)
         if found is None:
             raise BrokerUnavailable(f"there is no queue {name}")
         return found
@@ -136,9 +141,10 @@ class MemoryServer:
 
 
 class MemoryBroker:
-    """One party's connection. Its deliveries come on one thread of its own."""
+    """One party's connection. Its deliveries come on one thread of its own; without `threaded`, when its owner calls
+    `deliver`."""
 
-    def __init__(self, server: MemoryServer, *, user: str, dead_letters: str) -> None:
+    def __init__(self, server: MemoryServer, *, user: str, dead_letters: str, threaded: bool = True) -> None:
         self._server = server
         self._user = user
         self._dead_letters = dead_letters
@@ -147,7 +153,8 @@ class MemoryBroker:
         self._bytes_out = 0
         self._bytes_in = 0
         self._thread = threading.Thread(target=self._dispatch, name=f"memory-broker-{user}", daemon=True)
-        self._thread.start()
+        if threaded:
+            self._thread.start()
 
     def declare(self, declarations: Declarations) -> None:
         self._server.declare(declarations)
@@ -185,12 +192,20 @@ class MemoryBroker:
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
         with self._server.changed:
-            holder = self._server.locks.setdefault(name, Holder(self, f"user {self._user}, {this_process()}"))
+            holder = self._server.locks.setdefault(name, Holder(self, f"user {self._user}, {this_process()}", on_lost))
             if holder.broker is not self:
                 raise LockHeld(
                     f"{name} is held by another connection ({holder.name}): it is running already; "
                     "stop that one, or use another id or --namespace"
                 )
+
+    def lose_locks(self) -> None:
+        """What a connection that was away for too long finds: others may have its locks."""
+        with self._server.changed:
+            lost = [holder for holder in self._server.locks.values() if holder.broker is self]
+            self._server.locks = {name: by for name, by in self._server.locks.items() if by.broker is not self}
+        for holder in lost:
+            holder.on_lost()
 
     def status(self) -> BrokerStatus:
         return BrokerStatus(not self._closed, None, 0, self._bytes_out, self._bytes_in)
@@ -202,8 +217,18 @@ class MemoryBroker:
                 subscription.close()
             self._server.locks = {name: by for name, by in self._server.locks.items() if by.broker is not self}
             self._server.changed.notify_all()
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def deliver(self) -> bool:
+        """Hand over one message of each subscription that has one ready; whether any had."""
+        with self._server.changed:
+            self._subscriptions = [each for each in self._subscriptions if not each.closed]
+            ready = [(each, delivery) for each in self._subscriptions if (delivery := each.take()) is not None]
+        for subscription, delivery in ready:
+            self._bytes_in += len(delivery.body)
+            subscription.on_delivery(delivery)
+        return bool(ready)
 
     def _subscribe(self, subscription: MemorySubscription) -> MemorySubscription:
         with self._server.changed:
@@ -212,19 +237,16 @@ class MemoryBroker:
         return subscription
 
     def _dispatch(self) -> None:
-        """Deliver what is ready, one message of each subscription in turn; callbacks run outside the lock."""
+        """Deliver what is ready; callbacks run outside the lock."""
         while True:
+            if self.deliver():
+                continue
             with self._server.changed:
-                self._subscriptions = [each for each in self._subscriptions if not each.closed]
-                ready = [(each, delivery) for each in self._subscriptions if (delivery := each.take()) is not None]
-                if not ready:
-                    if self._closed:
-                        return
+                if self._closed:
+                    return
+                # what came since is seen at once; what comes now wakes us
+                if not any(each.has_ready() for each in self._subscriptions):
                     self._server.changed.wait()
-                    continue
-            for subscription, delivery in ready:
-                self._bytes_in += len(delivery.body)
-                subscription.on_delivery(delivery)
 
 
 class MemorySubscription:
@@ -242,14 +264,18 @@ class MemorySubscription:
         self._position = position
         self._tags = itertools.count()
 
+    def has_ready(self) -> bool:
+        """Whether `take` would give one; the server's lock is held."""
+        queue = self._server.find(self.queue)
+        if self.closed or len(self.unacked) >= self._prefetch or queue is None or not queue.ready:
+            return False
+        return self._position is None or max(self._position, queue.ready[0].offset) < queue.next_offset
+
     def take(self) -> Delivery | None:
         """The next delivery, if prefetch allows one; the server's lock is held."""
-        if self.closed or len(self.unacked) >= self._prefetch:
+        if not self.has_ready():
             return None
-        queue = self._server._queues.get(self.queue)
-        message = None if queue is None or not queue.ready else self._next(queue)
-        if message is None:
-            return None
+        message = self._next(self._server.queue(self.queue))
         tag = next(self._tags)
         self.unacked[tag] = message
         publication = message.publication
@@ -272,7 +298,7 @@ class MemorySubscription:
             if self.closed:
                 return
             self.closed = True
-            queue = self._server._queues.get(self.queue)
+            queue = self._server.find(self.queue)
             if self._position is None and queue is not None:
                 for message in reversed(self.unacked.values()):
                     message.redelivered = True
@@ -281,15 +307,12 @@ class MemorySubscription:
             self.unacked.clear()
             self._server.changed.notify_all()
 
-    def _next(self, queue: _Queue) -> _Message | None:
+    def _next(self, queue: _Queue) -> _Message:
         if self._position is None:
             message = queue.ready.popleft()
             queue.bytes -= message.size
             return message
-        index = max(self._position, queue.ready[0].offset) - queue.ready[0].offset
-        if index >= len(queue.ready):
-            return None
-        message = queue.ready[index]
+        message = queue.ready[max(self._position, queue.ready[0].offset) - queue.ready[0].offset]
         self._position = message.offset + 1
         return message
 

@@ -42,3 +42,8 @@ def encoded_size(count: int, encoding: EncodingName) -> int:
 def payload_size(size: int, encoding: EncodingName) -> int:
     """Bytes of a whole encoded vector of `size` elements."""
     return sum(encoded_size(stop - start, encoding) for start, stop in slices(size))
+
+
+def slice_bytes(encoding: EncodingName) -> int:
+    """Bytes of a whole slice, and so the most that a chunk carries."""
+    return encoded_size(SLICE, encoding)

@@ -343,7 +343,8 @@ def receipt_hash(receipt: Receipt) -> str:
 
 
 class Resend(Message):
-    """The chunks of an update are incomplete: publish it again as attempt `attempt`. Settles nothing."""
+    """The chunks of an update are incomplete: publish it again as attempt `attempt`. It stays unanswered. `detail` says
+    for people what was missed."""
 
     kind: Literal["resend"] = "resend"
     encoder: Id
@@ -351,6 +352,7 @@ class Resend(Message):
     incarnation: Id
     sequence: Count
     attempt: Count
+    detail: Text = ""
 
 
 class Notice(Message):

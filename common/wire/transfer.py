@@ -7,12 +7,12 @@ parameter set travels as `ParameterChunk`s on the encoder's stream, written once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import xxhash
 
 from common.errors import Poison
-from common.numbers.slicing import SLICE, encoded_size
+from common.numbers.slicing import slice_bytes
 from common.wire.messages import ParameterChunk, UpdateChunk, UpdateManifest
 
 
@@ -35,21 +35,18 @@ def verify(chunk: UpdateChunk | ParameterChunk) -> None:
         raise Poison("checksum", f"chunk {chunk.index} of {chunk.encoder} does not match its checksum")
 
 
-def update_chunks(manifest: UpdateManifest, bodies: Sequence[bytes]) -> list[UpdateChunk]:
-    """The chunks that belong to a manifest."""
-    return [
-        UpdateChunk(
-            node=manifest.node,
-            incarnation=manifest.incarnation,
-            encoder=manifest.encoder,
-            sequence=manifest.sequence,
-            attempt=manifest.attempt,
-            index=index,
-            checksum=checksum(body),
-            data=body,
-        )
-        for index, body in enumerate(bodies)
-    ]
+def update_chunk(manifest: UpdateManifest, index: int, body: bytes) -> UpdateChunk:
+    """The chunk of a manifest that carries the slice of this index."""
+    return UpdateChunk(
+        node=manifest.node,
+        incarnation=manifest.incarnation,
+        encoder=manifest.encoder,
+        sequence=manifest.sequence,
+        attempt=manifest.attempt,
+        index=index,
+        checksum=checksum(body),
+        data=body,
+    )
 
 
 class UpdateAssembly:
@@ -73,7 +70,7 @@ class UpdateAssembly:
             wanted.attempt,
         ):
             return False
-        if len(chunk.data) > encoded_size(SLICE, wanted.encoding):
+        if len(chunk.data) > slice_bytes(wanted.encoding):
             raise Poison("oversize", f"chunk {chunk.index} of {wanted.update_id} has {len(chunk.data)} bytes")
         if chunk.index < wanted.chunks:
             self._bodies[chunk.index] = chunk.data if self._keep else b""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Sequence
 
+from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
 from common.numbers.slicing import EncodingName
-from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Timestamp
+from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Subscription, Timestamp
 from common.wire.codec import decode, encode
 from common.wire.messages import ParameterChunk
 from common.wire.topology import Topology
@@ -16,6 +16,10 @@ from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, pay
 
 #: Stream timestamps are exact to a second, and broker and master clocks differ a little.
 HINT_MARGIN_SECONDS = 5.0
+#: The slowest line on which a version still arrives, bytes a second; one chunk of 4 MiB takes it 43 s.
+SLOW_LINE = 96 * 1024
+#: Once the wanted version is whole, how long a newer one behind it is waited for, seconds.
+_NEWER_SECONDS = 0.02
 
 
 def publish_version(
@@ -30,12 +34,13 @@ def publish_version(
     bodies: Sequence[bytes],
     progress: float,
     declare: bool = True,
+    clock: Clock = SYSTEM,
 ) -> float:
     """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds).
 
     `declare`: the stream may not be there yet. Raises Unroutable if it is not and was not declared.
     """
-    hint = max(0.0, time.time() - HINT_MARGIN_SECONDS)
+    hint = max(0.0, clock.now() - HINT_MARGIN_SECONDS)
     size, digest = sum(len(body) for body in bodies), payload_digest(bodies)
     if declare:
         broker.declare(topology.parameters(encoder, size))
@@ -73,97 +78,191 @@ class _Search:
     On a slow line those on the way to it do; but not those that are published behind a very version that is lost.
     """
 
-    def __init__(self, at_least: int, exact: bool, timeout: float) -> None:
-        self._at_least = at_least
-        self._exact = exact
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+    def __init__(self, at_least: int, *, exact: bool, timeout: float, patience: float, clock: Clock) -> None:
+        self.at_least = at_least
+        self.exact = exact
+        self.timeout = timeout
+        self.patience = patience
+        self._clock = clock
         self._met: set[tuple[int, int, int]] = set()
+        self._deadline = self._heard_at = clock.monotonic()
+        self._deadline += timeout
 
     def wants(self, version: int) -> bool:
-        return version == self._at_least if self._exact else version >= self._at_least
+        return version == self.at_least if self.exact else version >= self.at_least
 
     def met(self, chunk: ParameterChunk) -> None:
+        """A chunk has come: one that was not met before, on the way to the version or part of it, gives more time."""
+        self._heard_at = self._clock.monotonic()
         key = (chunk.epoch, chunk.version, chunk.index)
-        if key not in self._met and (not self._exact or chunk.version <= self._at_least):
+        if key not in self._met and not (self.exact and chunk.version > self.at_least):
             self._met.add(key)
-            self._deadline = time.monotonic() + self._timeout
+            self._deadline = self._clock.monotonic() + self.timeout
 
-    def seconds_left(self) -> float:
-        return self._deadline - time.monotonic()
+    def begin_again(self) -> None:
+        self._heard_at = self._clock.monotonic()
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come for as long as one is ready to wait."""
+        return self._clock.monotonic() - self._heard_at >= self.patience
+
+    @property
+    def over(self) -> bool:
+        return self._clock.monotonic() >= self._deadline
 
 
 class VersionReader:
-    """Reads the newest version at or above a wanted one from a stream.
+    """Reads the newest version at or above a wanted one from a stream; stepped by whoever owns it.
 
-    The hint may be wrong in either direction (clocks, retention): when nothing comes for `patience` seconds the reader
-    starts again at the first message that the stream still holds, and waits longer.
+    `seek` or `look` begins, `step` goes on until it gives the version, raises, or `searching` is False. The hint may be
+    wrong in either direction (clocks, retention): when nothing comes for `patience` seconds the reader starts again at
+    the first message that the stream still holds, and waits longer. `slice_bytes`: of a chunk, at most; on a slow line
+    one alone takes a while.
     """
 
-    def __init__(self, broker: Broker, topology: Topology, encoder: str, layout_digest: str) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        topology: Topology,
+        encoder: str,
+        layout_digest: str,
+        *,
+        slice_bytes: int = 0,
+        clock: Clock = SYSTEM,
+    ) -> None:
         self._broker = broker
         self._stream = topology.stream(encoder)
         self._encoder = encoder
         self._layout_digest = layout_digest
+        self._chunk_seconds = slice_bytes / SLOW_LINE
+        self._clock = clock
         self._unseen: StreamPosition = "first"
+        self._search: _Search | None = None
+        self._subscription: Subscription | None = None
+        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._assembly = VersionAssembly(encoder, layout_digest)
+        self._newest: CompleteVersion | None = None
+
+    def seek(
+        self,
+        at_least: int,
+        published_at: float = 0.0,
+        *,
+        exact: bool = False,
+        timeout: float = 60.0,
+        patience: float = 3.0,
+    ) -> None:
+        """Begin to read the newest complete version ≥ `at_least` (`exact`: that very one, as written last).
+
+        `timeout`: seconds without a chunk that was not met yet, after which `step` raises. Raises BrokerUnavailable.
+        """
+        start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
+        search = _Search(
+            at_least,
+            exact=exact,
+            timeout=timeout + self._chunk_seconds,
+            patience=patience + self._chunk_seconds,
+            clock=self._clock,
+        )
+        self._begin(search, start)
+
+    def look(self, at_least: int, *, patience: float = 1.0) -> None:
+        """Begin to see whether there is a version ≥ `at_least` among those that this reader has not seen yet. Finding
+        none is no failure: then `searching` is False after a `step` that gave None."""
+        patience += self._chunk_seconds
+        search = _Search(at_least, exact=False, timeout=float("inf"), patience=patience, clock=self._clock)
+        self._begin(search, self._unseen)
+
+    @property
+    def searching(self) -> bool:
+        return self._search is not None
+
+    def step(self, wait: float = 0.0) -> CompleteVersion | None:
+        """Take what has come, waiting up to `wait` seconds for more; the version, once it is here and nothing newer is
+        at hand. Raises BrokerUnavailable when the time of a `seek` is over."""
+        search = self._search
+        if search is None:
+            return None
+        while True:
+            self._give_up_in_time(search)
+            try:
+                if wait > 0:
+                    delivery = self._arrived.get(timeout=min(wait, _NEWER_SECONDS) if self._newest else wait)
+                else:
+                    delivery = self._arrived.get_nowait()
+            except queue.Empty:
+                return self._nothing_came(search)
+            self._broker.ack(delivery)
+            self._take(search, delivery)
 
     def read(
         self,
         at_least: int,
-        published_at: float,
+        published_at: float = 0.0,
         *,
         exact: bool = False,
         timeout: float = 60.0,
         patience: float = 3.0,
     ) -> CompleteVersion:
-        """The newest complete version ≥ `at_least` on the stream now; `exact`: that very one, as written last.
-
-        Raises BrokerUnavailable after `timeout` seconds without a chunk that it had not met yet.
-        """
-        start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
-        search = _Search(at_least, exact, timeout)
-        while search.seconds_left() > 0:
-            found = self._scan(start, search, patience)
+        """Seek, and step until the version is here. Raises BrokerUnavailable as `step` does."""
+        self.seek(at_least, published_at, exact=exact, timeout=timeout, patience=patience)
+        while True:
+            found = self.step(wait=min(0.25, timeout, patience))
             if found is not None:
                 return found
-            start, patience = "first", timeout
-        raise BrokerUnavailable(
-            f"version {at_least} of {self._encoder} did not come over the stream in {timeout:.0f} s"
-        )
 
-    def look(self, at_least: int, *, patience: float = 1.0) -> CompleteVersion | None:
-        """The newest version ≥ `at_least` among those that this reader has not seen yet; None is no failure."""
-        return self._scan(self._unseen, _Search(at_least, False, float("inf")), patience)
+    def close(self) -> None:
+        """Stop reading; what was sought is not sought any more."""
+        self._search = self._newest = None
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
 
-    def _scan(self, start: StreamPosition, search: _Search, patience: float) -> CompleteVersion | None:
-        """Read on until the wanted version is there and nothing newer is at hand, or until silence."""
-        arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        assembly = VersionAssembly(self._encoder, self._layout_digest)
-        newest: CompleteVersion | None = None
-        subscription = self._broker.read_stream(self._stream, arrived.put, start=start)
+    def _begin(self, search: _Search, start: StreamPosition) -> None:
+        self.close()
+        # of this search alone: what a closed subscription still delivers goes into a queue that nobody reads
+        self._arrived = queue.SimpleQueue()
+        self._assembly = VersionAssembly(self._encoder, self._layout_digest)
+        self._subscription = self._broker.read_stream(self._stream, self._arrived.put, start=start)
+        self._search = search
+
+    def _take(self, search: _Search, delivery: Delivery) -> None:
         try:
-            while True:
-                try:
-                    # once the wanted version is whole, take only what follows at once
-                    wait = 0.02 if newest else max(0.0, min(patience, search.seconds_left()))
-                    delivery = arrived.get(timeout=wait)
-                except queue.Empty:
-                    return newest
-                self._broker.ack(delivery)
-                try:
-                    chunk = decode(delivery.body)
-                    if not isinstance(chunk, ParameterChunk):
-                        continue
-                    done = assembly.add(chunk)
-                    search.met(chunk)
-                except Poison:
-                    continue  # a damaged version is not on the stream for this reader; the next one will be
-                if done is None:
-                    continue
-                if delivery.offset is not None:
-                    self._unseen = delivery.offset + 1
-                newer = newest is None or (done.epoch, done.version) >= (newest.epoch, newest.version)
-                if newer and search.wants(done.version):
-                    newest = done
-        finally:
-            subscription.close()
+            chunk = decode(delivery.body)
+            if not isinstance(chunk, ParameterChunk):
+                return
+            done = self._assembly.add(chunk)
+            search.met(chunk)
+        except Poison:
+            return  # a damaged version is not on the stream for this reader; the next one will be
+        if done is None:
+            return
+        if delivery.offset is not None:
+            self._unseen = delivery.offset + 1
+        newer = self._newest is None or (done.epoch, done.version) >= (self._newest.epoch, self._newest.version)
+        if newer and search.wants(done.version):
+            self._newest = done
+
+    def _nothing_came(self, search: _Search) -> CompleteVersion | None:
+        if (found := self._newest) is not None:
+            self.close()
+            return found
+        self._give_up_in_time(search)
+        if search.silent:
+            if search.timeout == float("inf"):
+                self.close()  # a look
+                return None
+            # the hint was wrong, or the stream has lost what it pointed at
+            search.patience = search.timeout
+            search.begin_again()
+            self._begin(search, "first")
+        return None
+
+    def _give_up_in_time(self, search: _Search) -> None:
+        """Also while others come that do not bring the wanted one nearer."""
+        if self._newest is None and search.over:
+            self.close()
+            raise BrokerUnavailable(
+                f"version {search.at_least} of {self._encoder} did not come over the stream in {search.timeout:.0f} s"
+            )

@@ -21,7 +21,8 @@ from deploy.commands.display import console, number, saying, size
 from deploy.commands.progress import counting
 from deploy.logging import configure_logging
 from master_service.log.jsonl import export_log, opened
-from master_service.log.message_log import MessageLog, Row
+from master_service.log.message_log import Row, open_log
+from master_service.log.payloads import payload_path
 
 if TYPE_CHECKING:
     from master_service.history.audit import Audit
@@ -115,7 +116,7 @@ def show_row(state: Path, offset: int) -> None:
             problem, reason = log.payloads.damage(row.payload), log.why_dropped(row.payload)
             plain["payload"] = {
                 "digest": row.payload,
-                "file": str(log.payloads.path(row.payload)),
+                "file": str(payload_path(log.directory / "payloads", row.payload)),
                 "bytes": log.payloads.size(row.payload),
                 "state": "here" if problem is None else f"dropped: {reason}" if reason else problem,
             }
@@ -202,14 +203,14 @@ def prune_log(state: Path, keep: str, *, dry_run: bool) -> None:
         from master_service.history.snapshot import kept_snapshots
     lock = DirectoryLock(state)
     try:
-        log = MessageLog(state)
-        snapshots = state / "snapshots"
-        if len(kept_snapshots(snapshots)) < 2:
+        log = open_log(state)
+        kept = kept_snapshots(state / "snapshots")
+        if len(kept) < 2:
             print("nothing is dropped: with fewer than two snapshots a start may need every payload")
-        payloads = droppable(log, snapshots, policy)  # type: ignore[arg-type]
+        payloads = droppable(log, kept, policy)  # type: ignore[arg-type]
         total = sum(map(log.payloads.size, payloads))
         if not dry_run:
-            total = prune(log, snapshots, policy, time.time())  # type: ignore[arg-type]
+            total = prune(log, kept, policy, time.time())  # type: ignore[arg-type]
         print(f"{'would drop' if dry_run else 'dropped'} {len(payloads):,} payloads, {size(total)}; every row is kept")
         log.close()
     finally:

@@ -75,7 +75,7 @@ def export_version(encoder: str, state: Path, version: int | None, out: Path) ->
 # --- what was published --------------------------------------------------------------------------------------------
 
 
-def _verified(log: MessageLog, encoder: str | None, version: int | None, *, every: bool) -> Fold:
+def _verified(log: MessageLog, encoder: str | None, version: int | None, *, every: bool) -> Fold[Any]:
     """Fold the log, up to a version of an encoder if one is given, and print what came of it."""
     from master_service.history.replay import origin, verify
 
@@ -114,7 +114,7 @@ def _verified(log: MessageLog, encoder: str | None, version: int | None, *, ever
 
 
 def _print_verified(
-    fold: Fold,
+    fold: Fold[Any],
     tally: Mapping[str, Sequence[int]],
     broken: tuple[Check, int] | None,
     counted: Counted,
@@ -159,17 +159,17 @@ def _difference(log: MessageLog, check: Check, offset: int) -> str:
     )
 
 
-def _write(fold: Fold, encoder: str | None, version: int | None, out: Path) -> None:
+def _write(fold: Fold[Any], encoder: str | None, version: int | None, out: Path) -> None:
     """Write the version that the fold has reached."""
     state = _chosen(fold, encoder)
     if version not in (None, state.version):
         raise UserError(f"version {version} of {state.encoder} is not in the log, its newest is {state.version}")
-    _export(state, fold.aggregator.targets[state.encoder].parameters, out)
+    _export(state, fold.arithmetic.targets[state.encoder].parameters, out)
 
 
-def _chosen(fold: Fold, encoder: str | None) -> EncoderState:
+def _chosen(fold: Fold[Any], encoder: str | None) -> EncoderState:
     """The encoder that is meant: named, or the only one with parameters."""
-    made = {name: state for name, state in fold.coordinator.state.encoders.items() if name in fold.aggregator.targets}
+    made = {name: state for name, state in fold.coordinator.state.encoders.items() if name in fold.arithmetic.targets}
     if encoder is None and len(made) == 1:
         return next(iter(made.values()))
     if encoder is None or encoder not in made:
@@ -257,16 +257,16 @@ def _decide_anew(
     console().print(note, highlight=False)
     if out is not None:
         state = _chosen(refold.fold, encoder)
-        _export(state, refold.fold.aggregator.targets[state.encoder].parameters, out, note)
+        _export(state, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
 
 
-def _print_compared(published: Fold, refold: Refold, encoder: str | None, how: str) -> None:
+def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, how: str) -> None:
     """Old next to new: each node of an encoder a row, and then all of them."""
     import torch
 
     for name, old in published.coordinator.state.encoders.items():
         new = refold.fold.coordinator.state.encoders[name]
-        if encoder not in (None, name) or name not in refold.fold.aggregator.targets:
+        if encoder not in (None, name) or name not in refold.fold.arithmetic.targets:
             continue
         table = Table(title=f"{name}: as published → {how}", title_justify="left")
         for heading in ("", "versions", "updates counted", "weight, sum", "refused", "waiting"):
@@ -292,7 +292,7 @@ def _print_compared(published: Fold, refold: Refold, encoder: str | None, how: s
             f"{len(old.buffer)} → {len(new.buffer)}",
         )
         console().print(table)
-        mine, theirs = (fold.aggregator.targets[name].parameters for fold in (refold.fold, published))
+        mine, theirs = (fold.arithmetic.targets[name].parameters for fold in (refold.fold, published))
         apart = torch.dist(mine.vector.double(), theirs.vector.double()) / theirs.vector.double().norm()
         console().print(
             f"‖new − published‖ / ‖published‖ = {float(apart):.4g}; sha256 {mine.digest()[:32]}…", highlight=False

@@ -17,7 +17,7 @@ from deploy.commands.evaluate import Figures
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from master_service.status import Report
 
 
@@ -33,7 +33,7 @@ class Series:
 
 def series(state_dir: Path) -> Series:
     """Read the series from a master's message log. The coordinator folds it again, without tensors, for receipts."""
-    log, coordinator, found = MessageLog(state_dir, read_only=True), Coordinator(), Series()
+    log, coordinator, found = open_log(state_dir, read_only=True), Coordinator(), Series()
     start: float | None = None
     for entry in log.entries():
         body = entry.body

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import SharedEncoderError
-from common.numbers.encodings import decode_slice
+from common.numbers.encodings import decode_slice, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from master_service.arithmetic.export import export_encoder
+from master_service.arithmetic.generation import fingerprint, generated
 from master_service.arithmetic.outer import new_momentum, outer_step
-from master_service.decisions.effects import Step
-from master_service.log.payloads import PayloadStore
+from master_service.decisions.effects import Generate, Step
+from master_service.decisions.state import EncoderState
+from master_service.log.payloads import Payloads
 
 #: Elements summed at once for a norm; a fixed block and a single thread give the same sum everywhere.
 _NORM_BLOCK = 1 << 16
-
-
-class PayloadsLost(SharedEncoderError):
-    """Payloads that a step needs are damaged or missing; `lost` holds their digests."""
-
-    def __init__(self, lost: dict[str, str]) -> None:
-        super().__init__(", ".join(f"payload {digest} is {problem}" for digest, problem in lost.items()))
-        self.lost = list(lost)
 
 
 @dataclass
@@ -43,20 +39,18 @@ class Target:
 
 
 class Aggregator:
-    """Holds a Target per encoder."""
+    """The Arithmetic of a real master: holds a Target per encoder."""
 
-    def __init__(self, payloads: PayloadStore) -> None:
+    def __init__(self, payloads: Payloads) -> None:
         self._payloads = payloads
         self.targets: dict[str, Target] = {}
 
     def begin(self, encoder: str, layout: Layout, digest: str) -> None:
-        """Load version 0 from its payload. Raises PayloadsLost."""
         if problem := self._payloads.damage(digest):
             raise PayloadsLost({digest: problem})
         self.targets[encoder] = Target(ParameterSet.from_bytes(layout, self._payloads.read(digest)))
 
     def step(self, step: Step) -> str:
-        """Compute the next version in place; gives its digest. Raises PayloadsLost before anything is changed."""
         target = self.targets[step.encoder]
         size = target.parameters.layout.size
         problems = {each.payload: self._payloads.damage(each.payload) for each in step.contributions}
@@ -75,6 +69,24 @@ class Aggregator:
             momentum = None if target.momentum is None else target.momentum[start:stop]
             outer_step(target.parameters.vector[start:stop], gradient, momentum, step.outer)
         return target.parameters.digest()
+
+    def digest(self, encoder: str) -> str:
+        return self.targets[encoder].parameters.digest()
+
+    def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
+        return measure(payload, size, encoding)
+
+    def generated(self, effect: Generate) -> Outcome:
+        return generated(effect)
+
+    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
+        return encode_vector(self.targets[encoder].parameters.vector, encoding)
+
+    def export(self, directory: Path, encoder: EncoderState) -> None:
+        export_encoder(directory, encoder, self.targets[encoder.encoder].parameters)
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint()
 
 
 def measure(payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:

@@ -6,7 +6,6 @@ Making one is slow (transformers), and is done once per encoder.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import torch
 from common.encoders import get_encoder_type
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
+from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate
-from master_service.decisions.records import Generated, GenerationFailed, StepFailed, Versioned
+from master_service.decisions.records import Generated, GenerationFailed
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step or a generation led to; version 0 comes with its parameters."""
-
-    body: Versioned | StepFailed | Generated | GenerationFailed
-    parameters: ParameterSet | None = None
 
 
 def generated(effect: Generate) -> Outcome:
@@ -45,7 +37,7 @@ def generated(effect: Generate) -> Outcome:
         layout_digest=parameters.layout.digest,
         digest=parameters.digest(),
     )
-    return Outcome(body, parameters)
+    return Outcome(body, parameters.to_bytes())
 
 
 def generate(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:

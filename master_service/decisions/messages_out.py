@@ -49,14 +49,15 @@ def answer(encoder: EncoderState) -> Answer:
     )
 
 
-def resend(encoder: str, update: UpdateManifest | Buffered) -> Resend:
-    """The request to send an update once more, as the attempt after the one that came."""
+def resend(encoder: str, update: UpdateManifest | Buffered, detail: str = "") -> Resend:
+    """The request to send an update once more, as the attempt after the one that came; `detail` says why, in words."""
     return Resend(
         encoder=encoder,
         node=update.node,
         incarnation=update.incarnation,
         sequence=update.sequence,
         attempt=update.attempt + 1,
+        detail=detail,
     )
 
 

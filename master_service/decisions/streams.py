@@ -9,7 +9,7 @@ from __future__ import annotations
 from common.wire.messages import Finished
 from master_service.decisions.effects import DeleteStream, Effect, Send
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS, finish, publish, publish_again
-from master_service.decisions.records import Settings
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState, State
 
 #: Seconds after the last publication for which a stream is kept for those who do not say that they have read it.

@@ -1,17 +1,19 @@
-"""Coordinator and aggregator together: the fold over the log that the running master, recovery and replay share."""
+"""Coordinator and arithmetic together: the fold over the log that the running master, recovery and replay share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from common.errors import Damaged
 from common.numbers.layout import Layout
-from master_service.arithmetic.aggregator import Aggregator, PayloadsLost
+from master_service.arithmetic.arithmetic import Arithmetic, PayloadsLost
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect, Step
 from master_service.decisions.records import Entry, Generated, Repaired, StepFailed, Versioned
 from master_service.decisions.state import State
-from master_service.log.payloads import PayloadStore
+
+A = TypeVar("A", bound=Arithmetic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +30,16 @@ class Check:
         return self.logged == self.computed
 
 
-class Fold:
+class Fold(Generic[A]):
     """Applies entries, each once and without a gap. `offset` is that of the newest that was applied.
 
     `pending` holds the steps that were decided and have no outcome in the log yet.
     """
 
-    def __init__(self, payloads: PayloadStore, state: State | None = None, offset: int = -1) -> None:
+    def __init__(self, arithmetic: A, state: State | None = None, offset: int = -1) -> None:
         self.offset = offset
         self.coordinator = Coordinator(state)
-        self.aggregator = Aggregator(payloads)
+        self.arithmetic = arithmetic
         self.pending: dict[str, Step] = {}
         self._computed: dict[str, Versioned] = {}
 
@@ -48,12 +50,12 @@ class Fold:
         if entry.offset != self.offset + 1 and not resumed:
             raise Damaged(f"the log has no rows {self.offset + 1} to {entry.offset - 1}: {_why(entry)}")
         if isinstance(body, Generated) and not entry.skipped:
-            self.aggregator.begin(body.encoder, Layout(body.layout), body.digest)
+            self.arithmetic.begin(body.encoder, Layout(body.layout), body.digest)
         if isinstance(body, Versioned | StepFailed):
             step = self.pending.pop(body.encoder, None)
             computed = self._computed.pop(body.encoder, None)
             if isinstance(body, Versioned) and step is not None and computed is None:
-                self.aggregator.step(step)
+                self.arithmetic.step(step)
         self.offset = entry.offset
         effects = self.coordinator.handle(entry)
         self.pending |= {effect.encoder: effect for effect in effects if isinstance(effect, Step)}
@@ -64,7 +66,7 @@ class Fold:
         step = self.pending[encoder]
         if encoder not in self._computed:
             try:
-                digest = self.aggregator.step(step)
+                digest = self.arithmetic.step(step)
             except PayloadsLost as error:
                 return StepFailed(encoder=encoder, version=step.version, lost=error.lost)
             self._computed[encoder] = Versioned(encoder=encoder, version=step.version, digest=digest)

@@ -16,8 +16,8 @@ from common.errors import Damaged, UserError
 from common.locks import DirectoryLock
 from master_service.decisions.records import Repaired
 from master_service.history.snapshot import Manifest, read_snapshot, whole_snapshots
-from master_service.log.message_log import MessageLog, Row
-from master_service.log.payloads import PayloadStore
+from master_service.log.message_log import Row, open_log
+from master_service.log.payloads import FilePayloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ def repair(directory: Path) -> Report | None:
 
 def _copy(path: Path, beside: Path, directory: Path, problem: str) -> tuple[int, int, int]:
     """Make a ledger of what is whole in another directory; gives the offsets of the report."""
-    log = MessageLog(beside)
+    log = open_log(beside)
     log.note_dropped(_readable_notes(path))
     log.take(_readable_rows(path))
     last_whole = log.last_offset
     resumed_at, newest, checksum = last_whole, last_whole, ""
-    for _, snapshot in whole_snapshots(directory / "snapshots", PayloadStore(directory / "payloads")):
+    for _, snapshot in whole_snapshots(directory / "snapshots", FilePayloads(directory / "payloads")):
         if isinstance(snapshot, Manifest) and snapshot.offset > last_whole:
             reached = _reached(path, snapshot)
             if reached > newest:  # of two snapshots that lead as far, the older one leaves out less
@@ -96,7 +96,7 @@ def _reached(path: Path, snapshot: Manifest) -> int:
 def _problem(directory: Path) -> str | None:
     """What is wrong with the ledger, in words; None if every row is whole and the snapshots are of its rows."""
     try:
-        log = MessageLog(directory)
+        log = open_log(directory)
     except Damaged as error:
         return str(error).split(";")[0]
     try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from common.errors import Damaged
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import Message, NodeMessage, Stop, UpdateManifest
-from master_service.arithmetic.aggregator import PayloadsLost
+from master_service.arithmetic.aggregator import Aggregator
+from master_service.arithmetic.arithmetic import PayloadsLost
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Conclude
 from master_service.decisions.records import (
@@ -41,7 +43,7 @@ REFUSED = "refused"
 class Origin:
     """Where a replay begins. `left_out` says what it cannot show, and why; empty if it shows everything."""
 
-    fold: Fold
+    fold: Fold[Aggregator]
     left_out: str = ""
 
 
@@ -65,7 +67,7 @@ def origin(log: MessageLog) -> Origin:
         if each.resumed_at == each.last_whole
     ]
     if not reasons:
-        return Origin(Fold(log.payloads), "; ".join(tails))
+        return Origin(Fold(Aggregator(log.payloads)), "; ".join(tails))
     fold = read_snapshot(log.directory / "snapshots", log, oldest=True, at_least=gap)
     if fold.offset < 0:
         raise Damaged(f"{'; '.join(reasons)}, and there is no whole snapshot to begin from")
@@ -84,7 +86,7 @@ def missing_payloads(log: MessageLog) -> Counter[str]:
     return Counter(reason for reason in log.dropped().values() if reason != REFUSED)
 
 
-def verify(log: MessageLog, fold: Fold) -> Iterator[tuple[Entry, Check | None]]:
+def verify(log: MessageLog, fold: Fold[Any]) -> Iterator[tuple[Entry, Check | None]]:
     """Every row after the fold's, and the check of the version that it names, if it names one.
 
     Raises Damaged at a row or payload that is not what was written.
@@ -97,8 +99,8 @@ def verify(log: MessageLog, fold: Fold) -> Iterator[tuple[Entry, Check | None]]:
         except PayloadsLost as error:
             raise Damaged(f"row {entry.offset} cannot be replayed: {error}") from None
         if isinstance(body, Generated) and not entry.skipped:
-            target = fold.aggregator.targets[body.encoder]
-            check = Check(body.encoder, 0, body.digest, target.parameters.digest())
+            target = fold.arithmetic.digest(body.encoder)
+            check = Check(body.encoder, 0, body.digest, target)
         yield entry, check
 
 
@@ -113,7 +115,7 @@ def rebuild(
     start = origin(log)
     fold = start.fold
     if (begun := fold.coordinator.state.encoders.get(encoder)) is not None and begun.version == version:
-        return begun, fold.aggregator.targets[encoder].parameters
+        return begun, fold.arithmetic.targets[encoder].parameters
     found = begun is not None
     for entry, check in verify(log, fold):
         on_row(entry)
@@ -129,7 +131,7 @@ def rebuild(
         newest = f", whose newest is {state.version}" if state is not None else f"; encoders there: {known}"
         why = f" ({start.left_out})" if start.left_out else ""
         raise KeyError(f"version {0 if version is None else version} of {encoder} is not in the log{newest}{why}")
-    return state, fold.aggregator.targets[encoder].parameters
+    return state, fold.arithmetic.targets[encoder].parameters
 
 
 @dataclass
@@ -145,13 +147,13 @@ class Refold:
     log: MessageLog
     change: Callable[[Settings], Settings] | None = None
     without: frozenset[str] = frozenset()
-    fold: Fold = field(init=False)
-    logged: Coordinator = field(init=False)
+    fold: Fold[Any] = None  # type: ignore[assignment]  # made of the log's payloads
+    logged: Coordinator = field(default_factory=Coordinator)
     uncounted: int = 0
 
     def __post_init__(self) -> None:
-        self.fold = Fold(self.log.payloads)
-        self.logged = Coordinator()
+        if self.fold is None:
+            self.fold = Fold(Aggregator(self.log.payloads))
         self._at = 0.0
         self._reached: dict[tuple[str, int], int] = {}
         self._dropped = self.log.dropped()

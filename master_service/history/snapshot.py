@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -22,11 +22,11 @@ from common.durable import save_tensors, sync
 from common.errors import Damaged
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from master_service.arithmetic.aggregator import Target
+from master_service.arithmetic.aggregator import Aggregator, Target
 from master_service.decisions.state import State
 from master_service.history.fold import Fold
 from master_service.log.message_log import MessageLog, repair_hint
-from master_service.log.payloads import PayloadStore
+from master_service.log.payloads import Payloads
 
 _KEPT = 2
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -43,7 +43,38 @@ class Manifest:
     sha256: dict[str, str]
 
 
-def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
+class Snapshots(Protocol):
+    """Where a master keeps its snapshots."""
+
+    def read(self) -> Fold[Any]:
+        """The newest whole one as a fold; an empty fold if there is none. Raises Damaged if the log does not hold the
+        rows that it was made of."""
+
+    def write(self, fold: Fold[Any], checksum: str) -> None:
+        """Keep a snapshot of `fold`; `checksum` is that of the log's row at its offset. Raises OSError."""
+
+    def kept(self) -> list[Manifest]:
+        """Those that a start may use, oldest first."""
+
+
+class SnapshotDirectory:
+    """The Snapshots of a real master, in the folder `snapshots` beside its log."""
+
+    def __init__(self, log: MessageLog) -> None:
+        self._directory = log.directory / "snapshots"
+        self._log = log
+
+    def read(self) -> Fold[Aggregator]:
+        return read_snapshot(self._directory, self._log, set_aside=True)
+
+    def write(self, fold: Fold[Any], checksum: str) -> None:
+        write_snapshot(self._directory, fold, checksum)
+
+    def kept(self) -> list[Manifest]:
+        return kept_snapshots(self._directory)
+
+
+def write_snapshot(directory: Path, fold: Fold[Aggregator], checksum: str) -> Path:
     """Write a snapshot of `fold`; `checksum` is that of the log's row at its offset."""
     directory.mkdir(parents=True, exist_ok=True)
     final, beside = directory / f"{fold.offset:012d}", directory / f"{fold.offset:012d}.part"
@@ -55,10 +86,10 @@ def write_snapshot(directory: Path, fold: Fold, checksum: str) -> Path:
         raise
 
 
-def _write(directory: Path, final: Path, beside: Path, fold: Fold, checksum: str) -> Path:
+def _write(directory: Path, final: Path, beside: Path, fold: Fold[Aggregator], checksum: str) -> Path:
     beside.mkdir()
     tensors: dict[str, torch.Tensor] = {}
-    for encoder, target in fold.aggregator.targets.items():
+    for encoder, target in fold.arithmetic.targets.items():
         tensors[f"{encoder}/target"] = target.parameters.vector
         if target.momentum is not None:
             tensors[f"{encoder}/momentum"] = target.momentum
@@ -90,7 +121,7 @@ def _write(directory: Path, final: Path, beside: Path, fold: Fold, checksum: str
 
 def read_snapshot(
     directory: Path, log: MessageLog, *, oldest: bool = False, at_least: int = -1, set_aside: bool = False
-) -> Fold:
+) -> Fold[Aggregator]:
     """The newest whole snapshot (or the oldest that is not before the row `at_least`) as a fold; an empty fold if
     there is none. `set_aside`: one that is damaged is renamed, so that it does not push out one that is whole.
 
@@ -114,7 +145,7 @@ def read_snapshot(
         if log.checksum(manifest.offset) != manifest.checksum:
             raise Damaged(f"the snapshot {path} was made of another ledger; {repair_hint(log.directory)}")
         return fold
-    return Fold(log.payloads)
+    return Fold(Aggregator(log.payloads))
 
 
 def kept_snapshots(directory: Path) -> list[Manifest]:
@@ -128,7 +159,7 @@ def kept_snapshots(directory: Path) -> list[Manifest]:
     return found
 
 
-def whole_snapshots(directory: Path, payloads: PayloadStore) -> list[tuple[Path, Manifest | str]]:
+def whole_snapshots(directory: Path, payloads: Payloads) -> list[tuple[Path, Manifest | str]]:
     """Every snapshot, oldest first, read as a whole: its manifest, or what is wrong with it in words."""
     found: list[tuple[Path, Manifest | str]] = []
     for path in sorted(_snapshots(directory)):
@@ -153,18 +184,18 @@ def _manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _read(path: Path, payloads: PayloadStore) -> tuple[Manifest, Fold]:
+def _read(path: Path, payloads: Payloads) -> tuple[Manifest, Fold[Aggregator]]:
     manifest = _manifest(path)
     for name, digest in manifest.sha256.items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not match its checksum")
     state = State.model_validate_json((path / "state.json").read_text())
     tensors = load_file(path / "tensors.safetensors")
-    fold = Fold(payloads, state, manifest.offset)
+    fold = Fold(Aggregator(payloads), state, manifest.offset)
     for name, encoder in state.encoders.items():
         if encoder.layout:
             parameters = ParameterSet(Layout(encoder.layout), tensors[f"{name}/target"])
-            fold.aggregator.targets[name] = Target(parameters, tensors.get(f"{name}/momentum"))
+            fold.arithmetic.targets[name] = Target(parameters, tensors.get(f"{name}/momentum"))
     return manifest, fold
 
 

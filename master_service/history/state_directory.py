@@ -1,60 +1,82 @@
-"""Everything of the master that is on disk: lock, log, attempts, snapshots, and waiting for room when there is none."""
+"""Everything of the master that is durable: log, snapshots, the mark of what it works on, and the room for them."""
 
 from __future__ import annotations
 
 import sqlite3
-import time
+import threading
 import uuid
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
 
 import structlog
 
+from common.clock import Clock
 from common.crash_points import reached
 from common.errors import StorageFull
+from common.events import happened
 from common.locks import DirectoryLock
 from master_service.config import MasterConfig
 from master_service.decisions.records import Entry, Loggable, UpdateFacts
 from master_service.history.retention import prune
-from master_service.history.snapshot import read_snapshot, write_snapshot
-from master_service.log.deadly import Attempts
-from master_service.log.message_log import MessageLog
-from master_service.log.room import Storage, is_full
+from master_service.history.snapshot import SnapshotDirectory, Snapshots
+from master_service.log.deadly import Attempts, FileMark, Mark
+from master_service.log.message_log import MessageLog, open_log
+from master_service.log.room import Room, free_bytes, is_full
 from master_service.status import DiskReport, LogReport, SnapshotReport
 
 log = structlog.get_logger()
-T = TypeVar("T")
+
+#: How long the end of a master waits for payloads that are being dropped, seconds.
+_PRUNE_SECONDS = 30.0
+#: Runs something that may take long beside the thread that decides; the name is for errors.
+Background = Callable[[str, Callable[[], None]], None]
+
+
+def random_id() -> str:
+    """An id that nothing else has."""
+    return uuid.uuid4().hex
+
+
+def inline(name: str, work: Callable[[], None]) -> None:
+    """The Background of who has no other thread."""
+    work()
 
 
 class Journal:
-    """The state directory of one master.
+    """What one master keeps, put together. `fold` is where it stands: at first that of the newest snapshot.
 
-    `wait_for_room` is called again and again while the disk is full; it waits a little, and says whether to go on.
-    Raises LockHeld, which names the holder, or Damaged.
+    Nothing waits in here: StorageFull is raised to whoever can wait for room.
     """
 
-    def __init__(self, config: MasterConfig, clock: Callable[[], float], wait_for_room: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        log: MessageLog,
+        snapshots: Snapshots,
+        mark: Mark,
+        room: Room,
+        config: MasterConfig,
+        *,
+        clock: Clock,
+        new_id: Callable[[], str] = random_id,
+        background: Background = inline,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises Damaged if the log does not hold what the newest whole snapshot was made of."""
+        self.log = log
+        self.fold = snapshots.read()
+        self.attempts = Attempts(mark, log)
+        self._snapshots = snapshots
+        self._room = room
         self._config = config
         self._clock = clock
-        self._wait_for_room = wait_for_room
-        self._lock = DirectoryLock(config.state_dir)
-        try:
-            self.log = MessageLog(config.state_dir)
-            self.fold = read_snapshot(self._snapshots, self.log, set_aside=True)
-            self.attempts = Attempts(config.state_dir, self.log)
-        except sqlite3.OperationalError as error:
-            self._lock.close()
-            if is_full(error):
-                raise StorageFull(f"{config.state_dir}: {error}; make room and start again") from None
-            raise
-        except BaseException:
-            self._lock.close()  # whatever it was: who is not made must not keep the directory from the next
-            raise
-        self.storage = Storage(config.state_dir, config.min_free)
+        self._new_id = new_id
+        self._background = background
+        self._on_close = on_close
+        self._refused: list[str] = []
+        self._pruned = threading.Event()
+        self._pruned.set()
         #: The effects of all entries up to this offset have left.
         self.carried_out = max(self.log.carried_out, self.fold.offset)
-        self._snapshot_offset, self._snapshot_at = self.fold.offset, time.monotonic()
+        self._snapshot_offset, self._snapshot_at = self.fold.offset, clock.monotonic()
 
     def append(
         self,
@@ -64,13 +86,13 @@ class Journal:
         facts: UpdateFacts | None = None,
         payload: str | None = None,
     ) -> Entry | None:
-        """Write an entry durably; None if this message id is in the log already. Raises StorageFull at the end."""
+        """Write an entry durably; None if this message id is in the log already. Raises StorageFull."""
         reached("before append")
-        entry = self.durably(
+        entry = self._room.write(
             lambda: self.log.append(
                 body,
-                message_id=message_id or uuid.uuid4().hex,
-                at=self._clock(),
+                message_id=message_id or self._new_id(),
+                at=self._clock.now(),
                 facts=facts,
                 payload=payload,
                 carried_out=self.carried_out,
@@ -80,61 +102,91 @@ class Journal:
         return entry
 
     def write_payload(self, payload: bytes) -> str:
-        return self.durably(lambda: self.log.write_payload(payload))
+        """Store a payload durably; gives its digest. Raises StorageFull."""
+        return self._room.write(lambda: self.log.write_payload(payload))
 
     def drop_refused(self, payload: str) -> None:
-        """Forget the payload of an update that is refused, unless another entry with the same bytes needs it."""
-        if self.log.uses(payload) <= 1:
-            self.durably(lambda: self.log.drop([payload], "refused", self._clock()))
-
-    def durably(self, write: Callable[[], T]) -> T:
-        """Write, waiting for room on the disk if there is none. Raises StorageFull when the service is to end."""
-        told = False
-        while True:
-            try:
-                done = self.storage.write(write)
-            except StorageFull as error:
-                if not told:
-                    log.error("the disk is full: accepting nothing until there is room", problem=str(error))
-                told = True
-                if not self._wait_for_room():
-                    raise
-                continue
-            if told:
-                log.info("there is room on the disk again")
-            return done
+        """Forget the payload of an update that is refused, unless another entry with the same bytes needs it. While the
+        disk is full even that cannot be noted, and is done later."""
+        self._refused.append(payload)
+        try:
+            while self._refused:
+                if self.log.uses(self._refused[0]) <= 1:
+                    self._room.write(lambda: self.log.drop([self._refused[0]], "refused", self._clock.now()))
+                self._refused.pop(0)
+        except StorageFull:
+            return
 
     def snapshot(self, *, due_after: float = 0.0) -> None:
         """Write one if `due_after` seconds have passed since the last and anything was folded; then let the retention
         policy drop what no start needs."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if now - self._snapshot_at < due_after or self.fold.offset == self._snapshot_offset:
             return
         self._snapshot_at = now
         reached("before snapshot")
         checksum = self.log.checksum(self.fold.offset) or ""
         try:
-            self.storage.write(lambda: write_snapshot(self._snapshots, self.fold, checksum))
-            freed = self.storage.write(lambda: prune(self.log, self._snapshots, self._config.retention, self._clock()))
+            self._room.write(lambda: self._snapshots.write(self.fold, checksum))
         except StorageFull as error:
             log.warning("no room for a snapshot; a start folds more of the log", problem=str(error))
             return
         self._snapshot_offset = self.fold.offset
-        if freed:
-            log.info("payloads dropped", retention=str(self._config.retention), bytes=freed)
+        happened("snapshot", offset=self._snapshot_offset)
+        if self._config.retention != "all" and self._pruned.is_set():
+            self._pruned.clear()
+            self._background("retention", self._prune)
 
     def report(self) -> tuple[DiskReport, LogReport, SnapshotReport]:
         """What `status` shows."""
-        age = time.monotonic() - self._snapshot_at
+        age = self._clock.monotonic() - self._snapshot_at
         entries = self.log.last_offset + 1
         snapshot = SnapshotReport(offset=self._snapshot_offset, age_seconds=age)
-        return self.storage.report(), LogReport(entries=entries), snapshot
+        return self._room.report(), LogReport(entries=entries), snapshot
 
     def close(self) -> None:
+        """Let another master have it."""
+        self._pruned.wait(_PRUNE_SECONDS)
         self.attempts.close()
         self.log.close()
-        self._lock.close()
+        self._on_close()
 
-    @property
-    def _snapshots(self) -> Path:
-        return self._config.state_dir / "snapshots"
+    def _prune(self) -> None:
+        """Beside the thread that decides: every payload is looked at."""
+        try:
+            policy, kept = self._config.retention, self._snapshots.kept()
+            freed = self._room.write(lambda: prune(self.log, kept, policy, self._clock.now()))
+            if freed:
+                log.info("payloads dropped", retention=str(policy), bytes=freed)
+        except StorageFull as error:
+            log.warning("no room to note which payloads are dropped", problem=str(error))
+        finally:
+            self._pruned.set()
+
+
+def open_journal(config: MasterConfig, *, clock: Clock, background: Background = inline) -> Journal:
+    """The journal of a state directory, locked until it is closed.
+
+    Raises LockHeld, which names the holder, Damaged, or StorageFull.
+    """
+    lock = DirectoryLock(config.state_dir)
+    try:
+        ledger = open_log(config.state_dir)
+        return Journal(
+            ledger,
+            SnapshotDirectory(ledger),
+            FileMark(config.state_dir / "handling"),
+            Room(config.state_dir, free_bytes(config.state_dir), config.min_free),
+            config,
+            clock=clock,
+            background=background,
+            on_close=lock.close,
+        )
+    except sqlite3.OperationalError as error:
+        lock.close()
+        if is_full(error):
+            raise StorageFull(f"{config.state_dir}: {error}; make room and start again") from None
+        raise
+    except BaseException:
+        lock.close()  # whatever it was: who is not made must not keep the directory from the next
+        raise

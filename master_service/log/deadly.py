@@ -1,7 +1,4 @@
-"""Which message the master is working on, in a file that outlives it: one that kills it twice is not tried again.
-
-The mark is written without a sync: it survives the death of the process, and a power cut is no message's fault.
-"""
+"""Which message the master is working on, in a mark that outlives it: one that kills it twice is not tried again."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from common.errors import SharedEncoderError
 from master_service.log.message_log import MessageLog
@@ -17,35 +15,78 @@ _FATAL_DEATHS = 2
 _SIZE = 256
 
 
+class Mark(Protocol):
+    """A few words that a killed process leaves behind."""
+
+    def read(self) -> str:
+        """What was written last; empty at first."""
+
+    def write(self, words: str) -> None:
+        """Replace it."""
+
+    def close(self) -> None:
+        """It is not written any more."""
+
+
+class FileMark:
+    """In a file, without a sync: it survives the death of the process, and a power cut is no message's fault."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def read(self) -> str:
+        return os.pread(self._handle, _SIZE, 0).decode(errors="replace").strip()
+
+    def write(self, words: str) -> None:
+        os.pwrite(self._handle, words.encode()[:_SIZE].ljust(_SIZE), 0)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+class MemoryMark:
+    """As long as this object lives."""
+
+    def __init__(self) -> None:
+        self.words = ""
+
+    def read(self) -> str:
+        return self.words
+
+    def write(self, words: str) -> None:
+        self.words = words
+
+    def close(self) -> None:
+        """It stays as it is."""
+
+
 class Attempts:
     """`at` marks what is being worked on; what a predecessor died of is counted when this is made."""
 
-    def __init__(self, directory: Path, log: MessageLog) -> None:
+    def __init__(self, mark: Mark, log: MessageLog) -> None:
         self._log = log
-        self._handle = os.open(directory / "handling", os.O_RDWR | os.O_CREAT, 0o644)
-        died_of = os.read(self._handle, _SIZE).decode(errors="replace").strip()
-        for what in died_of.splitlines():
+        self._mark = mark
+        for what in mark.read().splitlines():
             log.count_death(what)
-        self._mark()
+        mark.write("")
 
     @contextmanager
     def at(self, *what: str) -> Iterator[None]:
-        """Work on something (by all names that it has) that could kill this process, or raise what nobody expects. Not
-        for waiting."""
-        self._mark(*what)
+        """Work on something, by all names that it has, that could kill this process or raise what nobody expects.
+
+        Do not wait in it: a process that is killed while it waits was not killed by a message.
+        """
+        self._mark.write("\n".join(what))
         try:
             yield
         except SharedEncoderError:
-            self._mark()  # raised on purpose
+            self._mark.write("")  # raised on purpose
             raise
-        self._mark()
+        self._mark.write("")
 
     def fatal(self, what: str) -> bool:
         """Whether this has killed the master often enough."""
         return self._log.deaths(what) >= _FATAL_DEATHS
 
     def close(self) -> None:
-        os.close(self._handle)
-
-    def _mark(self, *what: str) -> None:
-        os.pwrite(self._handle, "\n".join(what).encode()[:_SIZE].ljust(_SIZE), 0)
+        self._mark.close()

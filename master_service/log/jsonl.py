@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import hashlib
 import json
 import tempfile
 import zlib
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import Damaged, UserError
-from master_service.log.message_log import SCHEMA_VERSION, MessageLog, Row
+from master_service.log.message_log import SCHEMA_VERSION, MessageLog, Row, open_log
 
 #: The key of the header line, whose value is the version of this format.
 _MARK = "shared-encoder-log"
@@ -94,7 +93,7 @@ def opened(path: Path) -> Iterator[MessageLog]:
                 log.close()
         return
     try:
-        log = MessageLog(path, read_only=True)
+        log = open_log(path, read_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{error}; give the master's state directory, or an exported log, with --state PATH") from None
     try:
@@ -109,7 +108,7 @@ def import_log(path: Path, directory: Path) -> MessageLog:
     header = next(lines, {})
     if header.get(_MARK) != _FORMAT or header.get("schema") != SCHEMA_VERSION or "checksum" not in header:
         raise UserError(f"{path} is no message log that this program reads: it has no line that says so first")
-    log = MessageLog(directory, before=str(header["checksum"]))
+    log = open_log(directory, before=str(header["checksum"]), lasting=False)
     end: dict[str, Any] = {}
 
     def rows() -> Iterator[Row]:
@@ -137,12 +136,8 @@ def import_log(path: Path, directory: Path) -> MessageLog:
 
 
 def _keep(log: MessageLog, source: Path, payload: str, content: bytes) -> None:
-    """Unlike in a master's own store, nothing needs to survive: no sync."""
-    if hashlib.sha256(content).hexdigest() != payload:
+    if log.payloads.write(content) != payload:
         raise Damaged(f"{source}: payload {payload} is damaged")
-    file = log.payloads.path(payload)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from common.errors import Damaged, UserError
 from master_service.decisions.records import Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
-from master_service.log.payloads import PayloadStore
+from master_service.log.payloads import FilePayloads, Payloads
 
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
@@ -82,34 +82,60 @@ class Row(NamedTuple):
         return self.checksum
 
 
-class MessageLog:
-    """The ledger. `at` never goes back, a message id is never there twice.
+def open_log(directory: Path, *, read_only: bool = False, before: str = "", lasting: bool = True) -> MessageLog:
+    """The ledger `ledger.sqlite` of a state directory and the payloads beside it.
 
-    `before` is the checksum that the first row follows: empty, unless this is a part of another ledger.
-    Raises Damaged when it is opened for writing and SQLite finds it malformed, or when a row does not match its
-    checksum as it is read.
+    `lasting` False: nothing is synced, for a log that may be lost with the machine. Raises FileNotFoundError if there
+    is nothing to read, Damaged or UserError as MessageLog does.
+    """
+    path = directory / "ledger.sqlite"
+    if read_only:
+        if not path.exists():
+            raise FileNotFoundError(f"no message log in {directory}")
+        # where SQLite may not put its files beside the ledger it needs none, if nobody writes
+        still = not os.access(directory, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+        uri = f"file:{quote(str(path))}?mode=ro{'&immutable=1' if still else ''}"
+        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        payloads = FilePayloads(directory / "payloads", lasting=lasting)
+        return MessageLog(db, payloads, directory, read_only=read_only, before=before, lasting=lasting)
+    except BaseException:
+        db.close()
+        raise
+
+
+class MessageLog:
+    """The ledger over a SQLite connection, and its payloads. `at` never goes back, a message id is never there twice.
+
+    `directory` is where it is, for what stands beside it and for errors. `before` is the checksum that the first row
+    follows: empty, unless this is a part of another ledger. Raises Damaged when it is opened for writing and SQLite
+    finds it malformed, or when a row does not match its checksum as it is read; UserError for another schema version.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False, before: str = "") -> None:
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        payloads: Payloads,
+        directory: Path = Path("memory"),
+        *,
+        read_only: bool = False,
+        before: str = "",
+        lasting: bool = True,
+    ) -> None:
         self.directory = directory
         self.before = before
+        self.payloads = payloads
         self._read_only = read_only
+        self._db = db
         path = directory / "ledger.sqlite"
-        if read_only:
-            if not path.exists():
-                raise FileNotFoundError(f"no message log in {directory}")
-            # where SQLite may not put its files beside the ledger it needs none, if nobody writes
-            still = not os.access(directory, os.W_OK) and not path.with_name(path.name + "-wal").exists()
-            uri = f"file:{quote(str(path))}?mode=ro{'&immutable=1' if still else ''}"
-            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             self._check_schema(path)
             if not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.execute(f"PRAGMA synchronous={'FULL' if lasting else 'OFF'}")
                 self._db.executescript(_SCHEMA)
                 [(verdict,), *_] = self._db.execute("PRAGMA quick_check(1)")
                 if verdict != "ok":
@@ -118,14 +144,9 @@ class MessageLog:
                 raise Damaged(f"{path} is empty; {repair_hint(directory)}")
             last = self._last_row()
         except sqlite3.DatabaseError as error:
-            self._db.close()
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                 raise  # a full disk, a lock, no permission: no damage
             raise Damaged(f"{path} is malformed ({error}); {repair_hint(directory)}") from None
-        except (Damaged, UserError):
-            self._db.close()
-            raise
-        self.payloads = PayloadStore(directory / "payloads")
         self._offset = last.offset if last else -1
         self._at = last.at if last else 0.0
         self._checksum = last.chain if last else before

@@ -15,36 +15,39 @@ from master_service.status import DiskReport
 T = TypeVar("T")
 
 
-class Storage:
-    """The disk of a state directory. `short`: the last attempt to write found too little room."""
+def free_bytes(directory: Path) -> Callable[[], int]:
+    """How many bytes are free on the disk of a directory, whenever it is asked."""
+    return lambda: shutil.disk_usage(directory).free
 
-    def __init__(self, directory: Path, needed_bytes: int) -> None:
-        self._directory = directory
+
+class Room:
+    """The room where a log is kept. `short`: the last attempt to write found too little of it."""
+
+    def __init__(self, place: Path, free: Callable[[], int], needed_bytes: int) -> None:
+        self._place = place
+        self._free = free
         self._needed = needed_bytes
         self.short = False
 
     def write(self, action: Callable[[], T]) -> T:
         """Do something that writes. Raises StorageFull if there is no room; then nothing of it is durable."""
-        free = self.free_bytes()
+        free = self._free()
         if free < self._needed:
             self.short = True
-            raise StorageFull(f"{self._directory}: {free} bytes are free, {self._needed} are wanted")
+            raise StorageFull(f"{self._place}: {free} bytes are free, {self._needed} are wanted")
         try:
             done = action()
         except (OSError, sqlite3.OperationalError) as error:
             if not is_full(error):
                 raise
             self.short = True
-            raise StorageFull(f"{self._directory}: {error}") from None
+            raise StorageFull(f"{self._place}: {error}") from None
         self.short = False
         return done
 
-    def free_bytes(self) -> int:
-        return shutil.disk_usage(self._directory).free
-
     def report(self) -> DiskReport:
         """What `status` shows."""
-        return DiskReport(short=self.short, free_bytes=self.free_bytes(), needed_bytes=self._needed)
+        return DiskReport(short=self.short, free_bytes=self._free(), needed_bytes=self._needed)
 
 
 def is_full(error: OSError | sqlite3.OperationalError) -> bool:

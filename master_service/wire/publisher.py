@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
+from common.clock import Clock, Signal
 from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
-from common.numbers.encodings import encode_vector
-from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, Finish, Message, Notice, Rule
+from common.wire.messages import Answer, Finish, Message, Notice, Pulse, Rule
 from common.wire.topology import Topology
 from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
@@ -27,16 +24,25 @@ _RETRY_SECONDS = 1.0
 
 
 class Publisher:
-    """`ended` waits up to so many seconds and says whether the service is to end: then what is tried is given up."""
+    """Tries again until the broker takes it, or `ending` is set: then what is tried is given up."""
 
     def __init__(
-        self, broker: Broker, topology: Topology, encoding: EncodingName, ended: Callable[[float], bool]
+        self,
+        broker: Broker,
+        topology: Topology,
+        encoding: EncodingName,
+        *,
+        clock: Clock,
+        ending: Signal,
+        new_id: Callable[[], str],
     ) -> None:
         self.bytes_out = 0
         self._broker = broker
         self._topology = topology
         self._encoding = encoding
-        self._ended = ended
+        self._clock = clock
+        self._ending = ending
+        self._new_id = new_id
         self._hints: dict[str, float] = {}
         #: By encoder: epoch and version that were written last, and when that had ended.
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
@@ -54,13 +60,19 @@ class Publisher:
         """To every node that listens for this type."""
         self._publish(self._topology.instruction, encoder_type, message)
 
-    def version(self, effect: Publish, epoch: int, parameters: ParameterSet) -> None:
-        """Write a version to its encoder's stream. One that was missed is not written again a moment later: on a slow
-        line, many may have asked for it while it was written."""
-        what, (last, ended_at) = (epoch, effect.version), self._written.get(effect.encoder, ((-1, -1), 0.0))
-        if effect.again and what == last and time.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS:
-            return
-        bodies = encode_vector(parameters.vector, self._encoding)
+    def pulse(self, epoch: int) -> None:
+        """A sign of life to every node."""
+        self._publish(self._topology.instruction, self._topology.pulse_key, Pulse(at=self._clock.now(), epoch=epoch))
+
+    def is_due(self, effect: Publish, epoch: int) -> bool:
+        """Whether a version is to be written. One that was missed is not written again a moment later: on a slow line,
+        many may have asked for it while it was written."""
+        last, ended_at = self._written.get(effect.encoder, ((-1, -1), 0.0))
+        just_now = self._clock.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS
+        return not (effect.again and (epoch, effect.version) == last and just_now)
+
+    def version(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
+        """Write a version, encoded slice by slice, to its encoder's stream."""
         self.bytes_out += sum(len(body) for body in bodies)
 
         def write() -> None:
@@ -72,10 +84,11 @@ class Publisher:
                     epoch=epoch,
                     version=effect.version,
                     encoding=self._encoding,
-                    layout_digest=parameters.layout.digest,
+                    layout_digest=layout_digest,
                     bodies=bodies,
                     progress=effect.progress,
                     declare=effect.encoder not in self._streams,
+                    clock=self._clock,
                 )
                 self._streams.add(effect.encoder)
             except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
@@ -84,8 +97,15 @@ class Publisher:
 
         reached("before publish")
         self._persist(write)
-        self._written[effect.encoder] = what, time.monotonic()
+        self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
         reached("after publish")
+
+    def delete_stream(self, encoder: str) -> None:
+        """Let go of an encoder's stream; the next version of it is written to a fresh one."""
+        self._persist(lambda: self._broker.delete_queue(self._topology.stream(encoder)))
+        self._streams.discard(encoder)
+        self._hints.pop(encoder, None)
+        self._written.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         """Set a delivery aside with its reason, then ack it."""
@@ -95,13 +115,13 @@ class Publisher:
     def dead_message(self, message: Message, reason: str, detail: str) -> None:
         """Set aside a message whose delivery is long acked."""
         headers = {"x-reason": reason, "x-detail": detail[:500]}
-        publication = Publication(self._topology.dead_letters, reason, encode(message), headers, uuid.uuid4().hex)
+        publication = Publication(self._topology.dead_letters, reason, encode(message), headers, self._new_id())
         self._persist(lambda: self._broker.publish(publication))
 
     def _publish(self, exchange: str, key: str, message: Message) -> None:
         if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
             message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
-        publication = Publication(exchange, key, encode(message), message_id=uuid.uuid4().hex)
+        publication = Publication(exchange, key, encode(message), message_id=self._new_id())
 
         def send() -> None:
             try:
@@ -119,5 +139,5 @@ class Publisher:
                 return action()
             except (BrokerUnavailable, PublishRejected) as error:
                 log.warning("the broker does not take messages, trying again", problem=str(error))
-                if self._ended(_RETRY_SECONDS):
+                if self._clock.wait(_RETRY_SECONDS, self._ending):
                     raise

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 
+from common.clock import Clock
 from common.crash_points import reached
 from common.wire.messages import Receipt, UpdateManifest
 from node_service.handover.local_state import LocalState
@@ -13,11 +13,12 @@ from node_service.handover.outbox import Outbox
 
 
 class Handover:
-    """What the state directory says is owed, and when each of it was sent."""
+    """Sends what the state directory says is owed, and knows when each of it was sent."""
 
-    def __init__(self, state: LocalState, outbox: Outbox) -> None:
+    def __init__(self, state: LocalState, outbox: Outbox, clock: Clock) -> None:
         self._state = state
         self._outbox = outbox
+        self._clock = clock
         self._sent_at: dict[int, float] = {}
         self._times: Counter[int] = Counter()
 
@@ -26,20 +27,18 @@ class Handover:
         reached("node before owe")
         self._state.owe(manifest, b"".join(bodies))
         reached("node after owe")
-        self._send(manifest, bodies)
+        self._send(manifest)
 
-    def send_owed(self) -> set[int]:
-        """After a start: whatever has no receipt yet is sent again under its old id; gives the numbers."""
-        owed = [each.manifest for each in self._state.owed()]
-        for manifest in owed:
-            self.send_again(manifest.sequence)
-        return {manifest.sequence for manifest in owed}
+    def send_owed(self) -> None:
+        """Send everything that is owed as its next attempt: after a start, or to a master that has not looked at it."""
+        for sequence in list(self._state.owed):
+            self.send_again(sequence)
 
     def send_unanswered(self, after: float) -> None:
         """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is. Twice as
         long is waited after each time, up to sixteen times: a master with a backlog is not helped by more of the same.
         """
-        now = time.monotonic()
+        now = self._clock.monotonic()
         for sequence, at in list(self._sent_at.items()):
             if self._outbox.problem:
                 self._sent_at[sequence] = now
@@ -49,27 +48,26 @@ class Handover:
 
     def send_again(self, sequence: int, attempt: int | None = None) -> None:
         """The same update as another attempt, the next by default; not as one that it was sent as already: that one is
-        on its way, and each stale answer would beget another."""
-        owed = self._state.find(sequence)
-        if owed is None or (attempt is not None and attempt <= owed.manifest.attempt):
+        on its way, and each stale answer would beget another. Nothing happens for an update that is owed no more."""
+        owed = self._state.owed.get(sequence)
+        if owed is None or (attempt is not None and attempt <= owed.attempt):
             return
-        number = owed.manifest.attempt + 1 if attempt is None else attempt
-        manifest = owed.manifest.model_copy(update={"attempt": number})
-        self._state.owe(manifest, owed.payload)
-        self._send(manifest, owed.bodies())
+        manifest = owed.model_copy(update={"attempt": owed.attempt + 1 if attempt is None else attempt})
+        self._state.sent_as(manifest)
+        self._send(manifest)
 
     def mistaken(self, receipt: Receipt) -> bool:
         """Whether a receipt is for another update of the number of one that is owed; of whatever encoder, because an
         incarnation gives a number once."""
-        owed = self._state.manifest(receipt.sequence)
+        owed = self._state.owed.get(receipt.sequence)
         return owed is not None and owed.incarnation == receipt.incarnation and owed.digest != receipt.digest
 
-    def settle(self, receipt: Receipt) -> bool:
-        """An update is answered: remember that, then forget the update. False for a receipt that came before."""
+    def answered(self, receipt: Receipt) -> bool:
+        """Remember the receipt, then forget the update that it answers. False for a receipt that came before."""
         reached("node before receipt")
         new = self._state.remember(receipt)
         reached("node after receipt")
-        self._state.settle(receipt.sequence)
+        self._state.answered(receipt.sequence)
         self._sent_at.pop(receipt.sequence, None)
         self._times.pop(receipt.sequence, None)
         return new
@@ -79,6 +77,6 @@ class Handover:
         self._sent_at.clear()
         self._times.clear()
 
-    def _send(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
-        self._sent_at[manifest.sequence] = time.monotonic()
-        self._outbox.update(manifest, bodies)
+    def _send(self, manifest: UpdateManifest) -> None:
+        self._sent_at[manifest.sequence] = self._clock.monotonic()
+        self._outbox.update(manifest)

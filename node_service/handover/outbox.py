@@ -1,42 +1,69 @@
-"""What a node sends leaves on a thread of its own, so that training never waits for a confirm.
+"""What a node sends, in order: stepped by `flush_one`, which a thread of the service calls, so that training never
+waits for a confirm.
 
-In order, one batch at a time, and each batch until the broker has it: a broker that is away, full or without a master
-is waited for.
+An update's chunks are read from the state directory as they leave, a window at a time: what waits here is small,
+however large the updates and however slow the line.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import uuid
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 
+from common.crash_points import reached
 from common.errors import BrokerUnavailable, PublishRejected, Unroutable
+from common.numbers.slicing import slice_bytes
 from common.wire.broker import Broker, Publication
 from common.wire.codec import encode
 from common.wire.messages import InstructionAck, Message, UpdateManifest
-from common.wire.topology import Topology
-from common.wire.transfer import update_chunks
+from common.wire.topology import MIB, Topology
+from common.wire.transfer import update_chunk
 
 log = structlog.get_logger()
 
-_RETRY_SECONDS = 1.0
+#: Payload that is encoded and unconfirmed at a time.
+_WINDOW_BYTES = 16 * MIB
+
+#: A slice of an owed update by its index; None once the update is answered.
+ReadChunk = Callable[[UpdateManifest, int], bytes | None]
+
+
+@dataclass
+class _Update:
+    """An update on its way: `sent` chunks are confirmed."""
+
+    manifest: UpdateManifest
+    sent: int = 0
 
 
 class Outbox:
-    """A queue of batches and the thread that publishes them."""
+    """What waits to leave. Filled by one thread and flushed by one, which may be another.
 
-    def __init__(self, broker: Broker, topology: Topology, node: str) -> None:
+    `problem` says what keeps it from leaving, and is empty while nothing does.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        topology: Topology,
+        node: str,
+        read_chunk: ReadChunk,
+        *,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self.problem = ""
         self._broker = broker
         self._topology = topology
         self._node = node
-        self._batches: queue.SimpleQueue[list[Publication] | None] = queue.SimpleQueue()
-        self._abandon = threading.Event()
-        self.problem = ""
-        self._thread = threading.Thread(target=self._work, name=f"outbox-{node}", daemon=True)
-        self._thread.start()
+        self._read_chunk = read_chunk
+        self._new_id = new_id
+        self._waiting: deque[Publication | _Update] = deque()
+        self._some = threading.Event()
 
     def say(self, message: Message) -> None:
         """Send a small message to the master."""
@@ -45,40 +72,76 @@ class Outbox:
         else:
             kind = str(getattr(message, "kind", "")).removeprefix("request.")
             exchange, key = self._topology.request, f"{self._node}.{kind}"
-        self._batches.put([Publication(exchange, key, encode(message), message_id=uuid.uuid4().hex)])
+        self._put(Publication(exchange, key, encode(message), message_id=self._new_id()))
 
-    def update(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
-        """Send an update: its chunks, then, once all of them are confirmed, its manifest."""
-        exchange = self._topology.update
-        chunks = update_chunks(manifest, bodies)
-        self._batches.put([Publication(exchange, f"{self._node}.chunk", encode(chunk)) for chunk in chunks])
-        delivery_id = f"{manifest.update_id}/{manifest.attempt}"
-        self._batches.put([Publication(exchange, f"{self._node}.ready", encode(manifest), message_id=delivery_id)])
+    def update(self, manifest: UpdateManifest) -> None:
+        """Send an owed update: its chunks, then, once all of them are confirmed, its manifest."""
+        self._put(_Update(manifest))
 
-    def close(self, timeout: float) -> bool:
-        """Send what waits, for at most `timeout` seconds; whether all of it left."""
-        self._batches.put(None)
-        self._thread.join(timeout)
-        left = not self._thread.is_alive()
-        self._abandon.set()
-        return left
+    @property
+    def empty(self) -> bool:
+        return not self._waiting
 
-    def _work(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            while not self._abandon.is_set():
-                try:
-                    self._broker.publish(*batch)
-                    self.problem = ""
-                    break
-                except Unroutable:
-                    self._wait("no master serves this namespace yet")
-                except PublishRejected:
-                    self._wait("the chunk queue is full until the master has caught up")
-                except BrokerUnavailable as error:
-                    self._wait(str(error))
+    def wait(self, seconds: float) -> None:
+        """Until there is something to send, or so long."""
+        self._some.wait(seconds)
 
-    def _wait(self, problem: str) -> None:
+    def flush_one(self) -> bool:
+        """Publish what waits first, or a window of it. False if nothing waits, or nothing can leave now; then `problem`
+        says why, and it is worth trying again later.
+
+        Raises what no waiting mends, such as AccessRefused; what waits stays.
+        """
+        self._some.clear()
+        if not self._waiting:
+            return False
+        self._some.set()
+        first = self._waiting[0]
+        try:
+            done = self._send_update(first) if isinstance(first, _Update) else self._send(first)
+        except Unroutable:
+            self._hindered("no master serves this namespace yet")
+            return False
+        except PublishRejected:
+            self._hindered("the chunk queue is full until the master has caught up")
+            return False
+        except BrokerUnavailable as error:
+            self._hindered(str(error))
+            return False
+        self.problem = ""
+        if done:
+            self._waiting.popleft()
+            reached("node after send")
+        return True
+
+    def _send(self, publication: Publication) -> bool:
+        self._broker.publish(publication)
+        return True
+
+    def _send_update(self, update: _Update) -> bool:
+        """The next window of chunks, or, after the last, the manifest; whether that was the manifest."""
+        manifest, exchange = update.manifest, self._topology.update
+        if update.sent == manifest.chunks:
+            delivery_id = f"{manifest.update_id}/{manifest.attempt}"
+            return self._send(Publication(exchange, f"{self._node}.ready", encode(manifest), message_id=delivery_id))
+        window = max(1, _WINDOW_BYTES // slice_bytes(manifest.encoding))
+        until = min(update.sent + window, manifest.chunks)
+        publications = []
+        for index in range(update.sent, until):
+            body = self._read_chunk(manifest, index)
+            if body is None:
+                return True  # answered meanwhile: an attempt before this one has arrived
+            chunk = update_chunk(manifest, index, body)
+            publications.append(Publication(exchange, f"{self._node}.chunk", encode(chunk)))
+        self._broker.publish(*publications)
+        update.sent = until
+        return False
+
+    def _put(self, item: Publication | _Update) -> None:
+        self._waiting.append(item)
+        self._some.set()
+
+    def _hindered(self, problem: str) -> None:
         if problem != self.problem:
             log.warning("cannot send yet, trying again", node=self._node, problem=problem)
         self.problem = problem
-        self._abandon.wait(_RETRY_SECONDS)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.durable import sync
 from common.errors import UserError
 from common.wire.messages import Receipt, UpdateManifest
+from node_service.handover.store import Store
+
+#: The name of the file.
+RECEIPTS = "receipts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,22 @@ class Ledger:
 class ReceiptBook:
     """The file of receipts. Each (encoder, incarnation, sequence) stands in it once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, store: Store) -> None:
         """Raises UserError for a damaged line; the last one may be torn (a kill while it was written), and is cut."""
-        self._path = path
+        self._store = store
         self._known: dict[tuple[str, str, int], Receipt] = {}
-        raw = path.read_bytes() if path.exists() else b""
+        raw = store.read(RECEIPTS) or b""
         whole, _, torn = raw.rpartition(b"\n")
         if torn:
-            os.truncate(path, len(raw) - len(torn))
-            sync(path)
+            store.cut(RECEIPTS, len(raw) - len(torn))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 receipt = Receipt.model_validate_json(line)
             except ValidationError:
                 # without it, steps might be handed in a second time
                 raise UserError(
-                    f"{path}: line {number} is damaged; restore it from a backup, "
-                    f"or remove {path.parent} to join as a new incarnation"
+                    f"{store.place / RECEIPTS}: line {number} is damaged; restore it from a backup, "
+                    f"or remove {store.place} to join as a new incarnation"
                 ) from None
             self._known[_key(receipt)] = receipt
 
@@ -67,13 +67,7 @@ class ReceiptBook:
         """Append a receipt durably; False if it is here already."""
         if _key(receipt) in self._known:
             return False
-        new = not self._path.exists()
-        with self._path.open("ab") as file:
-            file.write(receipt.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            sync(self._path.parent)
+        self._store.append(RECEIPTS, receipt.model_dump_json().encode() + b"\n")
         self._known[_key(receipt)] = receipt
         return True
 

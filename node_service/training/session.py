@@ -1,4 +1,4 @@
-"""One encoder on one node: model, trainer and the path of the shared parameters, put together."""
+"""One encoder on one node, trained for real: model, trainer and the trajectory of the shared parameters together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from common.errors import UserError
 from common.exports import TITLE, replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import Instruction, UpdateManifest, UpdateRule
+from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
 from common.wire.transfer import CompleteVersion, payload_digest
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.private_parts import load_private, load_spec, save_spec
 from node_service.training.trainer import Trainer
-from node_service.training.trajectory import Frame
+from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
 
 log = structlog.get_logger()
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 _DRIFT_EVERY = 10
 
 
-class Training:
+class Session:
     """Made from an instruction and the owner's samples; trains once a version was adopted, or a path was restored.
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in.
@@ -62,60 +62,57 @@ class Training:
         self.rule = UpdateRule()
         self.since = SinceReturn()
         self.version = -1
-        self._frame: Frame | None = None
-        self._incarnation = ledger.incarnation
-        self._next_sequence = ledger.next_sequence
+        self._trajectory: Trajectory | None = None
         if saved is not None:
             self.trainer.load_state(saved.trainer)
             self._restore_path(saved, ledger)
 
-    def retune(self, rule: UpdateRule) -> None:
-        """Train and return by this rule from now on."""
+    @property
+    def steps(self) -> int:
+        return self.trainer.steps
+
+    def retune(self, rule: UpdateRule, progress: float) -> None:
         if rule.inner != self.trainer.inner:
             self.trainer.set_inner(rule.inner)
         self.rule = rule
+        self.trainer.progress = max(self.trainer.progress, progress)
 
     def adopt(self, read: CompleteVersion) -> None:
-        """Continue from a version: steps taken since the last counted update are kept on top of it."""
         target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
-        if self._frame is None:
+        if self._trajectory is None:
             self.trainer.set_shared(target)
-            self._frame = Frame(self.trainer.shared())
+            self._trajectory = Trajectory(self.trainer.shared())
         else:
-            self.trainer.set_shared(self._frame.adopt(target, self.trainer.shared().vector))
+            self.trainer.set_shared(self._trajectory.adopt(target, self.trainer.shared().vector))
         self.version = read.version
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
-    def finish(self, read: CompleteVersion) -> None:
-        """Take the final version as it is; the private parts are pinned to it and saved. The path ends here."""
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
         target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
         self.trainer.set_shared(target)
         self.version = read.version
-        self._frame, self.since, self.trainer.progress = None, SinceReturn(), 0.0
-        self.save()
+        self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
+        self._write(None)
+        return self._export(export)
 
     def step(self) -> float:
-        """One training step; gives its seconds."""
-        loss, seconds = self.trainer.step()
-        self.since.step(self.trainer.inner.batch_size, seconds, loss)
-        return seconds
+        loss = self.trainer.step()
+        self.since.step(self.trainer.inner.batch_size, loss)
+        return 0.0
 
     @property
     def must_return(self) -> bool:
-        """Whether the update rule wants an update now."""
         drift = None
-        if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._frame is not None:
-            drift = self._frame.drift(self.trainer.shared().vector)
+        if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._trajectory is not None:
+            drift = self._trajectory.drift(self.trainer.shared().vector)
         return must_return(self.rule.when, self.since, drift)
 
     def hand_in(
         self, node: str, incarnation: str, sequence: int, *, wants_version: bool
     ) -> tuple[UpdateManifest, list[bytes]]:
-        """The update of all steps since the last one; they are the master's from here on."""
-        assert self._frame is not None
+        assert self._trajectory is not None
         since, self.since = self.since, self.since.returned()
-        self._next_sequence = sequence + 1
-        bodies = self._frame.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
+        bodies = self._trajectory.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
         manifest = UpdateManifest(
             node=node,
             incarnation=incarnation,
@@ -135,22 +132,35 @@ class Training:
         )
         return manifest, bodies
 
-    def settle(self, sequence: int, accepted: bool, reason: str) -> None:
-        """A receipt came."""
-        if self._frame is None:
+    def answered(self, receipt: Receipt) -> None:
+        if self._trajectory is None:
             return
-        if reason == "not-finite":
+        if receipt.reason == "not-finite":
             # what was trained is lost anyway: start over from the newest version, with a fresh optimiser
             log.warning("training diverged, starting again from the shared encoder", encoder=self.instruction.encoder)
-            self.trainer.set_shared(self._frame.restart(self._frame.origin))
+            self.trainer.set_shared(self._trajectory.restart(self._trajectory.origin))
             self.trainer.reset_optimizer()
             self.since = SinceReturn()
-            return
-        self._frame.settle(sequence, accepted)
+        elif receipt.accepted:
+            self._trajectory.count(receipt.sequence)
+        else:
+            self._trajectory.discard(receipt.sequence)
 
-    def save(self) -> None:
-        """Write a checkpoint: private parts, trainer state, and what was trained and not handed in yet."""
-        path = None if self._frame is None else self._path_facts(self._frame)
+    def save(self, incarnation: str, next_sequence: int) -> None:
+        trajectory = self._trajectory
+        path = None
+        if trajectory is not None:
+            path = PathFacts(
+                incarnation=incarnation,
+                next_sequence=next_sequence,
+                last_settled=trajectory.last_answered,
+                progress=self.trainer.progress,
+                since=self.since,
+            )
+        self._write(path)
+
+    def _write(self, path: PathFacts | None) -> None:
+        """A checkpoint: private parts, trainer state, and what was trained and not handed in yet."""
         facts = Facts(
             encoder=self.instruction.encoder,
             version=self.version,
@@ -159,32 +169,24 @@ class Training:
             architecture=self.instruction.architecture,
             path=path,
         )
-        tensors = {} if self._frame is None else {"local": self.trainer.shared().vector, **self._frame.state()}
+        trajectory = self._trajectory
+        tensors = {} if trajectory is None else {"local": self.trainer.shared().vector, **trajectory.state()}
         private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
         write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
 
-    def export(self, directory: Path) -> None:
-        """Write stem + shared encoder + head for transformers' Auto classes, replacing an earlier export.
-
-        A failure leaves what was there. Raises UserError for a directory that holds something else, OSError.
-        """
+    def _export(self, directory: Path | None) -> Path:
+        """Stem + shared encoder + head for transformers' Auto classes, in the place of an earlier export. A failure
+        leaves what was there."""
+        model = directory or self.directory / "model"
         card = (
             f"{TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
             f"Type `{self.instruction.encoder_type}`. Stem and head were fitted to this node's own samples: they have "
             "never left it, and are its owner's to hand on or to keep.\n"
         )
-        with torch.no_grad(), replacing(directory, card, ours=directory.parent == self.directory) as beside:
+        with torch.no_grad(), replacing(model, card, ours=directory is None) as beside:
             self.model.eval()
             self.model.export(beside)
-
-    def _path_facts(self, frame: Frame) -> PathFacts:
-        return PathFacts(
-            incarnation=self._incarnation,
-            next_sequence=self._next_sequence,
-            last_settled=frame.last_settled,
-            progress=self.trainer.progress,
-            since=self.since,
-        )
+        return model
 
     def _restore_path(self, saved: Checkpoint, ledger: Ledger) -> None:
         """Go on exactly where the checkpoint was made, if nothing was handed in after it.
@@ -195,13 +197,12 @@ class Training:
         facts = saved.facts.path
         if facts is None or facts.incarnation != ledger.incarnation or facts.next_sequence < ledger.next_sequence:
             return
-        frame = Frame.restored(self.trainer.layout, saved.path, facts.last_settled)
-        if not frame.pending.keys() <= {*ledger.answered, *ledger.owed}:
+        trajectory = Trajectory.restored(self.trainer.layout, saved.path, facts.last_settled)
+        if not trajectory.pending.keys() <= {*ledger.answered, *ledger.owed}:
             return  # the parts of a backup are of different moments
-        self._frame = frame
+        self._trajectory = trajectory
         self.trainer.set_shared(saved.path["local"])
         self.trainer.progress = facts.progress
-        self.version, self.since, self._next_sequence = saved.facts.version, facts.since, facts.next_sequence
-        for sequence in sorted(frame.pending.keys() & ledger.answered.keys()):
-            receipt = ledger.answered[sequence]
-            self.settle(sequence, receipt.accepted, receipt.reason)
+        self.version, self.since = saved.facts.version, facts.since
+        for sequence in sorted(trajectory.pending.keys() & ledger.answered.keys()):
+            self.answered(ledger.answered[sequence])

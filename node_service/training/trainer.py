@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -63,9 +62,8 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
         return inner.lr * warm * (inner.final_fraction + (1.0 - inner.final_fraction) * cosine)
 
-    def step(self) -> tuple[float, float]:
-        """One optimiser step; gives the loss and the seconds it took."""
-        started = time.monotonic()
+    def step(self) -> float:
+        """One optimiser step; gives the loss."""
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -77,7 +75,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
         self.optimizer.step()
         self.steps += 1
-        return float(loss.detach()), time.monotonic() - started
+        return float(loss.detach())
 
     def shared(self) -> ParameterSet:
         """A copy of the shared parameters, on the CPU."""

@@ -28,39 +28,39 @@ class Pending:
     residual: Tensor
 
 
-class Frame:
+class Trajectory:
     """The path of one node's shared parameters. The model's own are passed in and moved by the caller."""
 
     def __init__(self, start: ParameterSet) -> None:
         self.origin = start.vector.clone()
         self.pending: dict[int, Pending] = {}
         self._feedback = ErrorFeedback(start.layout.size)
-        self.last_settled = -1
+        self.last_answered = -1
 
     @classmethod
-    def restored(cls, layout: Layout, saved: Mapping[str, Tensor], last_settled: int) -> Frame:
-        """The frame whose `state` and `last_settled` were saved."""
-        frame = cls(ParameterSet(layout, saved["origin"]))
-        frame.last_settled = last_settled
-        frame._feedback.residual.copy_(saved["residual"])
+    def restored(cls, layout: Layout, saved: Mapping[str, Tensor], last_answered: int) -> Trajectory:
+        """The trajectory whose `state` and `last_answered` were saved."""
+        found = cls(ParameterSet(layout, saved["origin"]))
+        found.last_answered = last_answered
+        found._feedback.residual.copy_(saved["residual"])
         for name, anchor in saved.items():
             kind, _, sequence = name.partition("/")
             if kind == "anchor":
-                frame.pending[int(sequence)] = Pending(anchor, saved[f"residual/{sequence}"])
-        return frame
+                found.pending[int(sequence)] = Pending(anchor, saved[f"residual/{sequence}"])
+        return found
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides `last_settled`; not copied."""
-        found = {"origin": self.origin, "residual": self._feedback.residual}
+        """What a checkpoint needs besides `last_answered`; not copied."""
+        tensors = {"origin": self.origin, "residual": self._feedback.residual}
         for sequence, pending in self.pending.items():
-            found |= {f"anchor/{sequence}": pending.anchor, f"residual/{sequence}": pending.residual}
-        return found
+            tensors |= {f"anchor/{sequence}": pending.anchor, f"residual/{sequence}": pending.residual}
+        return tensors
 
     @property
     def anchor(self) -> Tensor:
         """Where the last update was handed in."""
         newest = max(self.pending, default=-1)
-        return self.pending[newest].anchor if newest > self.last_settled else self.origin
+        return self.pending[newest].anchor if newest > self.last_answered else self.origin
 
     def hand_in(self, sequence: int, local: Tensor, encoding: EncodingName) -> list[bytes]:
         """The encoded pseudo-gradient (anchor − local) since the last hand-in; the anchor moves up to `local`."""
@@ -68,15 +68,18 @@ class Frame:
         self.pending[sequence] = Pending(local.clone(), residual)
         return bodies
 
-    def settle(self, sequence: int, accepted: bool) -> None:
-        """A receipt came: what was handed in then is counted, or never will be; either way the path starts there."""
+    def count(self, sequence: int) -> None:
+        """What was handed in as this update is counted: the path starts there."""
         pending = self.pending.pop(sequence, None)
-        if pending is None:
-            return
-        if not accepted:
+        if pending is not None and sequence > self.last_answered:
+            self.last_answered, self.origin = sequence, pending.anchor
+
+    def discard(self, sequence: int) -> None:
+        """What was handed in as this update never counts: the path starts there all the same, and what its encoding had
+        left for the next one is taken back."""
+        if (pending := self.pending.get(sequence)) is not None:
             self._feedback.refused(pending.residual)
-        if sequence > self.last_settled:
-            self.last_settled, self.origin = sequence, pending.anchor
+        self.count(sequence)
 
     def adopt(self, target: Tensor, local: Tensor) -> Tensor:
         """The new local parameters once `target` was read: target + what is not counted in it. Steps taken stay."""

@@ -13,7 +13,10 @@ _SMOOTHING = 0.1
 
 @dataclass
 class SinceReturn:
-    """What a node has done since it last returned; `loss_start` is the running mean loss back then."""
+    """What a node has done since it last returned; `loss_start` is the running mean loss back then.
+
+    `seconds` is the time that the training of it took by the clock, pauses of a throttled node included.
+    """
 
     steps: int = 0
     samples: int = 0
@@ -22,11 +25,10 @@ class SinceReturn:
     loss_mean: float = math.nan
     loss_start: float = math.nan
 
-    def step(self, samples: int, seconds: float, loss: float) -> None:
+    def step(self, samples: int, loss: float) -> None:
         """Count one training step."""
         self.steps += 1
         self.samples += samples
-        self.seconds += seconds
         self.loss_sum += loss
         if math.isnan(self.loss_mean):
             self.loss_mean = self.loss_start = loss

@@ -23,11 +23,11 @@ from rich.table import Table
 from common.brokers.memory import MemoryServer
 from common.numbers.encodings import encode_vector
 from common.wire.messages import Instruction, UpdateManifest
-from common.wire.transfer import update_chunks
 from master_service.decisions.records import Entry, UpdateFacts
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.history import state_directory
 from master_service.log.message_log import MessageLog
+from tests.builders import update_chunks
 from tests.integration.harness import HandNode, decided, eventually, running_master
 
 #: (hidden size, layers, updates): of about 3,000, 80,000 and 3.4 million shared parameters.
@@ -90,7 +90,7 @@ def updates_per_second(directory: Path, log_type: type[MessageLog], hidden: int,
     with running_master(server, directory, decided(rule=rule, architecture=architecture), min_free=0) as master:
         nodes = [HandNode(server, name) for name in "abcd"[:_NODES]]
         instructions = [node.enter() for node in nodes]
-        state = master.service._fold.coordinator.state.encoders[instructions[0].encoder]
+        state = master.service.master.state.encoders[instructions[0].encoder]
         bodies = encode_vector(torch.randn(state.size) * 0.01, "int8")
         with server.changed:  # the master gets nothing before all of it is there
             for sequence in range(updates // _NODES):

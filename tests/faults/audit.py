@@ -12,7 +12,7 @@ from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
 from master_service.history.replay import Refold, origin, verify
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import MessageLog, open_log
 
 #: encoder, node, incarnation, sequence
 UpdateId = tuple[str, str, str, int]
@@ -38,7 +38,7 @@ class Findings:
 def examine(master: Path, nodes: Iterable[Path]) -> Findings:
     """Examine the state directories of a master and of nodes (present and former) after everything has ended."""
     found = Findings()
-    log = MessageLog(master, read_only=True)
+    log = open_log(master, read_only=True)
     held, owed = _held(nodes)
     found.sent = len(held.keys() | owed)
     found.accepted = sum(any(receipt.accepted for receipt in receipts) for receipts in held.values())

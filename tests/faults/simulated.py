@@ -46,7 +46,7 @@ from common.wire.messages import (
     UpdateManifest,
 )
 from common.wire.topology import Topology
-from common.wire.transfer import CompleteVersion, VersionAssembly, payload_digest, update_chunks
+from common.wire.transfer import CompleteVersion, VersionAssembly, payload_digest
 from master_service.arithmetic.aggregator import PayloadsLost
 from master_service.config import MasterConfig
 from master_service.decisions.effects import Effect, Publish, Send, Step
@@ -79,6 +79,7 @@ from node_service.agent import (
     Say,
     Train,
 )
+from tests.builders import update_chunks
 
 TOPOLOGY = Topology("sim")
 #: Two chunks to an update and to a version, with `SLICE` made so small.

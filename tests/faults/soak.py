@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from tests.faults.__main__ import line
 from tests.faults.arena import Arena
 
@@ -82,7 +82,7 @@ def _event(arena: Arena, there: list[str]) -> str:
 
 
 def _report(arena: Arena, minute: int, there: int, befell: Counter[str]) -> None:
-    log = MessageLog(arena.directory / "master", read_only=True)
+    log = open_log(arena.directory / "master", read_only=True)
     rows, versions = log.last_offset + 1, log.count("versioned")
     log.close()
     events = ", ".join(f"{times} × {what}" for what, times in sorted(befell.items()))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from tests.faults.__main__ import line
 from tests.faults.arena import MASTER_STEPS, NODE_STEPS, Arena
 from tests.integration.harness import eventually
@@ -34,7 +34,7 @@ def test_a_broker_that_loses_its_disk_costs_time_and_no_update(tmp_path: Path) -
             assert all(arena.running(role) for role in ("master", *arena.nodes))
             if not any((tmp_path / "master" / "payloads").glob("??/*")):
                 return 0  # the ledger is being made
-            log = MessageLog(tmp_path / "master", read_only=True)
+            log = open_log(tmp_path / "master", read_only=True)
             count = log.count("versioned")
             log.close()
             return count

@@ -27,12 +27,13 @@ from common.wire.messages import (
     UpdateRule,
 )
 from common.wire.topology import Topology
-from common.wire.transfer import payload_digest, update_chunks
+from common.wire.transfer import payload_digest
 from deploy.demo.parties import ThreadParty
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.service import MasterService
+from tests.builders import update_chunks
 
 M = TypeVar("M", bound=Message)
 TOPOLOGY = Topology("test")

@@ -14,7 +14,7 @@ from common.numbers.layout import Layout
 from common.wire.broker import Publication
 from common.wire.codec import encode
 from common.wire.messages import Instruction, Join, Receipt, Resend
-from common.wire.transfer import update_chunks
+from tests.builders import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,
     HandNode,
@@ -51,7 +51,7 @@ def test_malformed_messages_are_set_aside_with_the_reason(server: MemoryServer, 
             node.say(".join", body)
         instruction = node.enter()  # after all of that the master still serves
         assert instruction.encoder_type == "text"
-        eventually(lambda: master.service.live.poison == len(bad))
+        eventually(lambda: master.service.master.live.poison == len(bad))
         letters = drained(server, TOPOLOGY.dead_letters)
         assert {letter.headers["x-reason"]: letter.body for letter in letters} == bad
         assert all(letter.headers["x-detail"] for letter in letters)
@@ -63,7 +63,7 @@ def test_nan_wrong_layout_and_wrong_size_are_refused_and_leave_the_encoder_as_it
     with running_master(server, tmp_path) as master:
         node = HandNode(server, "a")
         instruction = node.enter()
-        encoder = master.service._fold.coordinator.state.encoders[instruction.encoder]
+        encoder = master.service.master.state.encoders[instruction.encoder]
         before = encoder.digest
         nan = numbers(instruction, float("nan"))
         node.send(node.manifest(instruction, 0, nan), nan)
@@ -133,15 +133,15 @@ def test_a_master_that_starts_again_goes_on_where_it_was(server: MemoryServer, t
         bodies = numbers(instruction)
         node.send(node.manifest(instruction, 0, bodies), bodies)
         assert node.hear(Receipt).accepted
-        epoch = first.service._fold.coordinator.state.epoch
+        epoch = first.service.master.state.epoch
     # while it is away an update is handed in, and garbage
     node.send(node.manifest(instruction, 1, bodies, base_version=1), bodies)
     node.broker.publish(Publication(TOPOLOGY.request, "a.join", b"garbage"))
     with running_master(server, tmp_path) as master:
         receipt = node.hear(Receipt)
         assert (receipt.sequence, receipt.accepted, receipt.version, receipt.return_count) == (1, True, 2, 2)
-        assert list(master.service._fold.coordinator.state.encoders) == [instruction.encoder]
-        assert master.service._fold.coordinator.state.epoch > epoch
+        assert list(master.service.master.state.encoders) == [instruction.encoder]
+        assert master.service.master.state.epoch > epoch
 
 
 def test_nobody_takes_the_place_of_anothers_update(server: MemoryServer, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_another_rules_encoder_is_evaluated_beside_the_published_one(
     settings = decided(stop=StopRule(updates=8), min_nodes=2)
     with running_master(server, state, settings, export_dir=tmp_path / "published") as master:
         nodes = [Node(server, tmp_path, name, lines(ord(name))) for name in "ab"]
-        encoders = master.service._fold.coordinator.state.encoders
+        encoders = master.service.master.state.encoders
         eventually(lambda: any(encoder.status == "finished" for encoder in encoders.values()), 60)
 
         def command(*arguments: object) -> str:

@@ -24,11 +24,11 @@ from deploy.demo.parties import ThreadParty
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.history.replay import rebuild
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import CorpusConfig, load_corpus
 from node_service.service import NodeService
-from node_service.training.session import Training
+from node_service.training.session import Session
 from tests.integration.harness import TOPOLOGY, HandNode, connection, decided, eventually, numbers, running_master
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
@@ -93,7 +93,7 @@ def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> Non
     server = MemoryServer()
     settings = decided(rule=aggregation_rule(preset), min_nodes=2)
     with running_master(server, tmp_path / "master", settings, export_dir=tmp_path / "encoder") as master:
-        state = master.service._fold.coordinator.state
+        state = master.service.master.state
         first = [Node(server, tmp_path, name, lines(seed)) for seed, name in enumerate("ab")]
         encoder = eventually(lambda: next((e for e in state.encoders.values() if e.version >= 3), None), 60)
         late = Node(server, tmp_path, "late", lines(9))
@@ -115,7 +115,7 @@ def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> Non
         assert sum(member.returns for member in encoder.members.values()) == encoder.updates >= enough
         digest = encoder.digest
     # the log alone makes the same encoder, and the export opens with what everybody uses
-    assert rebuild(MessageLog(tmp_path / "master", read_only=True), encoder.encoder)[1].digest() == digest
+    assert rebuild(open_log(tmp_path / "master", read_only=True), encoder.encoder)[1].digest() == digest
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
     model, report = AutoModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
@@ -138,25 +138,25 @@ def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
 ) -> None:
     canary = " patient" + secrets.token_hex(12)
     server, private_bytes = MemoryServer(), []
-    original = Training.hand_in
+    original = Session.hand_in
 
-    def hand_in(self: Training, *arguments: Any, **named: Any) -> Any:
+    def hand_in(self: Session, *arguments: Any, **named: Any) -> Any:
         for parameter in self.model.private_parameters().values():
             raw = parameter.detach().numpy().tobytes()
             private_bytes.append(raw[:64])
             private_bytes.append(parameter.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes()[:32])
         return original(self, *arguments, **named)
 
-    monkeypatch.setattr(Training, "hand_in", hand_in)
+    monkeypatch.setattr(Session, "hand_in", hand_in)
     for encoding in ("float32", "bfloat16", "int8"):
         settings = decided(stop=StopRule(updates=4), update_rule=UpdateRule(encoding=encoding))
         with running_master(server := MemoryServer(), tmp_path / encoding / "m", settings) as master:
-            state = master.service._fold.coordinator.state
+            state = master.service.master.state
             node = Node(server, tmp_path / encoding, "hospital", lines(1, canary))
             with nodes(node):
                 eventually(lambda state=state: any(e.status == "finished" for e in state.encoders.values()), 60)
             [encoder] = state.encoders.values()
-        training = node.service._training
+        training = node.service.node.training
         assert training is not None
         shared, own = training.model.shared_parameters(), training.model.private_parameters()
         assert own and not {id(p) for p in shared.values()} & {id(p) for p in own.values()}
@@ -184,7 +184,7 @@ def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
 def test_a_node_that_leaves_hands_in_and_comes_back_as_the_same(tmp_path: Path) -> None:
     server = MemoryServer()
     with running_master(server, tmp_path / "master") as master:
-        state = master.service._fold.coordinator.state
+        state = master.service.master.state
         node = Node(server, tmp_path, "a", lines(1))
         encoder = eventually(lambda: next((e for e in state.encoders.values() if e.updates >= 3), None), 60)
         node.end()
@@ -205,14 +205,17 @@ def test_a_node_without_samples_of_the_type_refuses_with_the_reason(tmp_path: Pa
         node = Node(server, tmp_path, "a", lines(1), private={"vocabulary": 10})
         with nodes(node):
             entry = eventually(
-                lambda: next((e.body for e in master.service._journal.log.entries() if e.body.kind == "ack"), None), 30
+                lambda: next(
+                    (e.body for e in master.service.master.journal.log.entries() if e.body.kind == "ack"), None
+                ),
+                30,
             )
         assert not entry.accepted and "vocabulary" in entry.reason
         hand = HandNode(server, "b")
         instruction = hand.enter()
         bodies = numbers(instruction)
         hand.send(hand.manifest(instruction, 0, bodies), bodies)  # the others are served
-        eventually(lambda: master.service._fold.coordinator.state.encoders[instruction.encoder].version == 1)
+        eventually(lambda: master.service.master.state.encoders[instruction.encoder].version == 1)
 
 
 def test_images_are_trained_the_same_way(tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_images_are_trained_the_same_way(tmp_path: Path) -> None:
             config = {"corpus": [corpus], "private": {}}
             made.append(Node(server, tmp_path, name, [], **config))
         with nodes(*made):
-            state = master.service._fold.coordinator.state
+            state = master.service.master.state
             encoder = eventually(lambda: next((e for e in state.encoders.values() if e.status == "finished"), None), 60)
             for node in made:
                 eventually(lambda node=node: node.party.wait(0.0), 30)

@@ -16,11 +16,10 @@ from common.wire.codec import encode
 from common.wire.messages import Answer, Get, Message, Receipt, UpdateChunk
 from common.wire.topology import Topology
 from common.wire.transfer import checksum
-from master_service import service as service_module
+from master_service import master as master_module
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.service import MasterService
-from master_service.wire import updates as updates_module
 from tests.integration.harness import (
     TOPOLOGY,
     HandNode,
@@ -106,7 +105,7 @@ def test_an_update_that_kills_before_it_is_a_row_is_refused_in_the_end(
 
     node = HandNode(server, "a")
     with monkeypatch.context() as patch:
-        patch.setattr(updates_module, "measure", measure)
+        patch.setattr("master_service.arithmetic.aggregator.measure", measure)
         with dying_master(server, tmp_path, dies_of=Bang):
             instruction = node.enter()
             bodies = numbers(instruction)
@@ -118,20 +117,20 @@ def test_an_update_that_kills_before_it_is_a_row_is_refused_in_the_end(
             # sent again it is answered alike, and kills nobody
             node.send(node.manifest(instruction, 0, bodies, attempt=1), bodies)
             assert node.hear(Receipt).reason == "set-aside"
-            assert master.service._fold.coordinator.state.encoders[instruction.encoder].updates == 0
+            assert master.service.master.state.encoders[instruction.encoder].updates == 0
 
 
 def test_however_a_message_is_named_it_kills_twice_at_most(
     server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = service_module.understood
+    original = master_module.understood
 
     def understood(delivery: Delivery, topology: Topology) -> Message:
         if delivery.message_id and delivery.message_id.startswith("killer"):
             raise Bang
         return original(delivery, topology)
 
-    monkeypatch.setattr(service_module, "understood", understood)
+    monkeypatch.setattr("master_service.master.understood", understood)
     node = HandNode(server, "a")
     with dying_master(server, tmp_path, dies_of=Bang):
         get = encode(Get(sender="a", encoder_type="text"))

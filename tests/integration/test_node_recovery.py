@@ -22,6 +22,7 @@ from master_service.decisions.rules.model import GuardRule, aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.decisions.state import EncoderState
 from node_service.corpus.corpus import CorpusConfig
+from node_service.handover.handover import Handover
 from tests.integration.harness import TOPOLOGY, HandNode, Master, decided, eventually, numbers, running_master
 from tests.integration.test_federation import Node, lines, nodes
 
@@ -35,16 +36,15 @@ class Killed(BaseException):
 
 def kill_at(patch: pytest.MonkeyPatch, node: Node, label: str, occurrence: int) -> None:
     """Let the node die at a labelled step; nodes that are started later have the same name and live."""
-    service, seen, thread = node.service, [], node.party._thread
-    patch.setattr(service, "_say_goodbye", lambda: service._outbox.close(0.0))
+    seen: list[str] = []
 
     def reached(step: str) -> None:
-        if threading.current_thread() is thread and step == label:
+        if threading.current_thread().name == node.party.name and step == label:
             seen.append(step)
             if len(seen) == occurrence:
                 raise Killed
 
-    for module in ("checkpoint", "handover", "service"):
+    for module in ("training.checkpoint", "handover.handover", "node"):
         patch.setattr(f"node_service.{module}.reached", reached)
 
 
@@ -59,7 +59,7 @@ def receipts(directory: Path) -> list[dict[str, Any]]:
 
 
 def training_encoder(master: Master, updates: int = 2) -> EncoderState:
-    state = master.service._fold.coordinator.state
+    state = master.service.master.state
     found = eventually(lambda: next((e for e in state.encoders.values() if e.updates >= updates), None), 60)
     assert isinstance(found, EncoderState)
     return found
@@ -67,8 +67,8 @@ def training_encoder(master: Master, updates: int = 2) -> EncoderState:
 
 def trained_to_the_limit(node: Node) -> bool:
     """It has as many unanswered updates as it may, and a full one more to hand in."""
-    training = node.service._training
-    return training is not None and len(node.service._agent.unanswered) == UNANSWERED and not node.service._may_train()
+    inner = node.service.node
+    return inner is not None and len(inner.state.owed) == UNANSWERED and inner.figures.waiting_since is not None
 
 
 LABELS = [f"node {when} {what}" for what in ("owe", "checkpoint", "receipt", "ack") for when in ("before", "after")]
@@ -126,7 +126,7 @@ def test_a_node_restored_from_an_old_backup_takes_a_new_incarnation(tmp_path: Pa
             eventually(lambda: encoder.members["a"].incarnation != old, 30)
             eventually(lambda: encoder.members["a"].returns > returns, 30)
         assert [receipt["reason"] for receipt in receipts(tmp_path / "a")].count("conflict") >= 1
-        assert node.service._state.identity.incarnation == encoder.members["a"].incarnation
+        assert node.service.node.state.identity.incarnation == encoder.members["a"].incarnation
         assert list(encoder.members) == ["a"] and encoder.members["a"].returns == encoder.updates
 
 
@@ -181,14 +181,14 @@ def test_a_node_restarted_while_the_master_is_away_trains_on(
             node.end()
     back = Node(server, tmp_path, "a", lines(1))
     eventually(lambda: trained_to_the_limit(back), 30)
-    training = back.service._training
+    training = back.service.node.training
     assert training is not None and training.version >= 0
-    trained = training.trainer.steps
+    trained = training.steps
     assert trained > (0 if killed else node.service.figures.steps)
     with running_master(server, tmp_path / "master", settings) as master:
         encoder = training_encoder(master)
         eventually(lambda: back.service.figures.steps > trained, 30)
-        assert back.service._training is training, "the master's answer to the join builds nothing again"
+        assert back.service.node.training is training, "the master's answer to the join builds nothing again"
         back.end()
         # what was handed in before the kill is counted, and trained again behind another version
         steps = back.service.figures.steps + (4 * 2 if killed else 0)
@@ -204,7 +204,7 @@ def test_an_update_that_finds_no_room_on_disk_leaves_its_steps_to_the_checkpoint
         node = Node(server, tmp_path, "a", lines(1))
         training_encoder(master)
         with monkeypatch.context() as patch:
-            patch.setattr(node.service._handover, "hand_over", _full)
+            patch.setattr(Handover, "hand_over", _full)
             with pytest.raises(OSError, match="no space"):
                 eventually(lambda: node.party.wait(0.0), 30)
         node.broker.close()
@@ -230,7 +230,7 @@ def test_an_encoder_without_a_corpus_any_more_is_not_resumed(tmp_path: Path) -> 
     with nodes(back):
         eventually(lambda: back.service.figures.note == "waiting for an instruction")
         eventually(lambda: any(b"request.alive" in publication.body for publication in back.broker.left))
-        assert back.service._training is None and (tmp_path / "a" / "current.json").exists()
+        assert back.service.node.training is None and (tmp_path / "a" / "current.json").exists()
 
 
 @pytest.mark.parametrize("room", [UNANSWERED, 64])
@@ -241,7 +241,7 @@ def test_a_version_that_nobody_announced_is_found_on_the_stream(tmp_path: Path, 
     with running_master(server, tmp_path / "master", decided(update_rule=rule)) as master:
         node = Node(server, tmp_path, "a", lines(1), ask_after_seconds=0.3, max_steps_per_second=20.0)
         encoder = training_encoder(master)
-    eventually(lambda: len(node.service._agent.unanswered) >= 2, 20)  # all that the master said is long handled
+    eventually(lambda: len(node.service.node.state.owed) >= 2, 20)  # all that the master said is long handled
     size = Layout(encoder.layout).size
     publish_version(
         node.broker,
@@ -256,7 +256,7 @@ def test_a_version_that_nobody_announced_is_found_on_the_stream(tmp_path: Path, 
     )
     with nodes(node):
         eventually(lambda: node.service.figures.version == encoder.version + 5, 20)
-        training = node.service._training
+        training = node.service.node.training
         assert training is not None and training.version == encoder.version + 5 and training.trainer.progress >= 0.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import socket
 import subprocess
 import threading
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from common.brokers import open_broker
+from common.clock import SYSTEM
 from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Transient
-from common.numbers.encodings import decode_vector
+from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
-from common.numbers.parameters import ParameterSet
 from common.wire.broker import Delivery, Publication
 from common.wire.topology import Binding, Declarations, Exchange, Queue, Topology
 from common.wire.versions import VersionReader
@@ -171,10 +172,13 @@ def test_a_stream_that_somebody_deleted_is_there_again_with_the_next_version(amq
     topology, layout = Topology(f"deleted-{time.time_ns()}"), Layout([("weight", (3,))])
     broker, somebody = connect(amqp_url), connect(amqp_url)
     broker.declare(topology.master())
-    master = Publisher(broker, topology, "float32", lambda seconds: time.sleep(0.1) is not None)
+    master = Publisher(
+        broker, topology, "float32", clock=SYSTEM, ending=threading.Event(), new_id=lambda: secrets.token_hex(8)
+    )
     reader = VersionReader(somebody, topology, "tiny-1", layout.digest)
     for version in (1, 2):
-        master.version(Publish("tiny-1", version, 0.0), 1, ParameterSet(layout, torch.full((3,), float(version))))
+        bodies = encode_vector(torch.full((3,), float(version)), "float32")
+        master.version(Publish("tiny-1", version, 0.0), 1, layout.digest, bodies)
         read = reader.read(version, 0.0, timeout=20.0, patience=1.0)
         assert read.version == version and decode_vector(read.payload, 3, "float32").tolist() == [version] * 3
         somebody.delete_queue(topology.stream("tiny-1"))

@@ -18,7 +18,7 @@ from common.wire.messages import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.log.jsonl import export_log
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from node_service.corpus.corpus import CorpusConfig
 from tests.integration.harness import SMALL, Master, decided, eventually
 from tests.integration.test_federation import Node, lines
@@ -75,12 +75,12 @@ def fedbuff(directory: Path) -> None:
 
 
 def reached(master: Master, updates: int) -> None:
-    encoders = master.service._fold.coordinator.state.encoders
+    encoders = master.service.master.state.encoders
     eventually(lambda: any(encoder.updates >= updates for encoder in encoders.values()), 60)
 
 
 def finished(master: Master, nodes: list[Node]) -> None:
-    encoders = master.service._fold.coordinator.state.encoders
+    encoders = master.service.master.state.encoders
     eventually(lambda: any(encoder.status == "finished" for encoder in encoders.values()), 120)
     for node in nodes:
         eventually(lambda node=node: node.party.wait(0.0), 30)  # type: ignore[misc]
@@ -101,7 +101,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
             run(directory)
-            log = MessageLog(directory / "master", read_only=True)
+            log = open_log(directory / "master", read_only=True)
             done = export_log(log, HERE / f"{name}.jsonl.gz")
             receipts = b"".join(path.read_bytes() for path in sorted(directory.glob("*/receipts.jsonl")))
             (HERE / f"{name}.receipts.jsonl").write_bytes(receipts)

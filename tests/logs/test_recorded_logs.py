@@ -53,7 +53,7 @@ def test_decided_anew_by_the_same_rule_it_is_the_same_encoder(log: MessageLog, c
         }
         # that it was stopped by the replay stands in the receipts of a counterfactual
         assert counterfactual or again == encoder
-        assert refold.fold.aggregator.targets[name].parameters.digest() == encoder.digest
+        assert refold.fold.arithmetic.targets[name].parameters.digest() == encoder.digest
     assert refold.uncounted == 0
 
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.brokers.memory import MemoryBroker, MemoryServer
+from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, Poison
 from common.numbers.layout import Layout
-from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import SLICE
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
 from common.wire.messages import ParameterChunk, UpdateChunk
 from common.wire.topology import Topology
-from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest, update_chunks
+from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest
 from common.wire.versions import VersionReader, publish_version
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
+from tests.builders import update_chunks
 from tests.integration.harness import eventually
 from tests.unit.scenario import DIGEST, Scenario
 
@@ -212,13 +213,16 @@ def test_a_version_is_read_from_a_line_slower_than_the_first_patience(broker: Me
 
 def test_a_version_that_was_missed_is_not_written_again_a_moment_later(broker: MemoryBroker) -> None:
     layout = Layout([("weight", (3,))])
-    master = Publisher(broker, TOPOLOGY, "float32", lambda seconds: True)
+    master = Publisher(
+        broker, TOPOLOGY, "float32", clock=SYSTEM, ending=threading.Event(), new_id=lambda: secrets.token_hex(8)
+    )
     for effect, there in (
         (Publish("text-1", 1, progress=1.0), 1),
         (Publish("text-1", 1, progress=1.0, again=True), 1),  # many asked for it while it was written
         (Publish("text-1", 1, progress=0.0), 2),  # a training that goes on: with another progress
     ):
-        master.version(effect, 1, ParameterSet(layout, torch.zeros(3)))
+        if master.is_due(effect, 1):
+            master.version(effect, 1, layout.digest, [b"0" * 12])
         arrived: list[Delivery] = []
         reader = broker.read_stream(TOPOLOGY.stream("text-1"), arrived.append, start="first", prefetch=10)
         eventually(lambda arrived=arrived, there=there: len(arrived) >= there)

@@ -19,6 +19,7 @@ from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings
 from master_service.history.replay import rebuild
 from master_service.log.jsonl import export_log, opened
+from master_service.log.payloads import payload_path
 from tests.unit.deploy.conftest import Command
 from tests.unit.master.test_fold import Federation, snapshot
 from tests.unit.master.test_replay import flip, rewritten, some_update, trained
@@ -80,7 +81,7 @@ def test_damage_and_what_is_not_there_are_one_line(command: Command, run: Federa
         code, _, err = command("replay", "--state", run.directory, *arguments)
         assert code == 2 and words in err.splitlines()[-1], err
     entry = some_update(run)
-    flip(run.log.payloads.path(str(entry.payload)))
+    flip(payload_path(run.log.directory / "payloads", str(entry.payload)))
     for arguments in ([], ["--rule", "fedasync"]):
         code, _, err = command("replay", "--state", run.directory, *arguments)
         assert code == 1 and str(entry.payload) in err.splitlines()[-1] and "Traceback" not in err
@@ -224,7 +225,7 @@ def test_verify_names_everything_that_is_damaged(command: Command, run: Federati
     code, out, err = command("log", "verify", "--state", run.directory)
     assert code == 0 and "13 payloads and 1 snapshots whole; nothing damaged" in out, err
     updates = [entry for entry in run.log.entries() if isinstance(entry.body, UpdateManifest)]
-    flip(run.log.payloads.path(str(updates[0].payload)))
+    flip(payload_path(run.log.directory / "payloads", str(updates[0].payload)))
     run.log.payloads.remove(str(updates[1].payload))
     run.log.write_payload(b"nobody names this")
     flip(place / "state.json", 5)

@@ -15,7 +15,8 @@ from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import payload_size, slice_count
 from common.wire.messages import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
-from master_service.arithmetic.aggregator import Aggregator, PayloadsLost, Target, measure
+from master_service.arithmetic.aggregator import Aggregator, Target, measure
+from master_service.arithmetic.arithmetic import PayloadsLost
 from master_service.decisions.effects import Contribution, Generate, Step
 from master_service.decisions.records import Configured, Generated, Loggable, Started, UpdateFacts
 from master_service.decisions.rules.model import OuterOptimizer, aggregation_rule
@@ -23,8 +24,8 @@ from master_service.decisions.settings import Settings
 from master_service.history.fold import Fold
 from master_service.history.replay import rebuild, verify
 from master_service.history.snapshot import read_snapshot, write_snapshot
-from master_service.log.message_log import MessageLog
-from master_service.log.payloads import PayloadStore
+from master_service.log.message_log import open_log
+from master_service.log.payloads import FilePayloads, payload_path
 
 
 class Federation:
@@ -32,8 +33,8 @@ class Federation:
 
     def __init__(self, directory: Path, preset: str, size: int = 700) -> None:
         self.directory = directory
-        self.log = MessageLog(directory)
-        self.fold = Fold(self.log.payloads)
+        self.log = open_log(directory)
+        self.fold = Fold(Aggregator(self.log.payloads))
         self.layout = Layout([("w", (size,))])
         self.random = torch.Generator().manual_seed(5)
         self.at = 0.0
@@ -110,7 +111,7 @@ def test_the_log_alone_rebuilds_every_version_bit_for_bit(tmp_path: Path, preset
         if sequence == snapshot_after:
             snapshot(run)
     assert run.state.version >= 3
-    reader = MessageLog(tmp_path, read_only=True)
+    reader = open_log(tmp_path, read_only=True)
     for version, digest in digests.items():
         assert rebuild(reader, run.encoder, version)[1].digest() == digest
     assert rebuild(reader, run.encoder)[1].digest() == run.state.digest
@@ -122,7 +123,7 @@ def test_the_log_alone_rebuilds_every_version_bit_for_bit(tmp_path: Path, preset
     assert 0 < fold.offset < reader.last_offset
     assert all(check is None or check.identical for _, check in verify(reader, fold))
     assert fold.coordinator.state == run.fold.coordinator.state
-    assert fold.aggregator.targets[run.encoder].parameters.digest() == run.state.digest
+    assert fold.arithmetic.targets[run.encoder].parameters.digest() == run.state.digest
 
 
 def test_replay_finds_a_changed_payload(tmp_path: Path) -> None:
@@ -130,12 +131,12 @@ def test_replay_finds_a_changed_payload(tmp_path: Path) -> None:
     run.update("a", 0)
     run.update("b", 1)
     path = next(entry.payload for entry in run.log.entries() if isinstance(entry.body, UpdateManifest))
-    file = run.log.payloads.path(str(path))
+    file = payload_path(run.log.directory / "payloads", str(path))
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(Damaged, match=rf"row \d+ cannot be replayed: payload {path} is damaged"):
-        rebuild(MessageLog(tmp_path, read_only=True), run.encoder)
+        rebuild(open_log(tmp_path, read_only=True), run.encoder)
 
 
 def test_a_damaged_snapshot_is_skipped_for_the_one_before(tmp_path: Path) -> None:
@@ -157,22 +158,22 @@ def test_a_damaged_snapshot_is_skipped_for_the_one_before(tmp_path: Path) -> Non
 
 
 def test_the_ledger_keeps_order_time_and_ids(tmp_path: Path) -> None:
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     first = log.append(Get(sender="s", encoder_type="text"), message_id="one", at=50.0)
     assert first is not None and log.append(Get(sender="s", encoder_type="text"), message_id="one", at=60.0) is None
     second = log.append(Started(epoch=1, fingerprint={"torch": "x"}), message_id="two", at=40.0)
     assert second is not None and (second.offset, second.at) == (1, 50.0)  # time never goes back
     log.close()
-    again = MessageLog(tmp_path)
+    again = open_log(tmp_path)
     assert list(again.entries()) == [first, second] and again.last_offset == 1
     assert [entry.offset for entry in again.entries(after=0)] == [1]
     with pytest.raises(FileNotFoundError, match="no message log in"):
-        MessageLog(tmp_path / "nowhere", read_only=True)
+        open_log(tmp_path / "nowhere", read_only=True)
 
 
 def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     size = (1 << 20) + 777  # more than one slice
-    store = PayloadStore(tmp_path)
+    store = FilePayloads(tmp_path)
     torch.manual_seed(3)
     start = torch.randn(size)
     updates = [torch.randn(size) * 0.1 for _ in range(3)]

@@ -30,7 +30,8 @@ from master_service.decisions.records import (
 )
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import LossPlateau, Settings, StopRule
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
+from master_service.log.payloads import payload_path
 from tests.unit.common.test_codec import instances
 from tests.unit.scenario import DIGEST, LAYOUT, Scenario
 
@@ -56,11 +57,11 @@ RECORDS: list[Any] = [
 
 def test_every_record_of_the_masters_own_comes_back(tmp_path: Path) -> None:
     assert {type(record) for record in RECORDS} == set(get_args(Record))
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     for index, record in enumerate(RECORDS):
         log.append(record, message_id=str(index), at=float(index))
     log.close()
-    for reader in (MessageLog(tmp_path, read_only=True), MessageLog(tmp_path)):
+    for reader in (open_log(tmp_path, read_only=True), open_log(tmp_path)):
         assert [entry.body for entry in reader.entries()] == RECORDS
         reader.close()
 
@@ -72,7 +73,7 @@ def test_every_message_of_a_node_comes_back(message: Message) -> None:
 
 
 def test_facts_and_numbers_that_are_not_numbers_come_back(tmp_path: Path) -> None:
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     facts = UpdateFacts(digest=DIGEST, size=3, finite=True, norm=1 / 3)
     manifest = Scenario().manifest("a", "e", 0, loss=math.nan)
     log.append(manifest, message_id="u", at=0.1 + 0.2, facts=facts, payload=DIGEST)
@@ -84,7 +85,7 @@ def test_facts_and_numbers_that_are_not_numbers_come_back(tmp_path: Path) -> Non
 
 
 def test_a_payload_is_dropped_only_when_no_later_entry_needs_its_bytes_and_the_reason_is_kept(tmp_path: Path) -> None:
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     shared, alone = log.write_payload(b"the same"), log.write_payload(b"another")
     assert log.write_payload(b"the same") == shared
     for index, payload in enumerate((shared, alone, shared)):
@@ -98,8 +99,8 @@ def test_a_payload_is_dropped_only_when_no_later_entry_needs_its_bytes_and_the_r
 
 
 def test_a_damaged_payload_is_known_by_its_name_and_can_be_written_again(tmp_path: Path) -> None:
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     payload = log.write_payload(b"whole")
-    log.payloads.path(payload).write_bytes(b"torn")
+    payload_path(log.directory / "payloads", payload).write_bytes(b"torn")
     assert log.payloads.damage(payload) == "damaged"
     assert log.write_payload(b"whole") == payload and log.payloads.damage(payload) is None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.clock import SYSTEM
 from common.errors import Damaged
 from common.wire.messages import Stop, UpdateManifest
 from master_service.config import MasterConfig
@@ -31,10 +31,11 @@ from master_service.history.fold import Fold
 from master_service.history.repair import repair
 from master_service.history.replay import Refold, origin, rebuild, verify
 from master_service.history.retention import droppable, prune
-from master_service.history.snapshot import read_snapshot
-from master_service.history.state_directory import Journal
+from master_service.history.snapshot import kept_snapshots, read_snapshot
+from master_service.history.state_directory import Journal, open_journal
 from master_service.log.jsonl import export_log, opened
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import MessageLog, open_log
+from master_service.log.payloads import payload_path
 from tests.unit.master.test_fold import Federation, snapshot
 
 PLAIN = {"staleness": "constant", "count": "none"}
@@ -56,7 +57,7 @@ def by(rule: AggregationRule) -> Callable[[Settings], Settings]:
 
 
 def decided_anew(run: Federation, change: Callable[[Settings], Settings] | None = None, without: str = "") -> Refold:
-    refold = Refold(MessageLog(run.directory, read_only=True), change, frozenset(without))
+    refold = Refold(open_log(run.directory, read_only=True), change, frozenset(without))
     for _ in refold.run():
         pass
     return refold
@@ -64,7 +65,7 @@ def decided_anew(run: Federation, change: Callable[[Settings], Settings] | None 
 
 def replayed(directory: Path) -> Fold:
     """Verified from the log's origin; every version identical."""
-    log = MessageLog(directory, read_only=True)
+    log = open_log(directory, read_only=True)
     fold = origin(log).fold
     assert all(check is None or check.identical for _, check in verify(log, fold))
     return fold
@@ -123,7 +124,7 @@ def test_another_rule_makes_what_a_run_of_the_same_updates_under_it_makes(tmp_pa
         runs.append(run)
     refold = decided_anew(runs[0], by(other))
     assert runs[0].state.digest != runs[1].state.digest
-    assert refold.fold.aggregator.targets[runs[0].encoder].parameters.digest() == runs[1].state.digest
+    assert refold.fold.arithmetic.targets[runs[0].encoder].parameters.digest() == runs[1].state.digest
 
 
 def test_without_a_node_it_is_as_if_that_node_had_never_been(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def flip(path: Path, position: int = -1) -> None:
 
 def rewritten(log: MessageLog, directory: Path, change: Callable[[Loggable], Loggable]) -> MessageLog:
     """Another log with whole checksums, in which some rows say something else."""
-    made = MessageLog(directory)
+    made = open_log(directory)
     shutil.copytree(log.directory / "payloads", directory / "payloads", dirs_exist_ok=True)
     for entry in log.entries():
         made.append(
@@ -216,7 +217,7 @@ def some_update(run: Federation) -> Entry:
 def test_a_flipped_byte_of_a_payload_is_named(tmp_path: Path) -> None:
     run = trained(tmp_path, "return-count")
     entry = some_update(run)
-    flip(run.log.payloads.path(str(entry.payload)))
+    flip(payload_path(run.log.directory / "payloads", str(entry.payload)))
     assert examine(run.log).damage == [f"payload {entry.payload} of row {entry.offset} is damaged"]
     with pytest.raises(Damaged, match=f"cannot be replayed: payload {entry.payload} is damaged"):
         replayed(tmp_path)
@@ -242,7 +243,7 @@ def test_a_changed_or_missing_row_is_named(tmp_path: Path, statement: str, damag
     run.log.close()
     offset = 14
     change_rows(tmp_path, statement.format(offset))
-    log = MessageLog(tmp_path, read_only=True)
+    log = open_log(tmp_path, read_only=True)
     found = examine(log).damage
     assert found and damage.format(offset, offset) in found[0] and len(found) <= 2
     with pytest.raises(Damaged, match=r"row (14|15) "):
@@ -255,7 +256,7 @@ def test_a_row_that_was_made_to_look_like_another_kind_is_found(tmp_path: Path) 
     run.record(Skipped(offset=some_update(run).offset))
     run.log.close()
     change_rows(tmp_path, f"UPDATE entries SET kind = 'tick' WHERE offset = {run.log.last_offset}")
-    assert "columns" in examine(MessageLog(tmp_path, read_only=True)).damage[0]
+    assert "columns" in examine(open_log(tmp_path, read_only=True)).damage[0]
 
 
 def test_a_version_that_is_not_what_was_published_is_found(tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def pruned(directory: Path) -> Federation:
         run.update(node, sequence)
         if sequence in (4, 7):
             snapshot(run)
-    assert prune(run.log, directory / "snapshots", "since-snapshot", 99.0) > 0
+    assert prune(run.log, kept_snapshots(directory / "snapshots"), "since-snapshot", 99.0) > 0
     return run
 
 
@@ -331,13 +332,13 @@ def test_pruning_leaves_what_a_start_needs_from_either_snapshot(tmp_path: Path, 
     assert all(check is None or check.identical for _, check in verify(run.log, fold))
     assert fold.coordinator.state == run.fold.coordinator.state
     # nothing more can go, whatever is asked
-    assert droppable(run.log, tmp_path / "snapshots", 0) == []
+    assert droppable(run.log, kept_snapshots(tmp_path / "snapshots"), 0) == []
 
 
 def test_with_one_snapshot_alone_nothing_is_dropped(tmp_path: Path) -> None:
     run = trained(tmp_path, "fedasync")
     snapshot(run)
-    assert prune(run.log, tmp_path / "snapshots", 0, 1.0) == 0 and not run.log.dropped()
+    assert prune(run.log, kept_snapshots(tmp_path / "snapshots"), 0, 1.0) == 0 and not run.log.dropped()
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def test_with_one_snapshot_alone_nothing_is_dropped(tmp_path: Path) -> None:
 
 def start_again(directory: Path) -> Journal:
     """What a master does first, without a broker."""
-    return Journal(MasterConfig(state_dir=directory), time.time, lambda: False)
+    return open_journal(MasterConfig(state_dir=directory), clock=SYSTEM)
 
 
 def test_a_ledger_that_is_whole_needs_no_repair(tmp_path: Path) -> None:
@@ -367,7 +368,7 @@ def test_a_truncated_ledger_is_kept_as_far_as_it_is_whole(tmp_path: Path) -> Non
     assert report.damaged.exists() and not (tmp_path / "repaired").exists()
     assert repair(tmp_path) is None
     fold = replayed(tmp_path)
-    log = MessageLog(tmp_path, read_only=True)
+    log = open_log(tmp_path, read_only=True)
     assert f"rows after {report.last_whole} were lost" in origin(log).left_out
     assert 0 < fold.coordinator.state.encoders[run.encoder].version < run.state.version
     journal = start_again(tmp_path)
@@ -397,7 +398,7 @@ def test_behind_a_newer_snapshot_a_lost_wal_costs_rows_and_no_state(tmp_path: Pa
     assert journal.fold.offset == lost and journal.fold.coordinator.state == state
     assert not any(check for _, check in verify(journal.log, journal.fold)) and journal.carried_out == lost
     journal.close()
-    log = MessageLog(copy, read_only=True)
+    log = open_log(copy, read_only=True)
     start = origin(log)
     assert f"rows after {whole}, up to {lost}, were lost" in start.left_out and start.fold.offset == lost
     assert replayed(copy).coordinator.state == state
@@ -425,7 +426,7 @@ def test_rows_that_follow_a_snapshot_are_kept_behind_a_damaged_one(tmp_path: Pat
     assert report is not None
     assert (report.last_whole, report.resumed_at, report.newest) == (12, older, rows[-1].offset)
     assert repair(tmp_path) is None
-    log = MessageLog(tmp_path, read_only=True)
+    log = open_log(tmp_path, read_only=True)
     kept = list(log.entries())
     assert kept[:13] == rows[:13] and kept[14:] == rows[older + 1 :] and isinstance(kept[13].body, Repaired)
     assert replayed(tmp_path).coordinator.state == run.fold.coordinator.state
@@ -434,7 +435,7 @@ def test_rows_that_follow_a_snapshot_are_kept_behind_a_damaged_one(tmp_path: Pat
     assert journal.fold.coordinator.state == run.fold.coordinator.state
     assert journal.append(Tick()) is not None
     journal.close()
-    assert not examine(MessageLog(tmp_path, read_only=True)).damage
+    assert not examine(open_log(tmp_path, read_only=True)).damage
     gaps: list[str] = []
     shown = list(issued(log, gaps))
     assert len(gaps) == 1 and all(receipt in told for receipt in shown) and shown[-1] == told[-1]

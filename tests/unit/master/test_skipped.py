@@ -10,7 +10,7 @@ from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.records import Skipped
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.history.audit import issued
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import open_log
 from tests.unit.scenario import Scenario, receipts
 
 
@@ -36,7 +36,7 @@ def test_s_the_audit_shows_no_receipt_of_a_skipped_update(tmp_path: Path) -> Non
     for node, sequence in (("a", 0), ("b", 0), ("a", 1)):
         run.update(node, name, sequence)
     run.update("b", name, 1, size=1)  # refused: a receipt follows at once
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     for entry in run.log:
         log.append(entry.body, message_id=entry.message_id, at=entry.at, facts=entry.facts, payload=entry.payload)
     assert [(each.node, each.sequence) for each in issued(log)] == [("a", 0), ("b", 0), ("b", 1)]
@@ -50,7 +50,7 @@ def test_s_the_demos_report_counts_no_skipped_update(tmp_path: Path) -> None:
     name = run.generate()
     run.join("a", name)
     run.update("a", name, 0)
-    log = MessageLog(tmp_path)
+    log = open_log(tmp_path)
     for entry in run.log:
         log.append(entry.body, message_id=entry.message_id, at=entry.at, facts=entry.facts, payload=entry.payload)
     # the same update once more, which is answered by its receipt again, unless that row is skipped

@@ -34,7 +34,7 @@ def test_what_is_read_is_what_was_written_and_goes_on_alike(run: tuple[Federatio
     assert fold.coordinator.state.model_dump_json() == federation.fold.coordinator.state.model_dump_json()
     [item] = fold.coordinator.state.encoders[federation.encoder].buffer
     assert math.isnan(item.loss)
-    mine, theirs = (f.aggregator.targets[federation.encoder] for f in (fold, federation.fold))
+    mine, theirs = (f.arithmetic.targets[federation.encoder] for f in (fold, federation.fold))
     assert mine.parameters.digest() == theirs.parameters.digest()
     assert mine.momentum is not None and theirs.momentum is not None and mine.momentum.equal(theirs.momentum)
 

@@ -177,5 +177,5 @@ def test_who_asks_for_the_status_or_an_encoder_is_no_node(tmp_path: Path) -> Non
         seen = observer.status(10.0)
         assert seen.nodes == ("clinic",)
         assert [list(encoder.members) for encoder in seen.encoders.values()] == [["clinic"]]
-        assert list(master.service.live.last_seen) == ["clinic"]
+        assert list(master.service.master.live.last_seen) == ["clinic"]
         observer.close()

@@ -8,8 +8,9 @@ from common.wire.messages import Continue, Fetch, Finish, Finished, Get, Leave, 
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
-from master_service.decisions.records import Presence, Started, StopRule, Tick
+from master_service.decisions.records import Presence, Started, Tick
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.decisions.state import State
 from master_service.decisions.streams import STREAM_SECONDS
 from tests.unit.scenario import Scenario, sent

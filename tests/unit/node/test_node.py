@@ -29,8 +29,8 @@ from common.wire.messages import (
     UpdateRule,
 )
 from node_service.agent import Agent, Answered, CheckSamples, Read, Reincarnate, Republish, Say, Train
-from node_service.handover.local_state import LocalState
-from node_service.training.trajectory import Frame
+from node_service.handover.local_state import open_local_state
+from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
 from tests.unit.scenario import Scenario
 
@@ -41,7 +41,8 @@ def test_the_first_bound_that_is_reached_returns() -> None:
     since = SinceReturn()
     assert not must_return(ReturnWhen(steps=1), since)
     for loss in (4.0, 4.0, 2.0):
-        since.step(samples=32, seconds=0.5, loss=loss)
+        since.step(samples=32, loss=loss)
+        since.seconds += 0.5
     assert since.mean_loss == pytest.approx(10 / 3)
     assert must_return(ReturnWhen(steps=3), since) and not must_return(ReturnWhen(steps=4), since)
     assert must_return(ReturnWhen(seconds=1.5), since) and not must_return(ReturnWhen(seconds=1.6), since)
@@ -65,7 +66,7 @@ def test_every_step_is_handed_in_once_and_none_is_lost(events: list[str]) -> Non
     """With float32 and whole numbers everything is exact: local − what is counted is what is still to be counted."""
     layout, random = Layout([("w", (8,))]), torch.Generator().manual_seed(0)
     target = torch.zeros(8)
-    frame, local = Frame(ParameterSet(layout, target.clone())), target.clone()
+    trajectory, local = Trajectory(ParameterSet(layout, target.clone())), target.clone()
     trained_since, in_flight, counted_not_read = torch.zeros(8), {}, torch.zeros(8)
     sequence = 0
     for event in events:
@@ -74,31 +75,31 @@ def test_every_step_is_handed_in_once_and_none_is_lost(events: list[str]) -> Non
                 step = torch.randint(-9, 9, (8,), generator=random).float()
                 local, trained_since = local + step, trained_since + step
             case "hand in":
-                bodies = frame.hand_in(sequence, local, "float32")
+                bodies = trajectory.hand_in(sequence, local, "float32")
                 in_flight[sequence] = -decode_vector(b"".join(bodies), 8, "float32")
                 assert torch.equal(in_flight[sequence], trained_since)
                 trained_since, sequence = torch.zeros(8), sequence + 1
             case "accept" if in_flight:
                 first = min(in_flight)
                 counted_not_read = counted_not_read + in_flight.pop(first)
-                frame.settle(first, accepted=True)
+                trajectory.count(first)
             case "refuse" if in_flight:
                 # what was refused stays in the local path until the next version is read, and is gone then
                 first = min(in_flight)
                 del in_flight[first]
-                frame.settle(first, accepted=False)
+                trajectory.discard(first)
             case "version":
                 target = target + torch.randint(-9, 9, (8,), generator=random).float() + counted_not_read
-                local, counted_not_read = frame.adopt(target, local), torch.zeros(8)
+                local, counted_not_read = trajectory.adopt(target, local), torch.zeros(8)
                 ahead = trained_since + sum(in_flight.values(), torch.zeros(8))
                 assert torch.equal(local, target + ahead)
 
 
 def test_restart_forgets_the_path() -> None:
-    frame = Frame(ParameterSet(Layout([("w", (4,))]), torch.ones(4)))
-    frame.hand_in(0, torch.full((4,), float("nan")), "int8")
-    assert torch.equal(frame.restart(frame.origin), torch.ones(4))
-    assert decode_vector(b"".join(frame.hand_in(1, torch.zeros(4), "int8")), 4, "int8").tolist() == [1.0] * 4
+    trajectory = Trajectory(ParameterSet(Layout([("w", (4,))]), torch.ones(4)))
+    trajectory.hand_in(0, torch.full((4,), float("nan")), "int8")
+    assert torch.equal(trajectory.restart(trajectory.origin), torch.ones(4))
+    assert decode_vector(b"".join(trajectory.hand_in(1, torch.zeros(4), "int8")), 4, "int8").tolist() == [1.0] * 4
 
 
 # --- agent -----------------------------------------------------------------------------------------------------------
@@ -159,7 +160,8 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(finish()) == []  # once is enough, unless the reading fails
     assert agent.read_failed("text-1", 4) == []  # what is wanted now is newer
     # training that goes on before the last version was found is gone on with
-    assert agent.receive(rule(version=5)) == [Train(instruction(), rule(version=5))] and agent.training
+    assert agent.receive(rule(version=5)) == [Train(instruction(), rule(version=5)), Republish()]
+    assert agent.training
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)] and not agent.training
     agent.read_failed("text-1", 5)
     assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
@@ -188,14 +190,12 @@ def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> N
 
 
 def test_receipts_resends_and_conflicts() -> None:
-    agent = Agent("n", "i", ("text",), unanswered={3, 4, 5})
+    agent = Agent("n", "i", ("text",))
     assert agent.receive(receipt(3)) == [Answered(receipt(3))]
     assert agent.receive(receipt(4, incarnation="old")) == []
     again = Resend(encoder="text-1", node="n", incarnation="i", sequence=4, attempt=2)
     assert agent.receive(again) == [Republish(4, 2)]
-    assert agent.receive(again.model_copy(update={"sequence": 3})) == []  # settled: nothing to send
     assert agent.receive(receipt(5, reason="conflict")) == [Answered(receipt(5, reason="conflict")), Reincarnate()]
-    assert agent.unanswered == {4}
 
 
 def test_a_refusal_turns_to_the_next_encoder() -> None:
@@ -214,25 +214,25 @@ def test_a_refusal_turns_to_the_next_encoder() -> None:
 
 
 def test_what_is_owed_survives_and_numbers_are_never_given_twice(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = open_local_state(tmp_path, "n")
     numbers = [state.next_sequence(), state.next_sequence()]
     run = Scenario()
     manifests = [run.manifest("n", "text-1", number, incarnation=state.identity.incarnation) for number in numbers]
     for manifest in manifests:
         state.owe(manifest, b"x" * manifest.size)
     state.close()
-    again = LocalState(tmp_path, "n")
+    again = open_local_state(tmp_path, "n")
     assert again.identity == state.identity and again.next_sequence() == 2
-    assert [owed.manifest for owed in again.owed()] == manifests
-    again.settle(0)
-    assert again.find(0) is None and again.find(1) is not None
-    assert [len(body) for body in again.owed()[0].bodies()] == [manifests[1].size]
+    assert list(again.owed.values()) == manifests
+    again.answered(0)
+    assert list(again.owed) == [1]
+    assert again.chunk(manifests[0], 0) is None and again.chunk(manifests[1], 0) == b"x" * manifests[1].size
     before = again.identity.incarnation
     again.reincarnate()
-    assert again.identity.incarnation != before and again.owed() == []
+    assert again.identity.incarnation != before and not again.owed
     again.close()
     with pytest.raises(UserError, match="belongs to node 'n', not 'other'"):
-        LocalState(tmp_path, "other")
+        open_local_state(tmp_path, "other")
     (tmp_path / "identity.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        LocalState(tmp_path, "n")
+        open_local_state(tmp_path, "n")

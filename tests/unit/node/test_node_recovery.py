@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from common.brokers.memory import MemoryBroker, MemoryServer
+from common.clock import SYSTEM, VirtualClock
 from common.encoders.base import Batch, EncoderModel
 from common.errors import LockHeld, UserError
 from common.numbers.encodings import decode_vector, encode_vector
@@ -39,12 +39,13 @@ from common.wire.versions import VersionReader, publish_version
 from node_service.agent import Agent, Answered, CheckSamples, Drop, Look, Read, Say, Train
 from node_service.handover import handover
 from node_service.handover.handover import Handover
-from node_service.handover.local_state import LocalState
-from node_service.handover.reading import VersionRead, VersionThread
+from node_service.handover.local_state import LocalState, open_local_state
+from node_service.handover.reading import Reading, VersionRead
 from node_service.handover.receipt_book import Ledger, ReceiptBook
+from node_service.handover.store import DirectoryStore
 from node_service.training import checkpoint
 from node_service.training.private_parts import load_private
-from node_service.training.session import Training
+from node_service.training.session import Session
 
 DIGEST = "0" * 64
 SIZE = 48
@@ -99,18 +100,36 @@ def _fake_type() -> Iterator[None]:
         yield
 
 
-def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Training:
-    training = Training(
+#: Where the state directories of this module's states are.
+DIRECTORIES: dict[int, Path] = {}
+
+
+def opened(directory: Path) -> LocalState:
+    state = open_local_state(directory, "n")
+    DIRECTORIES[id(state)] = directory
+    return state
+
+
+def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Session:
+    training = Session(
         instruction,
         ["sample"],
-        state.private(instruction.encoder),
+        private_of(state, instruction.encoder),
         private={},
         seed=0,
         device="cpu",
         ledger=state.ledger(instruction.encoder),
     )
-    training.retune(RULE.update_rule)
+    training.retune(RULE.update_rule, 0.0)
     return training
+
+
+def private_of(state: LocalState, encoder: str = "fake-1") -> Path:
+    return DIRECTORIES[id(state)] / "encoders" / encoder
+
+
+def save(training: Session, state: LocalState) -> None:
+    training.save(state.identity.incarnation, state.identity.next_sequence)
 
 
 def version(number: int, vector: Tensor) -> CompleteVersion:
@@ -166,7 +185,7 @@ class Life:
         self.start()
 
     def start(self) -> None:
-        self.state = LocalState(self.directory, "n")
+        self.state = opened(self.directory)
         self.training = training_of(self.state)
         if self.training.version < 0:
             self.read_version()
@@ -186,7 +205,7 @@ class Life:
         local = self.training.trainer.shared().vector
         local[self.taken] += 1
         self.training.trainer.set_shared(local)
-        self.training.since.step(1, 1.0, 1.0)
+        self.training.since.step(1, 1.0)
         self.since.add(self.taken)
         self.taken += 1
 
@@ -216,8 +235,8 @@ class Life:
         if kill_before_forgetting:
             self.kill()
             return
-        self.state.settle(sequence)
-        self.training.settle(sequence, accepted, made.reason)
+        self.state.answered(sequence)
+        self.training.answered(made)
 
     def read_version(self) -> None:
         self.version += 1
@@ -232,7 +251,7 @@ class Life:
         assert torch.equal(self.training.trainer.shared().vector, self.target + ahead)
 
     def save(self) -> None:
-        self.training.save()
+        save(self.training, self.state)
         self.saved = (self.last_sequence, set(self.since), dict(self.path))
         self.safe |= self.since
 
@@ -271,10 +290,10 @@ def test_no_step_is_handed_in_twice_and_none_that_was_checkpointed_is_lost(event
 
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Steps, optimiser, data position and error feedback: killed and not killed lead to the same int8 update."""
-    state = LocalState(tmp_path / "a", "n")
+    state = opened(tmp_path / "a")
     rule = UpdateRule()  # int8
     training = training_of(state)
-    training.retune(rule)
+    training.retune(rule, 0.0)
     training.adopt(version(3, torch.ones(SIZE)))
     for sequence in range(2):
         for _ in range(5):
@@ -284,22 +303,22 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
         state.owe(made, b"".join(bodies))
     training.step()
     training.trainer.progress = 0.25
-    training.save()
+    save(training, state)
 
     again = training_of(state)
-    again.retune(rule)
+    again.retune(rule, 0.0)
     assert (again.version, again.trainer.progress, again.since) == (3, 0.25, training.since)
     assert again.trainer.steps == training.trainer.steps == 11
     for each in (training, again):
         each.step()
-        each.settle(1, False, "stale")  # takes back what its encoding left
+        each.answered(receipt(1, state.identity.incarnation, "stale"))  # takes back what its encoding left
     mine, theirs = (each.hand_in("n", "i", 2, wants_version=True) for each in (training, again))
     assert mine[1] == theirs[1] and mine[0].steps == theirs[0].steps == 2
     state.close()
 
 
 def test_an_update_that_was_found_not_finite_meanwhile_starts_the_path_again(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     training = training_of(state)
     training.adopt(version(0, torch.ones(SIZE)))
     training.step()
@@ -307,10 +326,10 @@ def test_an_update_that_was_found_not_finite_meanwhile_starts_the_path_again(tmp
     made, bodies = training.hand_in("n", state.identity.incarnation, number, wants_version=True)
     state.owe(made, b"".join(bodies))
     training.step()
-    training.save()
+    save(training, state)
     state.remember(receipt(number, state.identity.incarnation, "not-finite"))
     state.close()
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     again = training_of(state)
     assert again.since.steps == 0 and again.version == 0 and again.trainer.optimizer.state == {}
     assert torch.equal(again.trainer.shared().vector, torch.ones(SIZE))
@@ -318,11 +337,11 @@ def test_an_update_that_was_found_not_finite_meanwhile_starts_the_path_again(tmp
 
 
 def test_the_path_is_of_one_incarnation_and_ends_with_the_training(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     training = training_of(state)
     training.adopt(version(4, torch.ones(SIZE)))
     training.step()
-    training.save()
+    save(training, state)
     assert training_of(state).version == 4
     before = state.identity.incarnation
     state.reincarnate()
@@ -332,7 +351,7 @@ def test_the_path_is_of_one_incarnation_and_ends_with_the_training(tmp_path: Pat
     assert torch.equal(other.model.private_parameters()["own"], training.model.private_parameters()["own"])
     other.adopt(version(4, torch.ones(SIZE)))
     other.step()
-    other.finish(version(5, torch.ones(SIZE)))
+    other.finish(version(5, torch.ones(SIZE)), None)
     assert other.since.steps == 0
     assert training_of(state).version == -1
     # trained further, it starts from the version that is read
@@ -343,15 +362,15 @@ def test_the_path_is_of_one_incarnation_and_ends_with_the_training(tmp_path: Pat
 
 def test_a_backup_of_two_moments_restores_no_path(tmp_path: Path) -> None:
     """A checkpoint that knows of an update which the rest of the directory does not."""
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     training = training_of(state)
     training.adopt(version(0, torch.zeros(SIZE)))
     training.step()
     made, bodies = training.hand_in("n", state.identity.incarnation, state.next_sequence(), wants_version=True)
     state.owe(made, b"".join(bodies))
-    training.save()
+    save(training, state)
     assert training_of(state).version == 0
-    state.settle(0)
+    state.answered(0)
     assert training_of(state).version == -1
     state.close()
 
@@ -375,33 +394,33 @@ def dying(label: str) -> Callable[[str], None]:
 def test_a_checkpoint_is_the_new_one_or_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
 ) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     training = training_of(state)
     training.adopt(version(0, torch.zeros(SIZE)))
     training.step()
-    training.save()
+    save(training, state)
     training.step()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "reached", dying(f"node {label} checkpoint"))
         with pytest.raises(Killed):
-            training.save()
+            save(training, state)
     again = training_of(state)
     steps = 2 if label == "after" else 1
     assert again.trainer.steps == again.since.steps == steps
-    training.save()
+    save(training, state)
     assert training_of(state).trainer.steps == 2
-    pinned = json.loads((state.private("fake-1") / "pinned.json").read_text())
+    pinned = json.loads((private_of(state) / "pinned.json").read_text())
     assert pinned == {"encoder": "fake-1", "version": 0, "steps": 2, "type": "fake", "architecture": {}}
     state.close()
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"{}", lambda raw: b""])
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    state = LocalState(tmp_path, "n")
-    assert load_private(state.private("fake-1"), FakeModel()) is None
+    state = opened(tmp_path)
+    assert load_private(private_of(state), FakeModel()) is None
     training = training_of(state)
-    training.save()
-    file = state.private("fake-1") / "checkpoint.safetensors"
+    save(training, state)
+    file = private_of(state) / "checkpoint.safetensors"
     model = FakeModel()
     found = load_private(file.parent, model)
     assert found is not None and found.facts.path is None and found.facts.encoder == "fake-1"
@@ -415,45 +434,45 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, damage: Callable[[
 
 
 def test_a_state_directory_is_for_one_process(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     with pytest.raises(LockHeld, match="in use by process"):
-        LocalState(tmp_path, "n")
+        opened(tmp_path)
     state.close()
     (tmp_path / "identity.json").write_text("{")
     for _ in range(2):  # the failed start lets go of it
         with pytest.raises(UserError, match="damaged"):
-            LocalState(tmp_path, "n")
+            opened(tmp_path)
 
 
 def test_receipts_are_remembered_once_and_a_torn_line_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "receipts.jsonl"
-    book = ReceiptBook(path)
+    book = ReceiptBook(DirectoryStore(tmp_path))
     assert [book.remember(receipt(number)) for number in (0, 1, 0)] == [True, True, False]
     assert book.remember(receipt(0, incarnation="other"))
     whole = path.read_bytes()
     for length in range(1, 60, 7):
         path.write_bytes(whole + receipt(2).model_dump_json().encode()[:length])
-        again = ReceiptBook(path)
+        again = ReceiptBook(DirectoryStore(tmp_path))
         assert path.read_bytes() == whole
         assert again.of("i") == [receipt(0), receipt(1)] and again.of("other") == [receipt(0, "other")]
     assert again.remember(receipt(2)) and not again.remember(receipt(1))
-    assert ReceiptBook(path).of("i") == [receipt(0), receipt(1), receipt(2)]
+    assert ReceiptBook(DirectoryStore(tmp_path)).of("i") == [receipt(0), receipt(1), receipt(2)]
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"nonsense\n" + lines[2])
     with pytest.raises(UserError, match=r"receipts\.jsonl: line 2 is damaged; .*remove .* to join as a new"):
-        ReceiptBook(path)
+        ReceiptBook(DirectoryStore(tmp_path))
 
 
 def test_what_a_killed_process_left_of_its_updates(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     mine = state.identity.incarnation
     for _ in range(3):
         number = state.next_sequence()
         state.owe(manifest(number, mine), b"%d" % number)
     owed = tmp_path / "owed"
-    state.owe(manifest(0, mine, attempt=1), b"another attempt has the same payload")
-    found = state.find(0)
-    assert found is not None and found.payload == b"0" and found.manifest.attempt == 1
+    again = manifest(0, mine, attempt=1)
+    state.sent_as(again)  # another attempt has the same payload
+    assert state.chunk(again, 0) == b"0" and state.owed[0].attempt == 1
     state.remember(receipt(1, mine))  # killed before it was forgotten
     state.close()
     (owed / "000000000003.payload").write_bytes(b"never sent")  # killed before the manifest
@@ -461,8 +480,8 @@ def test_what_a_killed_process_left_of_its_updates(tmp_path: Path) -> None:
     (owed / "000000000005.json").write_text(manifest(5, "another").model_dump_json())
     (owed / "000000000005.payload").write_bytes(b"of another incarnation")
 
-    state = LocalState(tmp_path, "n")
-    assert [each.manifest.sequence for each in state.owed()] == [0, 2]
+    state = opened(tmp_path)
+    assert list(state.owed) == [0, 2]
     assert sorted(path.name for path in owed.iterdir()) == [
         f"{number:012d}.{kind}" for number in (0, 2) for kind in ("json", "payload")
     ]
@@ -472,32 +491,32 @@ def test_what_a_killed_process_left_of_its_updates(tmp_path: Path) -> None:
     # an identity from an older moment than the updates gives no number again
     state.close()
     (tmp_path / "identity.json").write_text(json.dumps({"node": "n", "incarnation": mine, "next_sequence": 1}))
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     assert state.next_sequence() == 3
     state.close()
 
 
 def test_a_conflict_that_was_heard_leads_to_a_new_incarnation_even_after_a_kill(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     mine = state.identity.incarnation
     state.owe(manifest(state.next_sequence(), mine), b"x")
     state.remember_current(INSTRUCTION, RULE)
     state.remember(receipt(0, mine, "conflict"))
     state.close()
     for _ in range(2):
-        state = LocalState(tmp_path, "n")
+        state = opened(tmp_path)
         new = state.identity.incarnation
-        assert new != mine and state.owed() == [] and state.current() is None and state.identity.next_sequence == 0
+        assert new != mine and not state.owed and state.current() is None and state.identity.next_sequence == 0
         state.close()
-    assert LocalState(tmp_path, "n").identity.incarnation == new
+    assert opened(tmp_path).identity.incarnation == new
 
 
 def test_what_is_trained_is_remembered_for_one_incarnation(tmp_path: Path) -> None:
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     assert state.current() is None
     state.remember_current(INSTRUCTION, RULE)
     state.close()
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     current = state.current()
     assert current is not None and current.instruction == INSTRUCTION and current.rule == RULE
     kept = (tmp_path / "current.json").read_bytes()
@@ -514,10 +533,10 @@ def test_what_is_trained_is_remembered_for_one_incarnation(tmp_path: Path) -> No
 def test_the_labelled_steps_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each label the disk holds what a restart needs."""
     seen: list[tuple[str, int, int]] = []
-    state = LocalState(tmp_path, "n")
+    state = opened(tmp_path)
     mine = state.identity.incarnation
     monkeypatch.setattr(
-        handover, "reached", lambda label: seen.append((label, len(state.owed()), len(state.ledger("fake-1").answered)))
+        handover, "reached", lambda label: seen.append((label, len(state.owed), len(state.ledger("fake-1").answered)))
     )
 
     class Out:
@@ -526,11 +545,11 @@ def test_the_labelled_steps_of_an_update(tmp_path: Path, monkeypatch: pytest.Mon
         def __init__(self) -> None:
             self.sent: list[tuple[int, int]] = []
 
-        def update(self, made: UpdateManifest, bodies: Any) -> None:
+        def update(self, made: UpdateManifest) -> None:
             self.sent.append((made.sequence, made.attempt))
 
     out = Out()
-    over = Handover(state, out)  # type: ignore[arg-type]
+    over = Handover(state, out, SYSTEM)  # type: ignore[arg-type]
     over.hand_over(manifest(state.next_sequence(), mine), [b"1234"])
     over.send_unanswered(after=60.0)
     assert out.sent == [(0, 0)]
@@ -539,8 +558,9 @@ def test_the_labelled_steps_of_an_update(tmp_path: Path, monkeypatch: pytest.Mon
     out.problem = ""
     over.send_unanswered(after=0.0)
     assert out.sent == [(0, 0), (0, 1)]
-    assert Handover(state, out).send_owed() == {0} and out.sent[-1] == (0, 2)  # type: ignore[arg-type]
-    assert over.settle(receipt(0, mine)) and not over.settle(receipt(0, mine))
+    Handover(state, out, SYSTEM).send_owed()  # type: ignore[arg-type]
+    assert out.sent[-1] == (0, 2)
+    assert over.answered(receipt(0, mine)) and not over.answered(receipt(0, mine))
     over.send_unanswered(after=0.0)
     assert len(out.sent) == 3
     assert seen[:4] == [
@@ -549,7 +569,7 @@ def test_the_labelled_steps_of_an_update(tmp_path: Path, monkeypatch: pytest.Mon
         ("node before receipt", 1, 0),
         ("node after receipt", 1, 1),
     ]
-    assert state.owed() == []
+    assert not state.owed
     state.close()
 
 
@@ -594,7 +614,7 @@ def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news(
 
 
 def test_an_encoder_that_the_master_does_not_know_is_let_go() -> None:
-    agent = Agent("n", "i", ("fake",), unanswered={0})
+    agent = Agent("n", "i", ("fake",))
     agent.resume(INSTRUCTION, RULE, version=6)
     other = INSTRUCTION.model_copy(update={"encoder": "fake-2"})
     agent.receive(other)
@@ -604,7 +624,7 @@ def test_an_encoder_that_the_master_does_not_know_is_let_go() -> None:
 
 
 def test_a_master_that_knows_fewer_versions_is_followed_back() -> None:
-    agent = Agent("n", "i", ("fake",), unanswered={0, 1})
+    agent = Agent("n", "i", ("fake",))
     agent.resume(INSTRUCTION, RULE, version=9)
     future = receipt(0, reason="future", version=3)
     settle, ask = agent.receive(future)
@@ -656,17 +676,25 @@ def publish(broker: MemoryBroker, number: int, epoch: int, value: float = 0.0) -
     )
 
 
+def looked(reader: VersionReader, at_least: int) -> CompleteVersion | None:
+    reader.look(at_least, patience=0.2)
+    found = None
+    while found is None and reader.searching:
+        found = reader.step(wait=0.05)
+    return found
+
+
 def test_the_very_version_that_was_named_and_what_nobody_named() -> None:
     broker = MemoryBroker(MemoryServer(), user="n", dead_letters=TOPOLOGY.dead_letters)
     for number in (2, 3, 4):
         publish(broker, number, epoch=1)
     publish(broker, 3, epoch=1, value=1.0)  # by a master whose epochs were restored from a backup too
     reader = VersionReader(broker, TOPOLOGY, "fake-1", LAYOUT.digest)
-    first = reader.look(3, patience=0.2)
+    first = looked(reader, 3)
     assert first is not None and first.version == 4
-    assert reader.look(3, patience=0.2) is None  # seen
+    assert looked(reader, 3) is None  # seen
     publish(broker, 5, epoch=1)
-    newer = reader.look(5, patience=0.2)
+    newer = looked(reader, 5)
     assert newer is not None and newer.version == 5
     named = reader.read(3, 0.0, exact=True, patience=0.2)
     assert named.version == 3 and decode_vector(named.payload, SIZE, "float32")[0] == 1.0
@@ -674,24 +702,34 @@ def test_the_very_version_that_was_named_and_what_nobody_named() -> None:
     broker.close()
 
 
-def test_looking_is_quiet_and_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    broker = MemoryBroker(MemoryServer(), user="n", dead_letters=TOPOLOGY.dead_letters)
-    done: list[VersionRead] = []
-    thread = VersionThread(broker, TOPOLOGY, done.append)
-    thread.look("fake-1", LAYOUT.digest, 1)  # there is no such stream
+def test_looking_is_quiet_and_gives_way() -> None:
+    clock = VirtualClock()
+    broker = MemoryBroker(MemoryServer(clock.now), user="n", dead_letters=TOPOLOGY.dead_letters, threaded=False)
+    reading = Reading(broker, TOPOLOGY, clock)
+
+    def outcomes() -> list[VersionRead]:
+        """What comes of it while nothing else happens."""
+        found = []
+        for _ in range(40):
+            while broker.deliver():
+                pass
+            if (read := reading.read_one()) is not None:
+                found.append(read)
+            clock.wait(0.5)
+        return found
+
+    reading.look(INSTRUCTION, 1)  # there is no such stream
+    assert outcomes() == []
     publish(broker, 1, epoch=1)
-    thread.read("fake-1", LAYOUT.digest, 1, 0.0, exact=False)
+    reading.read(INSTRUCTION, 1, 0.0, exact=False)
     for _ in range(3):
-        thread.look("fake-1", LAYOUT.digest, 2)
-    deadline = time.monotonic() + 10.0
-    while not done and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(1.5)  # the looks are over, without a word
-    assert [read.version.version if read.version else read.problem for read in done] == [1]
+        reading.look(INSTRUCTION, 2)
+    assert [read.version.version for read in outcomes() if read.version] == [1]  # the looks end without a word
     publish(broker, 2, epoch=1)
-    thread.look("fake-1", LAYOUT.digest, 2)
-    while len(done) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert done[1].version is not None and done[1].version.version == 2
-    thread.close()
+    reading.look(INSTRUCTION, 2)
+    assert [read.version.version for read in outcomes() if read.version] == [2]
+    reading.read(INSTRUCTION, 3, 0.0, exact=False)
+    [failed] = outcomes()
+    assert failed.version is None and failed.wanted == 3 and "did not come" in failed.problem
+    reading.close()
     broker.close()

@@ -1,0 +1,59 @@
+"""What the master needs of its numbers, without a tensor in sight: `aggregator` computes them with torch, and tests put
+something smaller in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from common.errors import SharedEncoderError
+from common.numbers.layout import Layout
+from common.numbers.slicing import EncodingName
+from master_service.decisions.effects import Generate, Step
+from master_service.decisions.records import Generated, GenerationFailed, StepFailed, Versioned
+from master_service.decisions.state import EncoderState
+
+
+class PayloadsLost(SharedEncoderError):
+    """Payloads that a step needs are damaged or missing; `lost` holds their digests."""
+
+    def __init__(self, lost: dict[str, str]) -> None:
+        super().__init__(", ".join(f"payload {digest} is {problem}" for digest, problem in lost.items()))
+        self.lost = list(lost)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes."""
+
+    body: Versioned | StepFailed | Generated | GenerationFailed
+    payload: bytes | None = None
+
+
+class Arithmetic(Protocol):
+    """The target parameter sets of the encoders, and everything that is computed of them and of updates."""
+
+    def begin(self, encoder: str, layout: Layout, digest: str) -> None:
+        """Take version 0 from its payload. Raises PayloadsLost."""
+
+    def step(self, step: Step) -> str:
+        """Compute the next version; gives its digest. Raises PayloadsLost before anything is changed."""
+
+    def digest(self, encoder: str) -> str:
+        """sha256 of the current version's float32 bytes, hexadecimal."""
+
+    def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
+        """(finite, L2 norm) of an encoded vector of `size` elements; (False, 0) if its length does not fit."""
+
+    def generated(self, effect: Generate) -> Outcome:
+        """Make version 0 of an encoder."""
+
+    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
+        """The current version, slice by slice, as it is published."""
+
+    def export(self, directory: Path, encoder: EncoderState) -> None:
+        """Write the current version for transformers' Auto classes. Raises UserError, OSError."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the bits of these numbers depend on."""

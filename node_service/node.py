@@ -1,0 +1,397 @@
+"""One node, stepped by hand: messages in, training between them, updates out. It knows no thread and never sleeps.
+
+`service` drives it with threads and a real clock, `deploy.simulate` and the fault tests by hand under a virtual one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+import structlog
+
+from common.clock import Clock
+from common.crash_points import reached
+from common.errors import Poison, UserError
+from common.events import happened
+from common.wire.broker import Broker, Delivery
+from common.wire.codec import decode
+from common.wire.messages import Answer, Get, Instruction, Receipt, Rule
+from common.wire.topology import Topology
+from node_service.agent import (
+    Action,
+    Agent,
+    Answered,
+    CheckSamples,
+    Drop,
+    Look,
+    Read,
+    Reincarnate,
+    Republish,
+    Say,
+    Train,
+)
+from node_service.config import NodeConfig
+from node_service.corpus.corpus import Corpus
+from node_service.figures import NodeFigures
+from node_service.handover.handover import Handover
+from node_service.handover.local_state import LocalState
+from node_service.handover.outbox import Outbox
+from node_service.handover.reading import Reading, VersionRead
+from node_service.handover.receipt_book import Ledger
+from node_service.training.training import Training
+
+log = structlog.get_logger()
+
+#: How long a node that has nothing to do need not be looked after, seconds; what comes in wakes it earlier.
+IDLE_SECONDS = 0.2
+#: Without any sign of life from the master for so long, it is away.
+AWAY_SECONDS = 30.0
+
+#: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates. Raises
+#: UserError if this node cannot.
+Build = Callable[[Instruction, Corpus, Ledger], Training]
+
+
+class Node:
+    """`start`, then `hear`, `version_read` and `work` as things come and time passes, and `goodbye` at a clean end.
+
+    After an error nothing more may be asked of it: what is on disk is whole, and what is in memory may be half done.
+    `outbox` and `reading` are to be flushed and read by whoever drives it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: NodeConfig,
+        corpora: Mapping[str, Corpus],
+        broker: Broker,
+        topology: Topology,
+        state: LocalState,
+        build: Build,
+        outbox: Outbox,
+        *,
+        clock: Clock,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.figures = NodeFigures()
+        self.outbox = outbox
+        self.reading = Reading(broker, topology, clock)
+        self.finished = False
+        self._corpora = corpora
+        self._broker = broker
+        self._topology = topology
+        self.state = state
+        self._build = build
+        self._clock = clock
+        self._handover = Handover(state, outbox, clock)
+        self._agent = self._new_agent()
+        self.training: Training | None = None
+        self._wait_until_version = -1
+        #: When it last heard of anything to do, and when of the master at all.
+        self._heard_at = self._master_at = clock.monotonic()
+        self._alive_at = self._saved_at = self._looked_at = clock.monotonic()
+        self._was_ready = False
+
+    # --- what drives it ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Declare what is its own, introduce itself, send what it owes, and go on with what it trained last."""
+        self._broker.declare(self._topology.node(self.name, self._agent.types))
+        self.figures.note = "waiting for an instruction"
+        self._perform(self._agent.join())
+        self._handover.send_owed()
+        self._resume()
+        if self.config.get is not None:
+            self.outbox.say(Get(sender=self.name, encoder_type=self.config.get))
+
+    def hear(self, delivery: Delivery) -> None:
+        """Handle one message from the master, and ack it."""
+        self._master_at = self._clock.monotonic()
+        try:
+            message = decode(delivery.body)
+        except Poison as poison:
+            log.warning("message set aside", node=self.name, reason=poison.reason, detail=poison.detail)
+            self._broker.dead_letter(delivery, poison.reason, poison.detail)
+            return
+        self._heard_at = self._master_at
+        if isinstance(message, Answer) and not message.accepted:
+            log.error("the master cannot make this encoder", problem=message.detail)
+        mistaken = isinstance(message, Receipt) and self._handover.mistaken(message)
+        self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
+        reached("node before ack")
+        self._broker.ack(delivery)
+        reached("node after ack")
+
+    def version_read(self, read: VersionRead) -> None:
+        """Handle what `reading` gave."""
+        training = self.training
+        self._heard_at = self._clock.monotonic()
+        if read.version is None:
+            log.warning("a version could not be read, asking for it", node=self.name, problem=read.problem)
+            self._perform(self._agent.read_failed(read.encoder, read.wanted))
+            return
+        if training is None or training.instruction.encoder != read.encoder:
+            return
+        number = read.version.version
+        if self._agent.finishes(read.encoder, number, exact=read.exact):
+            self._finish(training, read)
+        elif self._agent.adopts(read.encoder, number, exact=read.exact):
+            training.adopt(read.version)
+            happened("version adopted", node=self.name, encoder=read.encoder, version=number)
+        else:
+            return
+        self._perform(self._agent.version_read(read.encoder, number))
+
+    def work(self) -> float:
+        """Do what is to be done now: one training step at most. Gives the seconds until this is wanted again."""
+        now = self._clock.monotonic()
+        training = self.training
+        ready = training is not None and self._may_train(training, now)
+        self._account(training, now, ready)
+        wait = self._train(training) if ready and training is not None else IDLE_SECONDS
+        self._keep_in_touch(now, ready)
+        if training is not None and now - self._saved_at >= self.config.checkpoint_every_seconds:
+            self._saved_at = now
+            self._save(training)
+        return wait
+
+    def goodbye(self) -> None:
+        """A clean end: hand in what was trained, save, leave. What cannot be sent is sent at the next start."""
+        training = self.training
+        if training is not None and self._agent.training and training.since.steps > 0:
+            self._hand_in(training, wants_version=False)
+        if training is not None:
+            self._save(training)
+        self._perform(self._agent.leave())
+        happened("left", node=self.name)
+
+    # --- training and returning --------------------------------------------------------------------------------------
+
+    def _may_train(self, training: Training, now: float) -> bool:
+        """Whether a step is to be taken. While the master is away training goes on beyond what it may hand in: all of
+        it becomes one update, once that one may go."""
+        if not self._agent.training or training.version < 0:
+            return False
+        rule = training.rule
+        if rule.wait and training.version <= self._wait_until_version:
+            return False
+        if not training.must_return or self._may_hand_in(training):
+            return True
+        away_steps = rule.away_steps
+        return now - self._master_at > AWAY_SECONDS and (away_steps is None or training.since.steps < away_steps)
+
+    def _may_hand_in(self, training: Training) -> bool:
+        return len(self.state.owed) < training.rule.max_unanswered
+
+    def _train(self, training: Training) -> float:
+        if training.must_return and self._may_hand_in(training):
+            self._hand_in(training, wants_version=True)
+            if training.rule.wait:
+                return 0.0
+        before = self._clock.monotonic()
+        left = training.step()
+        took = self._clock.monotonic() - before + left
+        self.figures.trained(training.steps, training.since.loss_mean, took)
+        most = self.config.max_steps_per_second
+        return left if most is None else max(left, left + 1.0 / most - took)
+
+    def _account(self, training: Training | None, now: float, ready: bool) -> None:
+        """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting."""
+        passed, self._looked_at = now - self._looked_at, now
+        figures = self.figures
+        if training is None or self._agent.rule is None:
+            figures.waiting_since = None
+        elif self._was_ready:
+            training.since.seconds += passed
+            figures.training_seconds += passed
+        else:
+            figures.waiting_seconds += passed
+        if ready == self._was_ready:
+            return
+        self._was_ready = ready
+        if ready or training is None or self._agent.rule is None:
+            figures.waiting_since = None
+        else:
+            figures.waiting_since = self._clock.now()
+            happened("waiting for the master", node=self.name, encoder=training.instruction.encoder)
+
+    def _hand_in(self, training: Training, *, wants_version: bool) -> None:
+        sequence = self.state.next_sequence()
+        incarnation = self.state.identity.incarnation
+        manifest, bodies = training.hand_in(self.name, incarnation, sequence, wants_version=wants_version)
+        self._handover.hand_over(manifest, bodies)
+        self._wait_until_version = training.version
+        self.figures.handed_in += 1
+        happened(
+            "update handed in",
+            node=self.name,
+            encoder=manifest.encoder,
+            update=manifest.update_id,
+            version=manifest.base_version,
+            steps=manifest.steps,
+            bytes=manifest.size,
+            loss=manifest.loss,
+        )
+
+    def _save(self, training: Training) -> None:
+        identity = self.state.identity
+        training.save(identity.incarnation, identity.next_sequence)
+
+    # --- what it says of itself --------------------------------------------------------------------------------------
+
+    def _keep_in_touch(self, now: float, ready: bool) -> None:
+        # while nothing leaves, more of the same need not wait to leave
+        if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
+            self._alive_at = now
+            encoder = self._agent.current.encoder if self._agent.current else None
+            sent = self._broker.status().bytes_out
+            self.outbox.say(self.figures.alive(self.name, self.state.identity.incarnation, encoder, sent))
+            self._handover.send_unanswered(self.config.resend_after_seconds)
+        if now - self._heard_at >= self.config.ask_after_seconds:
+            self._heard_at = now
+            if not ready and not self.outbox.problem:
+                self._perform(self._agent.ask())
+            self._perform(self._agent.look())
+
+    # --- what follows from what was said -----------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say():
+                    self.outbox.say(action.message)
+                case CheckSamples():
+                    self._check_samples(action.instruction)
+                case Train():
+                    self._go_on(action.rule)
+                case Read():
+                    self.reading.read(
+                        self._trained().instruction, action.at_least, action.published_at, exact=action.exact
+                    )
+                case Look():
+                    self.reading.look(self._trained().instruction, action.at_least)
+                case Drop():
+                    self._drop(action.encoder)
+                case Answered():
+                    self._answered(action.receipt)
+                case Republish():
+                    if action.sequence is None:
+                        self._handover.send_owed()
+                    else:
+                        self._handover.send_again(action.sequence, action.attempt)
+                case Reincarnate():
+                    self._reincarnate()
+                case _:
+                    assert_never(action)
+        self.figures.version = self.training.version if self.training is not None else -1
+
+    def _trained(self) -> Training:
+        assert self.training is not None, "the agent reads versions only of an encoder whose training was built"
+        return self.training
+
+    def _go_on(self, rule: Rule) -> None:
+        training = self._trained()
+        training.retune(rule.update_rule, rule.progress)
+        self.state.remember_current(training.instruction, rule)
+        self.figures.note = "training"
+        happened("training", node=self.name, encoder=rule.encoder, version=rule.version)
+
+    def _resume(self) -> None:
+        """Go on with what was trained last, whether the master is there or not."""
+        current = self.state.current()
+        corpus = self._corpora.get(current.instruction.encoder_type) if current is not None else None
+        if current is None or corpus is None or len(corpus.train) == 0:
+            return
+        try:
+            training = self._begin(current.instruction, corpus)
+        except UserError as error:
+            encoder = current.instruction.encoder
+            log.error("cannot go on with the encoder", node=self.name, encoder=encoder, problem=str(error))
+            return
+        self.figures.steps = training.steps
+        self._perform(self._agent.resume(current.instruction, current.rule, training.version))
+
+    def _check_samples(self, instruction: Instruction) -> None:
+        """Build what the instruction asks for around this node's samples, or say why not."""
+        corpus = self._corpora.get(instruction.encoder_type)
+        if corpus is None or len(corpus.train) == 0:
+            self._refuse(instruction, f"no samples of type {instruction.encoder_type} here")
+            return
+        if self.training is None or self.training.instruction != instruction:
+            try:
+                self._begin(instruction, corpus)
+            except UserError as error:
+                log.error("refusing the instruction", node=self.name, encoder=instruction.encoder, problem=str(error))
+                self.figures.note = f"refused {instruction.encoder}: {error}"
+                self._refuse(instruction, str(error))
+                return
+        if self._agent.rule is None:
+            self.figures.note = "waiting for the rule"
+        samples = len(corpus.train)
+        happened("instruction accepted", node=self.name, encoder=instruction.encoder, samples=samples)
+        self._perform(self._agent.samples_checked(instruction, samples))
+
+    def _refuse(self, instruction: Instruction, why: str) -> None:
+        happened("instruction refused", node=self.name, encoder=instruction.encoder, reason=why)
+        self._perform(self._agent.samples_checked(instruction, 0, why))
+
+    def _begin(self, instruction: Instruction, corpus: Corpus) -> Training:
+        """Raises UserError if this node cannot."""
+        self.figures.note = "building the model"
+        ledger = self.state.ledger(instruction.encoder)
+        self._wait_until_version = ledger.wait_until_version
+        self.training = self._build(instruction, corpus, ledger)
+        # to build it takes a while, in which nothing could be heard
+        self._heard_at = self._clock.monotonic()
+        return self.training
+
+    def _finish(self, training: Training, read: VersionRead) -> None:
+        assert read.version is not None
+        model = training.finish(read.version, self.config.export_dir)
+        self.state.forget_current()
+        self.figures.note = "finished"
+        version = read.version.version
+        log.info("encoder finished", node=self.name, encoder=read.encoder, version=version, model=str(model))
+        self.finished = True
+
+    def _answered(self, receipt: Receipt) -> None:
+        if not self._handover.answered(receipt):
+            return
+        figures, training = self.figures, self.training
+        if training is not None and training.instruction.encoder == receipt.encoder:
+            training.answered(receipt)
+        update = f"{receipt.encoder}/{receipt.node}/{receipt.incarnation}/{receipt.sequence}"
+        facts = {"node": self.name, "encoder": receipt.encoder, "update": update, "version": receipt.version}
+        if receipt.accepted:
+            figures.accepted += 1
+            figures.last_weight, figures.staleness = receipt.weight, receipt.staleness
+            happened("update counted", **facts, weight=receipt.weight, staleness=receipt.staleness)
+            return
+        figures.refused += 1
+        # nobody announces a version because of an update that does not count
+        self._wait_until_version = -1
+        if receipt.reason == "finished":
+            happened("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
+        else:
+            log.warning("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
+
+    # --- beginning anew ----------------------------------------------------------------------------------------------
+
+    def _new_agent(self) -> Agent:
+        return Agent(self.name, self.state.identity.incarnation, tuple(self._corpora))
+
+    def _drop(self, encoder: str) -> None:
+        log.warning("the master does not know this encoder, letting go of it", node=self.name, encoder=encoder)
+        self.training = None
+        self.state.forget_current()
+        self.figures.note = "waiting for an instruction"
+
+    def _reincarnate(self) -> None:
+        log.warning("the master knows other updates under this identity; joining under a new one", node=self.name)
+        self.state.reincarnate()
+        self._handover.forget()
+        self._agent = self._new_agent()
+        self.training, self._wait_until_version = None, -1
+        self._perform(self._agent.join())
