@@ -73,7 +73,7 @@ class MemberReport(_Part):
     steps_per_second: float = Field(0.0, description="0 while it does not train this encoder")
     loss: float | None = Field(None, description="mean training loss (text: nats); may be NaN")
     waiting_seconds: float = Field(0.0, description="spent without training for want of the master, since it began")
-    bytes_sent: int = Field(0, description="by the node since it began; else bytes of its accepted updates")
+    bytes_sent: int = Field(0, description="by the node since it began; at least what its updates had")
     silent_seconds: float | None = Field(None, description="since its last message; None: not heard by this master")
 
 
@@ -235,7 +235,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         steps_per_second=said.steps_per_second if said and trains else 0.0,
         loss=said.loss if said and said.loss is not None else member.loss,
         waiting_seconds=said.waiting_seconds if said else 0.0,
-        bytes_sent=said.bytes_sent if said else member.payload_bytes,
+        bytes_sent=max(said.bytes_sent, member.payload_bytes) if said else member.payload_bytes,
         silent_seconds=now - live.last_seen[node] if node in live.last_seen else None,
     )
 

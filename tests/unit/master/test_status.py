@@ -115,10 +115,11 @@ def test_f9_a_node_that_has_gone_trains_nothing(federation: Federation) -> None:
 
 def test_the_log_is_believed_where_it_is_newer(federation: Federation) -> None:
     """A node that came back from a backup, or whose last figures are old."""
-    federation.say("a", federation.first, steps=3, version=0, loss=None)
-    member = federation.member("a", federation.first)
+    federation.say("a", federation.first, steps=3, version=0, loss=None, bytes_sent=0)
+    member, logged = federation.member("a", federation.first), federation.coordinator.state.encoders[federation.first]
     assert (member.steps, member.loss) == (10, 5.0)
-    assert member.version == federation.coordinator.state.encoders[federation.first].members["a"].version
+    assert member.version == logged.members["a"].version
+    assert member.bytes_sent == logged.members["a"].payload_bytes > 0
 
 
 def test_a_report_survives_the_wire(federation: Federation) -> None:
