@@ -19,7 +19,7 @@ from common.wire.messages import (
     UpdateChunk,
     UpdateManifest,
 )
-from master_service.decisions import membership, requests, streams
+from master_service.decisions import membership, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -46,20 +46,18 @@ from master_service.decisions.records import (
     Versioned,
 )
 from master_service.decisions.rules.buffer import is_ready
-from master_service.decisions.state import KEPT_NORMS, Buffered, EncoderState, State
+from master_service.decisions.settled import is_settled, settle, stored
+from master_service.decisions.state import Buffered, EncoderState, State
 from master_service.decisions.stopping import observe_loss, stop_reason
 from master_service.decisions.verdicts import (
     accepted,
     count,
     issued,
-    pending,
     refusal,
     refused,
-    settle,
-    stored,
     stranger,
 )
-from master_service.decisions.weighing import weigh
+from master_service.decisions.weighing import observe_norms, weigh
 
 
 class Coordinator:
@@ -151,8 +149,7 @@ class Coordinator:
         member = encoder.members.get(chunk.node) if encoder else None
         if encoder is None or member is None or member.incarnation != chunk.incarnation:
             return True
-        settled = member.settled.get(chunk.incarnation)
-        return pending(encoder, chunk) is not None or (settled is not None and settled.holds(chunk.sequence))
+        return self._known_update(encoder, chunk)
 
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
@@ -180,14 +177,11 @@ class Coordinator:
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 
-    def _known_update(self, encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
-        member = encoder.members.get(manifest.node) if encoder else None
+    def _known_update(self, encoder: EncoderState | None, update: UpdateManifest | UpdateChunk) -> bool:
+        member = encoder.members.get(update.node) if encoder else None
         if encoder is None or member is None:
             return False
-        if pending(encoder, manifest) is not None:
-            return True
-        settled = member.settled.get(manifest.incarnation)
-        return settled is not None and settled.holds(manifest.sequence)
+        return tally.pending(encoder, update) is not None or is_settled(member, update.incarnation, update.sequence)
 
     def _update(self, entry: Entry, manifest: UpdateManifest) -> list[Effect]:
         encoder = self.state.encoders.get(manifest.encoder)
@@ -214,14 +208,15 @@ class Coordinator:
                 member.refused += 1
                 settle(member, receipt)
                 if encoder.status == "running" and manifest.base_version < encoder.version:
-                    effects += notify(self.state.settings, encoder, [member], entry.at)
+                    effects += notify(self.state.settings, encoder, [manifest.node], entry.at)
             if encoder is not None and encoder.status == "finished":
                 effects += streams.last_version(self.state.settings, encoder, manifest.node, entry.at)
             return effects
         member = encoder.members[manifest.node]
         if not encoder.buffer:
             encoder.buffer_since = entry.at
-        encoder.buffer.append(
+        tally.buffer(
+            encoder,
             Buffered(
                 node=manifest.node,
                 incarnation=manifest.incarnation,
@@ -237,21 +232,22 @@ class Coordinator:
                 size=manifest.size,
                 norm=entry.facts.norm,
                 loss=manifest.loss,
-            )
+            ),
         )
         count(encoder, encoder.buffer[-1], 1)
         member.loss, member.version = manifest.loss, manifest.base_version
-        member.waiting = member.waiting or manifest.wants_version
+        if manifest.wants_version:
+            encoder.waiting[manifest.node] = None
         return self._advance(encoder, entry.at)
 
     def _duplicate(self, encoder: EncoderState, manifest: UpdateManifest) -> list[Effect]:
         """Settled once is settled: the stored receipt again; the same id with other bytes is a conflict."""
         member = encoder.members[manifest.node]
         member.duplicates += 1
-        waiting = pending(encoder, manifest)
-        if waiting is not None and waiting.digest == manifest.digest:
+        waiting = tally.pending(encoder, manifest)
+        if waiting == manifest.digest:
             return []
-        receipt = stored(member, manifest)
+        receipt = stored(encoder, member, manifest)
         if waiting is None and receipt is not None:
             return [Send(manifest.node, receipt)]
         detail = f"update {manifest.sequence} of this incarnation was another one; join under a new incarnation"
@@ -263,11 +259,11 @@ class Coordinator:
         if encoder.status != "running" or encoder.stepping:
             return []
         ending = stop_reason(encoder, settings.stop, at)
-        waiting = [item.node for item in encoder.buffer]
+        waiting = bool(encoder.buffer)
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
-        grace_over = bool(waiting) and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
+        grace_over = waiting and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
         rule, most = settings.rule.buffer, settings.update_rule.max_unanswered
-        if waiting and (ending or grace_over or is_ready(waiting, encoder.active(), rule, most)):
+        if waiting and (ending or grace_over or is_ready(tally.turnout(encoder), rule, most)):
             return [self._step(encoder)]
         if ending:
             return self._finish(encoder, ending, at)
@@ -278,8 +274,7 @@ class Coordinator:
     def _step(self, encoder: EncoderState) -> Step:
         """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
         rule = self.state.settings.rule
-        encoder.stepping = weigh(encoder, rule)
-        encoder.buffer = []
+        encoder.stepping = weigh(encoder, tally.emptied(encoder), rule)
         contributions = tuple(
             Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
             for weighed in encoder.stepping
@@ -297,24 +292,27 @@ class Coordinator:
             receipt = issued(encoder, accepted(encoder, item, weighed.weight, weighed.staleness, member.returns))
             member.weight += weighed.weight
             member.last_weight, member.last_staleness = weighed.weight, weighed.staleness
+            tally.no_longer_pending(encoder, item)
             settle(member, receipt)
             effects.append(Send(item.node, receipt))
-        encoder.norms = (encoder.norms + [weighed.item.norm for weighed in counted])[-KEPT_NORMS:]
+        observe_norms(encoder, [weighed.item for weighed in counted])
         observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)
         ending = stop_reason(encoder, self.state.settings.stop, at)
         if ending:
             return effects + self._finish(encoder, ending, at)
-        waiting = [member for member in encoder.members.values() if member.waiting]
-        return effects + (notify(self.state.settings, encoder, waiting, at) if waiting else self._advance(encoder, at))
+        if encoder.waiting:
+            return effects + notify(self.state.settings, encoder, list(encoder.waiting), at)
+        return effects + self._advance(encoder, at)
 
     def _step_failed(self, body: StepFailed, at: float) -> list[Effect]:
         """Payloads were lost: their updates do not count, and their nodes, which have no receipt, send them again."""
         encoder = self.state.encoders[body.encoder]
         items, encoder.stepping = [weighed.item for weighed in encoder.stepping], []
-        encoder.buffer = [item for item in items if item.payload not in body.lost] + encoder.buffer
+        tally.put_back(encoder, [item for item in items if item.payload not in body.lost])
         effects: list[Effect] = []
         for item in items:
             if item.payload in body.lost:
+                tally.no_longer_pending(encoder, item)
                 count(encoder, item, -1)
                 effects.append(Send(item.node, resend(encoder.encoder, item)))
         return effects + self._advance(encoder, at)

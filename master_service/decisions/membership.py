@@ -12,9 +12,10 @@ from master_service.decisions import streams
 from master_service.decisions.effects import Effect, Send
 from master_service.decisions.messages_out import instruction, notify, publish, publish_again
 from master_service.decisions.records import Presence
+from master_service.decisions.settled import remember
 from master_service.decisions.state import EncoderState, Member, NodeState, State
 from master_service.decisions.stopping import progress
-from master_service.decisions.verdicts import remember
+from master_service.decisions.tally import changing, enrolled
 
 Advance = Callable[[EncoderState, float], list[Effect]]
 
@@ -41,14 +42,15 @@ def ack(state: State, body: InstructionAck, at: float, advance: Advance) -> list
     member = encoder.members.get(body.node)
     if not body.accepted:
         if member is not None:
-            member.accepted = False
+            with changing(encoder, member):
+                member.accepted = False
         return advance(encoder, at)
     if member is None:
-        member = Member(node=body.node, incarnation=body.incarnation, samples=body.samples)
-        encoder.members[body.node] = member
+        member = enrolled(encoder, Member(node=body.node, incarnation=body.incarnation, samples=body.samples))
     member.incarnation = body.incarnation
     remember(member, body.incarnation)
-    member.accepted, member.present, member.samples = True, True, body.samples
+    with changing(encoder, member):
+        member.accepted, member.present, member.samples = True, True, body.samples
     return _rules(state, encoder, [body.node], at) if encoder.started else _begin(state, encoder, at)
 
 
@@ -62,7 +64,9 @@ def leave(state: State, body: Leave, at: float, advance: Advance) -> list[Effect
     for encoder in state.encoders.values():
         member = encoder.members.get(body.node)
         if member is not None and member.accepted:
-            member.accepted, member.waiting = False, False
+            encoder.waiting.pop(body.node, None)
+            with changing(encoder, member):
+                member.accepted = False
             effects += advance(encoder, at)
         effects += streams.gone(encoder, body.node, at)
     return effects
@@ -78,7 +82,8 @@ def presence(state: State, body: Presence, at: float, advance: Advance) -> list[
     for encoder in state.encoders.values():
         member = encoder.members.get(body.node)
         if member is not None and member.present != body.present:
-            member.present = body.present
+            with changing(encoder, member):
+                member.present = body.present
             effects += _begin(state, encoder, at) + advance(encoder, at)
             if not body.present:
                 effects += streams.gone(encoder, body.node, at)
@@ -98,15 +103,15 @@ def fetch(state: State, body: Fetch, at: float) -> list[Effect]:
     if not encoder.started:
         return []  # nobody trains yet; all are told when that begins
     if body.have_version >= encoder.version:
-        member.waiting = True
+        encoder.waiting[body.node] = None
         return []
     again = publish_again(state.settings, encoder, body.sought, at)
-    return [*again, *notify(state.settings, encoder, [member], at)]
+    return [*again, *notify(state.settings, encoder, [body.node], at)]
 
 
 def _begin(state: State, encoder: EncoderState, at: float) -> list[Effect]:
     """The training starts once enough nodes are there."""
-    if encoder.started or encoder.status != "running" or len(encoder.active()) < state.settings.min_nodes:
+    if encoder.started or encoder.status != "running" or encoder.tally.active < state.settings.min_nodes:
         return []
     encoder.started, encoder.run_started_at = True, at
     return _rules(state, encoder, [member.node for member in encoder.members.values() if member.accepted], at)
@@ -122,6 +127,8 @@ def _rules(state: State, encoder: EncoderState, nodes: list[str], at: float) -> 
         [publish(state.settings, encoder, at)] if encoder.published_version < encoder.version else []
     )
     for node in nodes:
+        member = encoder.members[node]
+        member.may_owe = max(member.may_owe, update_rule.max_unanswered)
         rule = Rule(
             encoder=encoder.encoder,
             node=node,

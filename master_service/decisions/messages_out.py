@@ -7,7 +7,7 @@ from dataclasses import replace
 from common.wire.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
 from master_service.decisions.effects import Effect, Publish, Send
 from master_service.decisions.settings import Settings
-from master_service.decisions.state import Buffered, EncoderState, Member
+from master_service.decisions.state import Buffered, EncoderState
 from master_service.decisions.stopping import progress
 
 #: After the last publication, seconds; a node looks for a version on the stream for half as long.
@@ -79,17 +79,17 @@ def publish_again(settings: Settings, encoder: EncoderState, sought: int | None,
     return [replace(publish(settings, encoder, at), again=True)]
 
 
-def notify(settings: Settings, encoder: EncoderState, members: list[Member], at: float) -> list[Effect]:
+def notify(settings: Settings, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
     """Tell these of the newest version, which is published first if it was not."""
     effects: list[Effect] = [publish(settings, encoder, at)] if encoder.published_version < encoder.version else []
-    for member in members:
-        member.waiting = False
-        notice = Notice(
-            encoder=encoder.encoder,
-            version=encoder.version,
-            digest=encoder.digest,
-            published_at=0.0,
-            progress=progress(encoder, settings.stop, at),
-        )
-        effects.append(Send(member.node, notice))
+    notice = Notice(
+        encoder=encoder.encoder,
+        version=encoder.version,
+        digest=encoder.digest,
+        published_at=0.0,
+        progress=progress(encoder, settings.stop, at),
+    )
+    for node in nodes:
+        encoder.waiting.pop(node, None)
+        effects.append(Send(node, notice))
     return effects

@@ -10,6 +10,7 @@ from master_service.decisions.effects import Broadcast, Effect, Generate, Send
 from master_service.decisions.messages_out import answer, instruction, publish
 from master_service.decisions.records import Entry, Generated, GenerationFailed
 from master_service.decisions.state import EncoderState, State
+from master_service.decisions.tally import changing
 from master_service.decisions.verdicts import shortened
 
 
@@ -53,8 +54,10 @@ def go_on(state: State, request: Continue, at: float) -> list[Effect]:
     encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
     encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
     encoder.best_loss, encoder.versions_without_gain = None, 0
+    encoder.waiting = {}
     for member in encoder.members.values():
-        member.accepted, member.waiting = False, False
+        with changing(encoder, member):
+            member.accepted = False
     return [
         publish(state.settings, encoder, at),
         Broadcast(encoder.encoder_type, instruction(encoder)),

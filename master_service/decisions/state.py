@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
-from common.wire.messages import LayoutEntries, Receipt
+from common.wire.messages import LayoutEntries
 from master_service.decisions.settings import Settings
-
-#: Receipts kept per member to answer duplicates with. A node has at most 64 updates unanswered at a time
-#: (`UpdateRule.max_unanswered`), so what is forgotten is older than any that is still on its way.
-KEPT_RECEIPTS = 64
-#: Incarnations of a node whose receipts are kept; of older ones only that everything of theirs is settled.
-KEPT_INCARNATIONS = 4
-#: Incarnations of a node that are known at all; nobody has lost a state directory more often than that.
-KNOWN_INCARNATIONS = 1000
-#: Norms and losses that the guards and the plateau rule look back on.
-KEPT_NORMS = 64
 
 Status = Literal["generating", "running", "finished", "failed"]
 
@@ -37,21 +27,43 @@ class NodeState(_State):
     present: bool = True
 
 
+class Counted(NamedTuple):
+    """What a receipt that accepts says, beyond what a duplicate of its update says too. `digest`: its beginning."""
+
+    digest: str
+    previous: str
+    version: int
+    staleness: int
+    weight: float
+    return_count: int
+
+
+class TurnedDown(NamedTuple):
+    """What a receipt that refuses says, beyond what a duplicate of its update says too. `digest`: its beginning."""
+
+    digest: str
+    previous: str
+    version: int
+    reason: str
+    detail: str
+
+
 class Settled(_State):
-    """What is settled of one incarnation's updates: everything below a sequence number, and these receipts."""
+    """What is settled of one incarnation's updates: all numbers below `below`, and those in `above`. `answers`: by
+    number, the newest of the final answers, in the order in which they were given."""
 
-    receipts: dict[int, Receipt] = Field(default_factory=dict)
     below: int = 0
-
-    def holds(self, sequence: int) -> bool:
-        return sequence < self.below or sequence in self.receipts
+    above: list[int] = Field(default_factory=list)
+    answers: dict[int, Counted | TurnedDown] = Field(default_factory=dict)
 
 
 class Member(_State):
     """A node in the training of one encoder. `weight` is the sum over its accepted updates.
 
     `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life. `settled` is kept by
-    incarnation, because one may come back (from a backup) after another.
+    incarnation, because one may come back (from a backup) after another. `may_owe`: the most updates without an answer
+    that a rule has ever allowed it. `pending`: its updates that wait for a version, or are being made one, by
+    `incarnation/sequence`, with their digests; `buffered` is how many of them wait.
     """
 
     node: str
@@ -71,7 +83,9 @@ class Member(_State):
     payload_bytes: int = 0
     loss: float | None = None
     version: int = 0
-    waiting: bool = False
+    may_owe: int = 0
+    buffered: int = 0
+    pending: dict[str, str] = Field(default_factory=dict)
     settled: dict[str, Settled] = Field(default_factory=dict)
 
     @property
@@ -108,10 +122,23 @@ class Weighed(_State):
     staleness: int
 
 
+class Tally(_State):
+    """Sums that `tally` keeps. Of the active members: how many, their returns, their samples (each at least 1), and how
+    many have an update in the buffer. `returned`: how many members have one, active or not."""
+
+    active: int = 0
+    returns: int = 0
+    samples: int = 0
+    active_returned: int = 0
+    returned: int = 0
+
+
 class EncoderState(_State):
     """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
 
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
+    `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
+    newest counted updates: the norm for a single step, and the steps.
     `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
     somebody who does not say so may be reading it too.
@@ -128,6 +155,8 @@ class EncoderState(_State):
     version: int = 0
     digest: str = ""
     members: dict[str, Member] = Field(default_factory=dict)
+    tally: Tally = Field(default_factory=Tally)
+    waiting: dict[str, None] = Field(default_factory=dict)
     started: bool = False
     buffer: list[Buffered] = Field(default_factory=list)
     buffer_since: float = 0.0
@@ -144,6 +173,7 @@ class EncoderState(_State):
     run_first_update: int = 0
     stop_requested: str = ""
     norms: list[float] = Field(default_factory=list)
+    steps: list[int] = Field(default_factory=list)
     best_loss: float | None = None
     versions_without_gain: int = 0
     askers: list[str] = Field(default_factory=list)

@@ -6,17 +6,10 @@ from typing import Literal
 
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
-from common.wire.messages import MAX_COUNT, Reason, Receipt, UpdateChunk, UpdateManifest, receipt_hash
+from common.wire.messages import MAX_COUNT, Reason, Receipt, UpdateManifest, receipt_hash
 from master_service.decisions.records import UpdateFacts
-from master_service.decisions.state import (
-    KEPT_INCARNATIONS,
-    KEPT_RECEIPTS,
-    KNOWN_INCARNATIONS,
-    Buffered,
-    EncoderState,
-    Member,
-    Settled,
-)
+from master_service.decisions.state import Buffered, EncoderState
+from master_service.decisions.tally import changing
 
 
 def stranger(encoder: EncoderState | None, manifest: UpdateManifest) -> bool:
@@ -88,48 +81,12 @@ def shortened(words: str) -> str:
     return words if len(words) <= 2000 else words[:1999] + "…"
 
 
-def settle(member: Member, receipt: Receipt) -> None:
-    """Remember the receipt to answer duplicates with; of the oldest only that they are settled."""
-    settled = remember(member, receipt.incarnation)
-    settled.receipts[receipt.sequence] = receipt
-    while len(settled.receipts) > KEPT_RECEIPTS:
-        oldest = min(settled.receipts)
-        del settled.receipts[oldest]
-        # receipts need not come in order: what waited in a buffer is settled after what was refused meanwhile
-        settled.below = max(settled.below, oldest + 1)
-
-
-def remember(member: Member, incarnation: str) -> Settled:
-    """What is settled of an incarnation, which is now the newest. Of those that are too many everything counts as
-    settled: should one come back, it is told `conflict` and takes a new one."""
-    settled = member.settled.pop(incarnation, None) or Settled()
-    member.settled[incarnation] = settled
-    for old in list(member.settled.values())[:-KEPT_INCARNATIONS]:
-        old.receipts, old.below = {}, MAX_COUNT + 1
-    while len(member.settled) > KNOWN_INCARNATIONS:
-        del member.settled[next(iter(member.settled))]
-    return settled
-
-
-def stored(member: Member, manifest: UpdateManifest) -> Receipt | None:
-    """The receipt that answered this very update."""
-    settled = member.settled.get(manifest.incarnation)
-    receipt = settled.receipts.get(manifest.sequence) if settled is not None else None
-    return receipt if receipt is not None and receipt.digest == manifest.digest else None
-
-
-def pending(encoder: EncoderState, update: UpdateManifest | UpdateChunk) -> Buffered | None:
-    """This update, if it is in the buffer already."""
-    key = (update.node, update.incarnation, update.sequence)
-    waiting = [*encoder.buffer, *(weighed.item for weighed in encoder.stepping)]
-    return next((item for item in waiting if (item.node, item.incarnation, item.sequence) == key), None)
-
-
 def count(encoder: EncoderState, item: Buffered, sign: Literal[1, -1]) -> None:
     """Count an accepted update, or take that back. Sums stop at what a message can carry."""
     member = encoder.members[item.node]
     encoder.updates += sign
-    member.returns += sign
+    with changing(encoder, member):
+        member.returns += sign
     member.steps = min(MAX_COUNT, member.steps + sign * item.steps)
     member.samples_seen = min(MAX_COUNT, member.samples_seen + sign * item.samples)
     member.payload_bytes = min(MAX_COUNT, member.payload_bytes + sign * item.size)

@@ -28,6 +28,9 @@ from master_service.history.fold import Fold
 from master_service.log.message_log import MessageLog, repair_hint
 from master_service.log.payloads import Payloads
 
+#: What the state consists of. A snapshot of another one is not used; the log leads to the same state.
+STATE_SCHEMA = 2
+
 _KEPT = 2
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
@@ -97,6 +100,7 @@ def _write(directory: Path, final: Path, beside: Path, fold: Fold[Aggregator], c
     state = fold.coordinator.state
     (beside / "state.json").write_text(state.model_dump_json())
     manifest = {
+        "schema": STATE_SCHEMA,
         "offset": fold.offset,
         "checksum": checksum,
         "buffered": [item.payload for encoder in state.encoders.values() for item in encoder.buffer],
@@ -178,6 +182,8 @@ def _manifest(path: Path) -> Manifest:
     plain = json.loads((path / "manifest.json").read_text())
     if plain.pop("seal") != _seal(plain):
         raise ValueError("its manifest does not match its checksum")
+    if plain.get("schema") != STATE_SCHEMA:
+        raise ValueError(f"another release has written it (state schema {plain.get('schema', 1)}, not {STATE_SCHEMA})")
     manifest = Manifest(int(plain["offset"]), str(plain["checksum"]), tuple(plain["buffered"]), dict(plain["sha256"]))
     if manifest.offset != int(path.name):
         raise ValueError(f"its manifest names offset {manifest.offset}")

@@ -44,7 +44,8 @@ class OuterOptimizer(_Part):
 
 
 class GuardRule(_Part):
-    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the running median norm)."""
+    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the running median of the norms,
+    each for a single step)."""
 
     max_staleness: Annotated[int, Field(ge=0)] = 50
     norm_clip: Annotated[float, Field(gt=0)] | None = 10.0

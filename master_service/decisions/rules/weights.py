@@ -8,10 +8,25 @@ Averaged over all returns the balanced factor is 1, because Σ qᵢ·(pᵢ/qᵢ)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from master_service.decisions.rules.model import WeightRule
+
+#: An update counts as made of at most so many times the usual steps: who claims more is not believed.
+STEPS_BOUND = 256
+#: Fewer recent updates than this say nothing about the next one.
+_FEW = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the nodes that an update is compared with: how many, their returns, their samples (each at least 1)."""
+
+    nodes: int
+    returns: int
+    samples: int
 
 
 def sample_factor(samples: int, rule: WeightRule) -> float:
@@ -29,8 +44,9 @@ def staleness_factor(staleness: int, rule: WeightRule) -> float:
     return 1.0 if over <= 0 else 1.0 / (rule.staleness_exponent * over + 1.0)
 
 
-def count_factor(node: str, returns: Mapping[str, int], samples: Mapping[str, int], rule: WeightRule) -> float:
-    """The return-count factor of `node` among the active nodes; `returns` counts this update already.
+def count_factor(count: int, samples: int, totals: Totals, rule: WeightRule) -> float:
+    """The return-count factor of a node with `count` returns and `samples` samples among the nodes of `totals`, of
+    which it is one; both count this update already.
 
     balanced: p/q clipped to [1/bound, bound], where p is the node's target share and q its share of all returns, each
     node counted as if it had returned once more, so that the first returns of a run are not punished. sqrt: its square
@@ -38,23 +54,32 @@ def count_factor(node: str, returns: Mapping[str, int], samples: Mapping[str, in
     """
     if rule.count == "none":
         return 1.0
-    count = returns[node]
     if rule.count == "newcomer":
         return 1.0 - math.exp(-count / rule.count_scale)
     if rule.count == "increasing":
-        mean = sum(returns.values()) / len(returns)
-        return _clip(count / mean, rule.count_bound)
-    if rule.target_share == "samples":
-        share = max(samples[node], 1) / sum(max(n, 1) for n in samples.values())
-    else:
-        share = 1.0 / len(returns)
-    ratio = share * (sum(returns.values()) + len(returns)) / (count + 1)
+        return _clip(count / (totals.returns / totals.nodes), rule.count_bound)
+    share = max(samples, 1) / totals.samples if rule.target_share == "samples" else 1.0 / totals.nodes
+    ratio = share * (totals.returns + totals.nodes) / (count + 1)
     return _clip(math.sqrt(ratio) if rule.count == "sqrt" else ratio, rule.count_bound)
 
 
+def believed_steps(steps: int, recent: Sequence[int]) -> int:
+    """The steps that an update was made of, at least 1. What is claimed beyond a multiple of the usual is cut to that,
+    where enough updates are known to say what is usual."""
+    most = int(STEPS_BOUND * median(recent)) if len(recent) >= _FEW else steps
+    return max(1, min(steps, most))
+
+
+def step_norm(norm: float, steps: int) -> float:
+    """An update's norm for a single step. Steps that point anywhere add up to √steps times one of them (a random walk),
+    so that updates of few and of many steps can be compared; steps that all agree would add up to more."""
+    return norm / math.sqrt(steps)
+
+
 def norm_factor(norm: float, recent: Sequence[float], multiple: float | None) -> float:
-    """Shrinks an update beyond `multiple` × the median of recent norms to that; 1 where too few are known."""
-    if multiple is None or len(recent) < 5:
+    """Shrinks an update beyond `multiple` × the median of recent norms to that; 1 where too few are known. All norms
+    are for a single step (`step_norm`)."""
+    if multiple is None or len(recent) < _FEW:
         return 1.0
     limit = multiple * median(recent)
     return 1.0 if norm <= limit or norm == 0 else limit / norm

@@ -39,8 +39,10 @@ from master_service.decisions.records import (
     Tick,
 )
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.rules.weights import STEPS_BOUND
 from master_service.decisions.settings import LossPlateau, StopRule
-from master_service.decisions.state import KEPT_INCARNATIONS
+from master_service.decisions.settled import KEPT_INCARNATIONS
+from master_service.decisions.state import Tally
 from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
 
 ARRIVAL = aggregation_rule("fedasync")
@@ -304,6 +306,20 @@ def test_an_update_far_beyond_the_usual_norm_is_cut_to_the_bound() -> None:
     assert receipts(effects)[0].weight == pytest.approx(10 * 2.0 / 80.0)
 
 
+def test_f13_an_update_of_many_steps_is_not_cut_like_an_attack_and_a_claim_does_not_hide_one() -> None:
+    run = Scenario(rule=ARRIVAL)
+    name = run.generate()
+    run.join("a", name)
+    weights = []
+    far = 2.0 * 200**0.5
+    for norm, steps in [(2.0, 25)] * 6 + [(far, 5000), (far, 25), (2e6, 1 << 60)]:
+        manifest = run.manifest("a", name, len(weights), steps=steps)
+        weights.append(receipts(run.apply(manifest, *run.payload(manifest, norm=norm)))[0].weight)
+    assert weights[:7] == [1.0] * 7, "trained on while the master was away"
+    assert weights[7] == pytest.approx(10 / 200**0.5)
+    assert weights[8] == pytest.approx(10 * 2.0 * STEPS_BOUND**0.5 / 2e6)
+
+
 def test_a_node_that_returns_more_often_weighs_less_each_time() -> None:
     run = Scenario()
     name = run.generate()
@@ -363,6 +379,17 @@ def test_in_any_order_each_update_counts_at_most_once_and_the_fold_is_determinis
     for receipt in receipts(run.effects):
         verdict = (receipt.accepted, receipt.version)
         assert verdicts.setdefault((receipt.node, receipt.sequence), verdict) == verdict
+    # F11: the sums that are kept are those that would be taken anew
+    active, returned = encoder.active(), {item.node for item in encoder.buffer}
+    assert encoder.tally == Tally(
+        active=len(active),
+        returns=sum(member.returns for member in active.values()),
+        samples=sum(member.samples for member in active.values()),
+        active_returned=len(returned & active.keys()),
+        returned=len(returned),
+    )
+    assert all(member.buffered == len(member.pending) for member in encoder.members.values())
+    assert sum(member.buffered for member in encoder.members.values()) == len(encoder.buffer)
     counted = [c.payload for effect in run.effects if isinstance(effect, Step) for c in effect.contributions]
     assert len(counted) == len(set(counted)), "an update is in the encoder twice"
     accepted = [key for key, (good, _) in verdicts.items() if good]
@@ -483,6 +510,8 @@ def test_a_step_that_fails_counts_nothing_of_what_was_lost_and_asks_for_it_again
     assert (resend.sequence, resend.attempt) == (0, 1) and receipts(effects) == []
     assert (state.version, state.updates, state.members["b"].returns, state.members["b"].steps) == (0, 1, 0, 0)
     assert [item.node for item in state.buffer] == ["a"]
+    assert state.tally == Tally(active=2, returns=1, samples=200, active_returned=1, returned=1)  # F11
+    assert list(state.members["a"].pending) == ["first/0"] and not state.members["b"].pending
     effects = run.update("b", name, 0, attempt=1)
     assert [(r.node, r.version, r.return_count) for r in receipts(effects)] == [("a", 1, 1), ("b", 1, 1)]
 

@@ -12,9 +12,25 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from master_service.arithmetic.outer import new_momentum, outer_step
-from master_service.decisions.rules.buffer import is_ready
+from master_service.decisions.rules.buffer import Turnout, is_ready
 from master_service.decisions.rules.model import BufferRule, OuterOptimizer, WeightRule, aggregation_rule, warnings
-from master_service.decisions.rules.weights import count_factor, norm_factor, sample_factor, staleness_factor
+from master_service.decisions.rules.weights import (
+    STEPS_BOUND,
+    Totals,
+    believed_steps,
+    norm_factor,
+    sample_factor,
+    staleness_factor,
+    step_norm,
+)
+from master_service.decisions.rules.weights import count_factor as factor
+
+
+def count_factor(node: str, returns: dict[str, int], samples: dict[str, int], rule: WeightRule) -> float:
+    """The factor of one of these nodes, with the sums taken anew."""
+    totals = Totals(len(returns), sum(returns.values()), sum(max(each, 1) for each in samples.values()))
+    return factor(returns[node], samples[node], totals, rule)
+
 
 COUNTS = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1, 500), min_size=1, max_size=8)
 
@@ -60,6 +76,16 @@ def test_other_factors_by_hand() -> None:
     assert norm_factor(30.0, [1.0] * 4, 10.0) == norm_factor(5.0, [1.0] * 9, 10.0) == norm_factor(9.0, [], None) == 1.0
 
 
+def test_f13_the_norms_of_few_and_of_many_steps_are_compared_by_the_step() -> None:
+    usual = [step_norm(2.0, 25)] * 5
+    # two hundred times the steps of a random walk go √200 times as far: nothing to cut
+    assert norm_factor(step_norm(2.0 * math.sqrt(200), 5000), usual, 10.0) == 1.0
+    assert norm_factor(step_norm(2.0 * math.sqrt(200), 25), usual, 10.0) == pytest.approx(10 / math.sqrt(200))
+    # but nobody can claim any number of steps, where it is known what is usual
+    assert believed_steps(5000, [25] * 5) == 5000 and believed_steps(0, [25] * 5) == 1
+    assert believed_steps(1 << 60, [25] * 5) == STEPS_BOUND * 25 and believed_steps(1 << 60, [25] * 4) == 1 << 60
+
+
 @pytest.mark.parametrize(
     ("kind", "waiting", "active", "ready"),
     [
@@ -83,7 +109,8 @@ def test_other_factors_by_hand() -> None:
 )
 def test_when_a_buffer_is_ready(kind: str, waiting: str, active: str, ready: bool) -> None:
     rule = BufferRule(kind=kind, size=3)  # type: ignore[arg-type]
-    assert is_ready(list(waiting), set(active), rule, max_unanswered=2) is ready
+    turnout = Turnout(len(waiting), len(set(waiting)), len(active), len(set(active) - set(waiting)))
+    assert is_ready(turnout, rule, max_unanswered=2) is ready
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from master_service.history.snapshot import read_snapshot
+from master_service.history.snapshot import read_snapshot, whole_snapshots
 from tests.unit.master.test_fold import Federation, snapshot
 
 
@@ -72,6 +74,18 @@ def test_an_offset_that_is_not_its_own_is_damage(run: tuple[Federation, Path], t
     (older / "state.json").unlink()
     fold = read_snapshot(tmp_path / "copy", federation.log)
     assert fold.offset == -1 and not fold.coordinator.state.encoders
+
+
+def test_f10_a_snapshot_of_another_release_is_skipped(run: tuple[Federation, Path], tmp_path: Path) -> None:
+    federation, snapshots = run
+    older, newest = sorted(Path(path) for path in shutil.copytree(snapshots, tmp_path / "copy").iterdir())
+    plain = json.loads((newest / "manifest.json").read_text())
+    del plain["schema"], plain["seal"]  # as the first release wrote it
+    seal = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps({**plain, "seal": seal}))
+    assert read_snapshot(tmp_path / "copy", federation.log).offset == int(older.name)
+    [_, (_, problem)] = whole_snapshots(tmp_path / "copy", federation.log.payloads)
+    assert problem == "another release has written it (state schema 1, not 2)"
 
 
 def test_what_a_dead_master_left_half_written_pushes_out_no_snapshot(tmp_path: Path) -> None:
