@@ -10,7 +10,8 @@ SharedEncoderError
 ├── LockHeld           somebody else holds the name
 ├── Damaged            what is on disk is not what was written there
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
-    └── AccessRefused       wrong account or password, or no permission at the broker
+    ├── AccessRefused       wrong account or password, or no permission at the broker
+    └── OwnersCodeError     code of the owner or of another package raised
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_BROKER = 3
+
+#: Characters of an error that is not ours in a line of ours.
+_WORDS = 300
 
 
 #: Why a message is poison: the routing keys of the dead letters.
@@ -83,6 +87,31 @@ class LockHeld(SharedEncoderError):
 class UserError(SharedEncoderError):
     """Something that the user can mend; the text is one line that says what is wrong and how to mend it."""
 
+    @property
+    def public(self) -> str:
+        """What others may be told of it over the broker: nothing that could be out of a sample."""
+        return str(self)
+
 
 class AccessRefused(UserError):
     """The broker does not accept the account, the password or the virtual host."""
+
+
+class OwnersCodeError(UserError):
+    """Code that is not ours raised `error`: an encoder type of another package, an owner's way of loading samples.
+
+    `whose` names it, `where` the function that was called. The error's own words may quote a sample, so they are for
+    this machine alone.
+    """
+
+    def __init__(self, whose: str, error: BaseException, where: str = "") -> None:
+        kind = type(error).__name__
+        words = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:_WORDS]
+        place = f"in its {where}; " if where else ""
+        super().__init__(f'{whose} raised {kind}: {words} ({place}log.level = "debug" shows the traceback)')
+        self._public = f"{whose} raised {kind}" + (f" in its {where}" if where else "")
+
+    @property
+    def public(self) -> str:
+        """Without the words of the error that was raised."""
+        return self._public

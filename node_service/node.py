@@ -324,8 +324,8 @@ class Node:
                 self._begin(instruction, corpus)
             except UserError as error:
                 log.error("refusing the instruction", node=self.name, encoder=instruction.encoder, problem=str(error))
-                self.figures.note = f"refused {instruction.encoder}: {error}"
-                self._refuse(instruction, str(error))
+                self.figures.note = f"refused {instruction.encoder}: {error.public}"
+                self._refuse(instruction, error.public)
                 return
         if self._agent.rule is None:
             self.figures.note = "waiting for the rule"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from common.config import suggestion
+from common.encoders.owners_code import checked_encoder_type, owners_code
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,21 +31,20 @@ def encoder_type_names() -> list[str]:
 def get_encoder_type(name: str) -> EncoderType:
     """The encoder type of this name; a built-in name cannot be taken by a package.
 
-    Raises UserError for an unknown name, with the nearest known one, and for an entry point that does not load.
+    One from another package comes behind a proxy that says what it raises as its own (`OwnersCodeError`).
+    Raises UserError for an unknown name, with the nearest known one, and for an entry point that does not load or is no
+    encoder type.
     """
     if name in _BUILT_IN:
         module, attribute = _BUILT_IN[name]
-        found: Any = getattr(import_module(module), attribute)
-    elif entry := _entry_points().get(name):
-        try:
-            found = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"encoder type {name!r}: its entry point {entry.value!r} does not load ({error}); reinstall its package"
-            ) from error
-    else:
+        return cast("EncoderType", getattr(import_module(module), attribute)())
+    entry = _entry_points().get(name)
+    if entry is None:
         raise UserError(f"unknown encoder type {name!r}; {suggestion(name, encoder_type_names())}")
-    return cast("EncoderType", found() if isinstance(found, type) else found)
+    whose = f"encoder type {name!r} (package {entry.dist.name if entry.dist else 'unknown'})"
+    with owners_code(f"{whose}: its entry point {entry.value!r} does not load, it"):
+        found = entry.load()
+        return checked_encoder_type(found() if isinstance(found, type) else found, whose)
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -2,7 +2,8 @@
 
 The master needs only `architecture`, `initial` and `export_shared`; the node fits its private parts to its own samples,
 builds the whole model and trains it. A type of your own is a class with these methods, registered as an entry point of
-the group `shared_encoder.encoder_types`.
+the group `shared_encoder.encoder_types`. Raise UserError for what a person can mend; anything else that a type or its
+model raises, in a training step too, ends what was asked for with one line that names your package.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class EncoderModel(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The self-supervised loss of a batch: a scalar, mean over the masked positions (nats for text)."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Put the gradients of a loss, as `loss` gave it, into all parameters."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def features(self, samples: Samples) -> Tensor:

@@ -71,7 +71,7 @@ class Trainer:
         batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
         loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.model.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
         self.optimizer.step()
         self.steps += 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,31 +60,6 @@ def test_registry() -> None:
         get_encoder_type("texts")
     with pytest.raises(UserError, match="there are: text, image"):
         get_encoder_type("sound")
-
-
-def test_registry_takes_types_of_other_packages(tmp_path: Path) -> None:
-    (tmp_path / "theirs.py").write_text("class Sound:\n    name = 'sound'\nready = Sound()\n")
-    info = tmp_path / "theirs-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(
-        "[shared_encoder.encoder_types]\nsound = theirs:Sound\nready = theirs:ready\ntext = theirs:Sound\nbad = no:no\n"
-    )
-    code = (
-        "from common.encoders import *\n"
-        "assert encoder_type_names() == ['text', 'image', 'bad', 'ready', 'sound'], encoder_type_names()\n"
-        "assert get_encoder_type('sound').name == get_encoder_type('ready').name == 'sound'\n"
-        "import sys; assert 'torch' not in sys.modules\n"
-        "try:\n    get_encoder_type('bad')\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
-        "assert get_encoder_type('text').name == 'text'\n"
-    )
-    code = code.replace("import *", "import encoder_type_names, get_encoder_type")
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("UserError encoder type 'bad': its entry point 'no:no' does not load")
 
 
 @pytest.mark.parametrize(
