@@ -68,7 +68,7 @@ def run_evaluation(
         pinned = sorted((state / "encoders").glob("*/pinned.json"), key=lambda path: path.stat().st_mtime)
         if not pinned:
             raise UserError(f"{state}: node {name!r} has not saved private parts; train it first")
-        domains.append(Domain.of(name, load_corpora(name, node), pinned[-1].parent))
+        domains.append(Domain.of(name, load_corpora(name, node, file), pinned[-1].parent))
     kinds = {domain.pinned.type: domain.name for domain in domains}
     if len(kinds) > 1:
         named = " and ".join(f"{name} of type {kind}" for kind, name in kinds.items())

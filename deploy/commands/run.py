@@ -82,7 +82,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     node_config = config.nodes.get(name) or NodeConfig()
     if node_config.export_dir is not None:
         check_export_directory(node_config.export_dir)
-    corpora = load_corpora(name, node_config)
+    corpora = load_corpora(name, node_config, file)
     topology = Topology(config.broker.namespace)
     broker = connect(config, topology, f"node {name}")
     try:
@@ -115,8 +115,9 @@ def check_node_id(name: str) -> None:
         raise UserError(f"node id {name!r}: use up to 64 letters, digits, - and _, starting with a letter or digit")
 
 
-def load_corpora(name: str, config: NodeConfig) -> dict[str, Corpus]:
-    """The node's samples by encoder type, read before anything is promised. Raises UserError."""
+def load_corpora(name: str, config: NodeConfig, file: Path | None = None) -> dict[str, Corpus]:
+    """The node's samples by encoder type, read before anything is promised; an entry point's module may lie beside the
+    configuration `file`. Raises UserError."""
     from node_service.corpus.corpus import load_corpus
 
     if not config.corpus:
@@ -128,7 +129,7 @@ def load_corpora(name: str, config: NodeConfig) -> dict[str, Corpus]:
                 f"nodes.{name}.corpus: two corpora of type {corpus_config.type}; one with several paths does"
             )
         started = time.monotonic()
-        corpus = load_corpus(corpus_config)
+        corpus = load_corpus(corpus_config, beside=file.parent if file is not None else None)
         corpora[corpus_config.type] = corpus
         log.info(
             "corpus read",

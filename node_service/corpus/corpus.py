@@ -6,7 +6,6 @@ import glob
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from common.errors import UserError
 from node_service.corpus import image_files, text_files
+from node_service.corpus.entry_point import call_entry_point
 
 #: The file suffixes of the types that are read from files; other types come through an entry point.
 SUFFIXES = {"text": text_files.SUFFIXES, "image": image_files.SUFFIXES}
@@ -63,8 +63,8 @@ class CorpusConfig(BaseModel):
 class Corpus:
     """Samples of one encoder type; labels, for probes only, are there for every sample or not at all.
 
-    `train` and `test` are lists of str for text, uint8 arrays (n, height, width[, channels]) for images, and whatever
-    sequence an entry point gave for other types. `test` may be empty (`held_out` 0).
+    `train` and `test` are lists of str for text, uint8 arrays (n, height, width[, channels]) for images, and for other
+    types the list or array that an entry point gave. `test` may be empty (`held_out` 0).
     """
 
     type: str
@@ -86,14 +86,17 @@ def select_corpus(configs: Sequence[CorpusConfig], encoder_type: str) -> CorpusC
     )
 
 
-def load_corpus(config: CorpusConfig, base: Path | None = None) -> Corpus:
+def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path | None = None) -> Corpus:
     """Read and split a corpus; relative paths start at `base` (default: the current folder).
 
+    The module of an entry point is looked for in `beside`, the folder of the configuration file, first.
+
     The held-out part follows from the samples' content alone: it is the same on every run and whatever is added, and
-    equal samples are on one side. Raises UserError naming the file and the mend for everything unreadable or empty.
+    equal samples are on one side. Raises UserError naming the file and the mend for everything unreadable or empty, and
+    OwnersCodeError for what the function of an entry point raises.
     """
     if config.entry_point is not None:
-        (samples, labels), test = _from_entry_point(config.entry_point), None
+        (samples, labels), test = call_entry_point(config.entry_point, config.type, beside), None
     else:
         (samples, labels), test = _from_files(config, base or Path())
     kept = _limited(samples, config.limit)
@@ -160,22 +163,6 @@ def kind_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def _from_entry_point(name: str) -> _Labelled:
-    """Call "module:function", which gives samples, or samples and labels as a pair (a tuple)."""
-    module, _, function = name.partition(":")
-    try:
-        call = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"entry_point {name!r} does not load ({error}); write it as module:function") from error
-    given = call()
-    samples, labels = given if isinstance(given, tuple) else (given, None)
-    if len(samples) == 0:
-        raise UserError(f"entry_point {name!r} gave no samples; mend the function or set path")
-    if labels is not None and len(labels) != len(samples):
-        raise UserError(f"entry_point {name!r} gave {len(samples)} samples and {len(labels)} labels; give one for each")
-    return samples, None if labels is None else [str(label) for label in labels]
-
-
 def _digest(sample: Any) -> tuple[float, int]:
     """Two numbers that follow from the sample's content: one in [0, 1) for the split, one for the order of a limit."""
     if isinstance(sample, str):
@@ -203,10 +190,8 @@ def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tup
     lowest, highest = min(places), max(places)
     if lowest == highest:
         source = config.entry_point or " ".join(config.path)
-        raise UserError(
-            f"{source}: one sample cannot be split for the held-out part; "
-            'set documents = "paragraph" or "line", or held_out = 0, or test_path'
-        )
+        cut = 'set documents = "paragraph" or "line", or test_path' if config.path else "give others"
+        raise UserError(f"{source}: one sample cannot be split for the held-out part; {cut}, or set held_out = 0")
     below = {i for i in everything if places[i] == lowest or (places[i] < held_out and places[i] != highest)}
     return [i for i in everything if i not in below], sorted(below)
 

@@ -41,10 +41,10 @@ def read_images(
     for path in arrays:
         found = _load(path)
         name = _array_name(path, found, field, test)
-        parts.append((path, _images(found[name], path), _labels(found, path, label, name, len(found[name]))))
+        parts.append((path, as_images(found[name], path), _labels(found, path, label, name, len(found[name]))))
         if name == "x_train" and "x_test" in found:
             aside = found["x_test"]
-            set_aside.append((path, _images(aside, path), _labels(found, path, label, "x_test", len(aside))))
+            set_aside.append((path, as_images(aside, path), _labels(found, path, label, "x_test", len(aside))))
     if pictures:
         parts.append((pictures[0], *_pictures(pictures, image_size)))
     held_out = _joined(set_aside) if set_aside else None
@@ -91,24 +91,26 @@ def _labels(found: dict[str, NDArray[Any]], path: Path, label: str | None, image
     return [str(value) for value in labels.tolist()]
 
 
-def _images(array: NDArray[Any], path: Path) -> _Images:
-    """As uint8; numbers from 0 to 1 are scaled to 0 to 255."""
+def as_images(array: NDArray[Any], where: object, mend: str = "correct field or reshape it") -> _Images:
+    """Images (n, height, width[, channels]) as uint8; numbers from 0 to 1 are scaled to 0 to 255.
+
+    Raises UserError that begins with `where` the array is from; `mend` is for one of another shape.
+    """
     if array.ndim not in (3, 4) or not array.size:
         raise UserError(
-            f"{path} holds no images: its array has shape {array.shape}, not (n, height, width[, channels]); "
-            "correct field or reshape it"
+            f"{where} holds no images: its array has shape {array.shape}, not (n, height, width[, channels]); {mend}"
         )
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "biuf":
-        raise UserError(f"{path} holds {array.dtype} values, not pixels; save it as uint8")
+        raise UserError(f"{where} holds {array.dtype} values, not pixels; save it as uint8")
     lowest, highest = float(array.min()), float(array.max())
     if array.dtype.kind in "iu" and lowest >= 0 and highest <= 255:
         return array.astype(np.uint8)
     if array.dtype.kind in "bf" and lowest >= 0 and highest <= 1:
         return np.round(array.astype(np.float32) * 255).astype(np.uint8)
     raise UserError(
-        f"{path} holds {array.dtype} values from {lowest:g} to {highest:g}; save whole numbers from 0 to 255, "
+        f"{where} holds {array.dtype} values from {lowest:g} to {highest:g}; save whole numbers from 0 to 255, "
         "or fractions from 0 to 1"
     )
 

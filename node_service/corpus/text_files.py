@@ -137,7 +137,20 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; correct field or the row")
+    check_unicode(text, where)
     return text
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise UserError for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UserError(
+            f"{where}: character {error.start} of the text is {half!r}, half of a surrogate pair, which is no valid "
+            "text; mend or remove it"
+        ) from None
 
 
 def _missing(where: str, field: str, names: list[str]) -> str:

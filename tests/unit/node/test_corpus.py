@@ -136,6 +136,7 @@ def test_paths_start_at_base(tmp_path: Path) -> None:
         ("a.jsonl", b'"text"\n', "a.jsonl line 1 is not an object"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2: no field 'text'; set field to one of 'txt'"),
         ("a.jsonl", b'{"text": 7}\n', "line 1: field 'text' is int, not text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "ab\\ud83d"}\n', r"a.jsonl line 2: character 2 of the text is '\ud83d'"),
         ("a.jsonl", b"", "a.jsonl holds no text"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "is not a whole gzip file"),
@@ -242,29 +243,6 @@ def test_picture_folders(tmp_path: Path) -> None:
     assert scaled.train.shape == (13, 4, 4, 3)  # type: ignore[attr-defined]
     (tmp_path / "dog" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert "torn.png" in refusal(tmp_path, type="image", image_size=4)
-
-
-def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_for_tests.py").write_text(
-        "def pair():\n    return ['a', 'b', 'c'], [1, 2, 2]\n"
-        "def bare():\n    return [[1.0, 2.0], [3.0, 4.0]]\n"
-        "def none():\n    return []\n"
-        "def uneven():\n    return ['a', 'b'], [1]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    pair = load_corpus(CorpusConfig(entry_point="mine_for_tests:pair", held_out=0))
-    assert (pair.train, pair.train_labels) == (["a", "b", "c"], ["1", "2", "2"])
-    bare = load_corpus(CorpusConfig(type="timeseries", entry_point="mine_for_tests:bare"))
-    assert len(bare.train) == len(bare.test) == 1
-    for name, said in [
-        ("mine_for_tests:none", "gave no samples"),
-        ("mine_for_tests:uneven", "2 samples and 1 labels"),
-        ("mine_for_tests:absent", "does not load"),
-        ("absent_module:f", "does not load"),
-        ("no_colon", "write it as module:function"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            load_corpus(CorpusConfig(entry_point=name))
 
 
 def test_a_corpus_is_read_without_torch() -> None:
