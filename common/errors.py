@@ -7,6 +7,8 @@ SharedEncoderError
 │   ├── PublishRejected     a bounded queue is full
 │   └── StorageFull         no room on the disk
 ├── Unroutable         a mandatory publish that no queue took
+├── Unpublishable      a message that the broker will never take: too large, or not to be written as AMQP
+├── InternalError      a bug that has ended a thread of ours: the log has the trace, the party ends
 ├── LockHeld           somebody else holds the name
 ├── Damaged            what is on disk is not what was written there
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
@@ -80,6 +82,14 @@ class Unroutable(SharedEncoderError):
     """A mandatory publish matched no queue: the receiver has not declared its queue, or the key is wrong."""
 
 
+class Unpublishable(SharedEncoderError):
+    """The broker does not take this message, however often it is sent; the text has its reason."""
+
+
+class InternalError(SharedEncoderError):
+    """A slip in this program has ended something that others wait for. Nothing to mend from outside."""
+
+
 class LockHeld(SharedEncoderError):
     """Another process holds the lock of this name at the broker."""
 
@@ -94,7 +104,7 @@ class UserError(SharedEncoderError):
 
 
 class AccessRefused(UserError):
-    """The broker does not accept the account, the password or the virtual host."""
+    """The broker does not accept the account, the password or the virtual host, or forbids what was asked."""
 
 
 class OwnersCodeError(UserError):

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from common.clock import SYSTEM, Clock
-from common.errors import AccessRefused, BrokerUnavailable
+from common.errors import BrokerUnavailable
 from common.wire.broker import Broker, Delivery
 from common.wire.topology import Topology
 from common.workers import Worker
@@ -100,8 +100,7 @@ class MasterService:
                 self.on_change(self)
                 if self._ending.lost.is_set():
                     raise BrokerUnavailable("the lock of this namespace was lost; another master may be serving it now")
-                if refused := self.broker.status().refused:
-                    raise AccessRefused(refused)
+                self.broker.status().check()
         finally:
             for subscription in subscriptions:
                 subscription.close()

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from common.clock import SYSTEM, Clock
-from common.errors import AccessRefused, BrokerUnavailable
+from common.errors import BrokerUnavailable
 from common.wire.broker import Broker, Delivery
 from common.wire.messages import Instruction
 from common.wire.topology import Topology
@@ -112,8 +112,7 @@ class NodeService:
         while not stop.is_set() and not (node.finished and self.config.exit_when_finished):
             if self._lost.is_set():
                 raise BrokerUnavailable(f"the lock of node {self.name!r} was lost; is it running somewhere else?")
-            if refused := self.broker.status().refused:
-                raise AccessRefused(refused)
+            self.broker.status().check()
             self._handle_events(node, wait=node.work())
             self._on_change(self)
 

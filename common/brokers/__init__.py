@@ -8,17 +8,26 @@ from common.errors import UserError
 from common.wire.broker import Broker
 
 
-def open_broker(url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0) -> Broker:
+def open_broker(
+    url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0, refusal_patience: float = 30.0
+) -> Broker:
     """Connect to the RabbitMQ of an `amqp://` or `amqps://` URL.
 
     `client_name` is shown in the broker's management page, `dead_letters` is the exchange for what cannot be processed.
+    `refusal_patience`: seconds that something may be refused in a row before `status` calls it final.
     Raises UserError for a URL of another kind, AccessRefused, or BrokerUnavailable after `connect_timeout` seconds.
     """
     if urlsplit(url).scheme not in ("amqp", "amqps"):
         raise UserError(f"broker URL {redacted(url)!r}: write it as amqp://user:password@host:5672/vhost (or amqps://)")
     from common.brokers.amqp.rabbitmq import RabbitMQBroker
 
-    return RabbitMQBroker(url, client_name=client_name, dead_letters=dead_letters, connect_timeout=connect_timeout)
+    return RabbitMQBroker(
+        url,
+        client_name=client_name,
+        dead_letters=dead_letters,
+        connect_timeout=connect_timeout,
+        refusal_patience=refusal_patience,
+    )
 
 
 def redacted(url: str) -> str:

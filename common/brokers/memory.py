@@ -12,11 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
+from common.brokers.memory_rules import Operation, Permissions, matches
+from common.brokers.problems import Problems
 from common.clock import SYSTEM
-from common.errors import BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
+from common.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    LockHeld,
+    PublishRejected,
+    Unpublishable,
+    Unroutable,
+    UserError,
+)
 from common.locks import this_process
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
 from common.wire.topology import Binding, Declarations, Exchange, Queue
+
+#: How often it is tried to consume what the user may not read, seconds.
+_RETRY_SECONDS = 0.2
+#: A queue may be missing for so long before a warning: its declarer may come later. Seconds.
+_QUIET_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -50,15 +65,37 @@ class Holder:
 
 
 class MemoryServer:
-    """Exchanges, queues and bindings. One lock guards all of it; `changed` wakes the dispatchers."""
+    """Exchanges, queues and bindings. One lock guards all of it; `changed` wakes the dispatchers.
 
-    def __init__(self, clock: Callable[[], float] = SYSTEM.now) -> None:
+    `max_body_bytes`: larger bodies are refused, as RabbitMQ does with its `max_message_size`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = SYSTEM.now, max_body_bytes: int | None = None) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._permissions: dict[str, Permissions] = {}
         self.changed = threading.Condition(threading.RLock())
         self.clock = clock
         self.locks: dict[str, Holder] = {}
         self._exchanges: dict[str, Exchange] = {}
         self._queues: dict[str, _Queue] = {}
         self._bindings: list[Binding] = []
+
+    def permit(self, user: str, permissions: Permissions) -> None:
+        """What this user may do from now on; everything if nothing was said."""
+        with self.changed:
+            self._permissions[user] = permissions
+            self.changed.notify_all()
+
+    def forbidden(self, user: str, operation: Operation, name: str) -> str:
+        """Why the user may not do this; empty if it may."""
+        if self._permissions.get(user, Permissions()).allow(operation, name):
+            return ""
+        return f"ACCESS_REFUSED - {operation} access to '{name}' refused for user '{user}'"
+
+    def permitted(self, user: str, operation: Operation, name: str) -> None:
+        """Raises AccessRefused."""
+        if words := self.forbidden(user, operation, name):
+            raise AccessRefused(f"the broker account lacks a permission: {words}")
 
     def declare(self, declarations: Declarations) -> None:
         with self.changed:
@@ -91,6 +128,12 @@ class MemoryServer:
     def publish(self, publication: Publication, user: str) -> None:
         """Into every queue that a binding leads to, or into none: a full one rejects the publish as a whole."""
         with self.changed:
+            self.permitted(user, "write", publication.exchange)
+            if self.max_body_bytes is not None and len(publication.body) > self.max_body_bytes:
+                raise Unpublishable(
+                    f"the broker does not take this message: its {len(publication.body)} bytes are larger than "
+                    f"the configured {self.max_body_bytes}"
+                )
             exchange = self._exchanges.get(publication.exchange)
             if exchange is None:
                 raise Unroutable(f"there is no exchange {publication.exchange}")
@@ -144,11 +187,21 @@ class MemoryBroker:
     """One party's connection. Its deliveries come on one thread of its own; without `threaded`, when its owner calls
     `deliver`."""
 
-    def __init__(self, server: MemoryServer, *, user: str, dead_letters: str, threaded: bool = True) -> None:
+    def __init__(
+        self,
+        server: MemoryServer,
+        *,
+        user: str,
+        dead_letters: str,
+        threaded: bool = True,
+        refusal_patience: float = 30.0,
+    ) -> None:
+        """`refusal_patience`: seconds that a consumer may be refused before `status` calls it final."""
         self._server = server
         self._user = user
         self._dead_letters = dead_letters
         self._subscriptions: list[MemorySubscription] = []
+        self._problems = Problems(refusal_patience)
         self._closed = False
         self._bytes_out = 0
         self._bytes_in = 0
@@ -157,6 +210,11 @@ class MemoryBroker:
             self._thread.start()
 
     def declare(self, declarations: Declarations) -> None:
+        self._problems.check()
+        for exchange in declarations.exchanges:
+            self._server.permitted(self._user, "configure", exchange.name)
+        for queue in declarations.queues:
+            self._server.permitted(self._user, "configure", queue.name)
         self._server.declare(declarations)
 
     def delete_queue(self, name: str) -> None:
@@ -165,6 +223,7 @@ class MemoryBroker:
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
         if self._closed:
             raise BrokerUnavailable("the connection is closed")
+        self._problems.check()
         for publication in publications:
             self._server.publish(publication, self._user)
             self._bytes_out += len(publication.body)
@@ -191,6 +250,8 @@ class MemoryBroker:
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
+        self._problems.check()
+        self._server.permitted(self._user, "configure", name)
         with self._server.changed:
             holder = self._server.locks.setdefault(name, Holder(self, f"user {self._user}, {this_process()}", on_lost))
             if holder.broker is not self:
@@ -208,7 +269,17 @@ class MemoryBroker:
             holder.on_lost()
 
     def status(self) -> BrokerStatus:
-        return BrokerStatus(not self._closed, None, 0, self._bytes_out, self._bytes_in)
+        problems = self._problems
+        return BrokerStatus(
+            connected=not self._closed,
+            blocked=None,
+            reconnects=0,
+            bytes_out=self._bytes_out,
+            bytes_in=self._bytes_in,
+            problem=problems.problem,
+            refused=problems.refused,
+            failed=problems.failed,
+        )
 
     def close(self) -> None:
         with self._server.changed:
@@ -221,13 +292,19 @@ class MemoryBroker:
             self._thread.join()
 
     def deliver(self) -> bool:
-        """Hand over one message of each subscription that has one ready; whether any had."""
+        """Hand over one message of each subscription that has one ready; whether any had. Callbacks run outside the
+        lock."""
         with self._server.changed:
+            usable = [each for each in self._subscriptions if self._is_usable(each)]
             self._subscriptions = [each for each in self._subscriptions if not each.closed]
-            ready = [(each, delivery) for each in self._subscriptions if (delivery := each.take()) is not None]
+            ready = [(each, delivery) for each in usable if (delivery := each.take()) is not None]
         for subscription, delivery in ready:
             self._bytes_in += len(delivery.body)
-            subscription.on_delivery(delivery)
+            try:
+                subscription.on_delivery(delivery)
+            except Exception as error:  # a callback may raise anything; the other consumers have no part in it
+                subscription.close()
+                self._problems.fail(f"the consumer of {subscription.queue}", error)
         return bool(ready)
 
     def _subscribe(self, subscription: MemorySubscription) -> MemorySubscription:
@@ -237,16 +314,34 @@ class MemoryBroker:
         return subscription
 
     def _dispatch(self) -> None:
-        """Deliver what is ready; callbacks run outside the lock."""
-        while True:
-            if self.deliver():
-                continue
-            with self._server.changed:
-                if self._closed:
-                    return
-                # what came since is seen at once; what comes now wakes us
-                if not any(each.has_ready() for each in self._subscriptions):
-                    self._server.changed.wait()
+        try:
+            while not self._closed:
+                if not self.deliver():
+                    self._wait()
+        except Exception as error:  # without this thread nothing arrives any more: whatever it is, the party must know
+            self._problems.fail("the embedded broker's dispatcher", error)
+
+    def _wait(self) -> None:
+        """Until something has changed; what has since the last look is seen at once."""
+        with self._server.changed:
+            usable = [each for each in self._subscriptions if self._is_usable(each)]
+            if not self._closed and not any(each.has_ready() for each in usable):
+                self._server.changed.wait(None if len(usable) == len(self._subscriptions) else _RETRY_SECONDS)
+
+    def _is_usable(self, subscription: MemorySubscription) -> bool:
+        """Whether there is such a queue and the user may read it; what hinders is shown in the status."""
+        name = subscription.queue
+        forbidden = self._server.forbidden(self._user, "read", name)
+        if subscription.closed or (not forbidden and self._server.find(name) is not None):
+            self._problems.over(f"queue {name}")
+        elif forbidden:
+            words = f"the broker account lacks a permission: {forbidden}"
+            self._problems.note(f"queue {name}", words, refusal=True)
+            return False
+        else:
+            self._problems.note(f"queue {name}", f"there is no queue {name}", quiet=_QUIET_SECONDS)
+            return False
+        return not subscription.closed
 
 
 class MemorySubscription:
@@ -315,18 +410,3 @@ class MemorySubscription:
         message = queue.ready[max(self._position, queue.ready[0].offset) - queue.ready[0].offset]
         self._position = message.offset + 1
         return message
-
-
-def matches(kind: str, pattern: str, key: str) -> bool:
-    """Whether a binding's pattern takes a routing key: equal for direct; `*` one word, `#` any number for topic."""
-    if kind == "direct":
-        return pattern == key
-    return _matches(pattern.split("."), key.split("."))
-
-
-def _matches(pattern: list[str], words: list[str]) -> bool:
-    if not pattern:
-        return not words
-    if pattern[0] == "#":
-        return any(_matches(pattern[1:], words[start:]) for start in range(len(words) + 1))
-    return bool(words) and pattern[0] in ("*", words[0]) and _matches(pattern[1:], words[1:])

@@ -2,6 +2,8 @@
 
 Threads: every method may be called from any thread. Deliveries arrive on a thread of the broker's own, in the order of
 their queue; a callback must return quickly (put the delivery into a queue of yours) and must not block on `publish`.
+A callback that raises is a bug: its consumer is closed, `status` says so, and what is asked of the broker from then on
+(`publish`, `declare`, `lock`) raises InternalError, so that nobody believes that it still hears.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from common.errors import AccessRefused, InternalError
 from common.wire.topology import Declarations
 
 #: Where a stream is read from: an offset (inclusive), a broker timestamp, or a named position.
@@ -57,7 +60,12 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class BrokerStatus:
-    """What the user is shown of the connection. `blocked` is the broker's reason while an alarm stops publishers."""
+    """What the user is shown of the connection. `blocked` is the broker's reason while an alarm stops publishers.
+
+    `problem`: what does not work right now, in the broker's words; empty when all is well. `refused`: what the broker
+    has refused for so long that waiting will not help; the party ends with AccessRefused. `failed`: what a bug has
+    ended, such as a consumer whose callback raised; the party ends with InternalError.
+    """
 
     connected: bool
     blocked: str | None
@@ -66,6 +74,14 @@ class BrokerStatus:
     bytes_in: int
     problem: str = ""
     refused: str = ""
+    failed: str = ""
+
+    def check(self) -> None:
+        """Raises InternalError or AccessRefused if going on is of no use; to be called now and then by who waits."""
+        if self.failed:
+            raise InternalError(self.failed)
+        if self.refused:
+            raise AccessRefused(self.refused)
 
 
 def dead_letter(exchange: str, delivery: Delivery, reason: str, detail: str) -> Publication:
@@ -105,12 +121,16 @@ class Broker(Protocol):
         """Publish persistently, in order, and return when the broker has confirmed all of them.
 
         Waits while the connection is away or blocked. After an error any subset may have arrived.
-        Raises Unroutable, PublishRejected, or BrokerUnavailable after `timeout` seconds without progress, and for what
-        finds no queue just after a reconnect: the queue may not be up yet.
+        What the broker closes the channel for (no permission, no exchange, too large) fails its own call alone.
+        Raises Unroutable, PublishRejected, AccessRefused, Unpublishable, or BrokerUnavailable after `timeout` seconds
+        without progress, and for what finds no queue just after a reconnect: the queue may not be up yet.
         """
 
     def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> Subscription:
-        """Consume with at most `prefetch` unacked deliveries; resumed after a reconnect."""
+        """Consume with at most `prefetch` unacked deliveries; resumed after a reconnect.
+
+        Tried again as long as the queue is not there or the account may not read it; `status` says so meanwhile.
+        """
 
     def read_stream(
         self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
@@ -130,6 +150,7 @@ class Broker(Protocol):
         """Hold a name for as long as the connection lives; taken again after a reconnect.
 
         `on_lost` is called if another has taken it meanwhile; this connection consumes nothing from then on.
+        A lock that may not be taken again (no permission) is not lost: it is tried again, and `status` says so.
         Raises LockHeld, which names the holder's user, process and host where the broker knows them; AccessRefused,
         BrokerUnavailable.
         """

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import structlog
 
+from common.brokers.problems import Problems
 from common.clock import SYSTEM
-from common.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable, InternalError, SharedEncoderError, UserError
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -24,25 +25,39 @@ T = TypeVar("T")
 BACKOFF_SECONDS = (0.2, 5.0)
 #: How long the broker may take to answer.
 ANSWER_SECONDS = 10.0
+#: Whoever waits for an answer looks so often whether waiting has become of no use, seconds.
+_LOOK_SECONDS = 0.5
 #: A connection that was open for so long begins with the shortest wait again, seconds.
 _HELD_SECONDS = 1.0
 
 #: Begin to connect: called with what is to be called when the connection is open, and when it is gone.
 Connect = Callable[[Callable[[Any], None], Callable[[Any, BaseException], None]], Any]
+#: What ended a connection as an error of ours, and whether it had been open: UserError if the broker refuses it.
+Explain = Callable[[BaseException, bool], SharedEncoderError]
 
 
 class Link:
     """One connection in a thread of its own: opened, kept, reopened. `on_open` runs in that thread at every opening."""
 
     def __init__(
-        self, name: str, connect: Connect, failures: tuple[type[Exception], ...], on_open: Callable[[], None]
+        self,
+        name: str,
+        connect: Connect,
+        failures: tuple[type[Exception], ...],
+        on_open: Callable[[], None],
+        problems: Problems,
+        explain: Explain,
     ) -> None:
         self.generation = 0
+        self.problems = problems
         self.blocked: str | None = None
         self.connection: Any = None
         self._connect = connect
         self._failures = failures
         self._on_open = on_open
+        self._explain = explain
+        self._name = f"the connection that has to {name}"
+        self._ended: BaseException | None = None
         self.closing = threading.Event()
         self._opened = threading.Event()
         self._guard = threading.Lock()
@@ -71,16 +86,63 @@ class Link:
             return True
 
     def call(self, action: Callable[[Future[T]], None], timeout: float = ANSWER_SECONDS) -> T:
-        """Run `action` in the link's thread and wait for the future that it is given. Raises BrokerUnavailable."""
+        """Run `action` in the link's thread and wait for the future that it is given.
+
+        Raises what the future does, AccessRefused if the broker lets us in no more, InternalError, BrokerUnavailable.
+        """
         future: Future[T] = Future()
         deadline = SYSTEM.monotonic() + timeout
-        while not self.post(lambda: action(future)):
-            if not self._opened.wait(max(0.0, deadline - SYSTEM.monotonic())):
-                raise BrokerUnavailable("the connection to the broker is away")
+        while not self.post(lambda: self.attempt(future, lambda: action(future))):
+            self.problems.check_waiting()
+            left = deadline - SYSTEM.monotonic()
+            if not self._opened.wait(min(max(0.0, left), _LOOK_SECONDS)) and left <= 0:
+                raise BrokerUnavailable(f"the connection to the broker is away{self.why()}")
+        while True:
+            left = deadline - SYSTEM.monotonic()
+            try:
+                return future.result(min(max(0.0, left), _LOOK_SECONDS))
+            except TimeoutError:
+                if left <= 0:
+                    raise BrokerUnavailable(f"the broker did not answer within {timeout:.0f} s{self.why()}") from None
+            if not self.connected:
+                self.problems.check_waiting()
+
+    def attempt(self, future: Future[T], action: Callable[[], None]) -> None:
+        """In the link's thread: run `action`; what it raises is the future's, so that nobody waits for it in vain."""
         try:
-            return future.result(max(0.0, deadline - SYSTEM.monotonic()))
-        except TimeoutError:
-            raise BrokerUnavailable(f"the broker did not answer within {timeout:.0f} s") from None
+            action()
+        except Exception as error:  # whatever it is, the caller waits for the future, and all others for this thread
+            lost = isinstance(error, self._failures) and not self.connection.is_open
+            if not future.done():
+                future.set_exception(
+                    BrokerUnavailable(f"the connection to the broker is away{self.why()}")
+                    if lost
+                    else InternalError(f"the broker was asked for what cannot be asked: {error!r}")
+                )
+
+    def after(self, future: Future[T], action: Callable[[Future[T]], None]) -> None:
+        """Run `action` in the link's thread once the future is set there; what it raises opens the connection anew.
+
+        A future itself would swallow the error, and leave a connection on which nothing more happens.
+        """
+
+        def guarded(done: Future[T]) -> None:
+            try:
+                action(done)
+            except Exception as slip:  # handed on to the thread's own loop, whatever it is
+                error = slip
+
+                def again() -> None:
+                    raise error
+
+                self.post(again)
+
+        future.add_done_callback(guarded)
+
+    def why(self) -> str:
+        """What hinders, in brackets, to be appended to what is raised."""
+        problem = self.problems.problem
+        return f" ({problem})" if problem else ""
 
     def close(self) -> None:
         self.closing.set()
@@ -95,20 +157,28 @@ class Link:
     def _run(self) -> None:
         wait = BACKOFF_SECONDS[0]
         while not self.closing.is_set():
-            before = self.generation
+            before, self._ended = self.generation, None
             try:
                 self._serve()
             except self._failures as error:
-                log.debug("connection lost", problem=repr(error))
-            except Exception:
+                self._ended = error
+            except Exception as error:
                 # a slip of the driver's or of a callback; without this thread the party would be cut off for ever
-                log.exception("the connection failed unexpectedly, opening it again")
+                self._ended = error
             if self.closing.is_set():
                 return
+            self._tell(was_open=self.generation > before)
             if self.generation > before and SYSTEM.monotonic() - self._open_since > _HELD_SECONDS:
                 wait = BACKOFF_SECONDS[0]
             self.closing.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, BACKOFF_SECONDS[1])
+
+    def _tell(self, was_open: bool) -> None:
+        """Why the connection is away. While it opens, the driver stumbles over whatever a stranger sends: no trace."""
+        ended = self._ended or ConnectionError("it ended without a reason")
+        error = self._explain(ended, was_open)
+        slip = was_open and not isinstance(ended, (*self._failures, ConnectionError))
+        self.problems.note(self._name, str(error), refusal=isinstance(error, UserError), trace=ended if slip else None)
 
     def _serve(self) -> None:
         """Open a connection and run its loop until it is gone."""
@@ -122,12 +192,14 @@ class Link:
                 self._loop = connection.ioloop
             self._on_open()
             self._opened.set()
+            self.problems.over(self._name)
             if self.closing.is_set():
                 connection.close()
 
         def gone(connection: Any, error: BaseException) -> None:
             with self._guard:
                 self._loop = None
+            self._ended = error
             self._opened.clear()
             self.blocked = None
             connection.ioloop.stop()

@@ -14,7 +14,7 @@ import structlog
 
 from common.brokers.amqp.link import Link
 from common.clock import SYSTEM
-from common.errors import LockHeld, SharedEncoderError
+from common.errors import LockHeld, SharedEncoderError, UserError
 from common.locks import this_process
 
 log = structlog.get_logger()
@@ -115,19 +115,29 @@ class Locks:
         def done(future: Future[None]) -> None:
             if not self._link.connection.is_open:
                 return  # the next opening begins again
-            if future.exception() is None:
+            error = future.exception()
+            if error is None:
+                self._link.problems.over(f"lock {name}")
                 # another may have held it meanwhile and left its note; to write ours may take long
                 note = self._held[name].note
                 threading.Thread(target=self._leave_note, args=(name, note), name="amqp-note", daemon=True).start()
                 self._take_again(others, then)
-            elif SYSTEM.monotonic() < self._lost_at:
-                self._link.connection.ioloop.call_later(1.0, lambda: self._take_again(names, then))
+            elif isinstance(error, LockHeld) and SYSTEM.monotonic() >= self._lost_at:
+                self._lose(name)
             else:
-                self._lost = True
-                self._held.pop(name).on_lost()
+                self._link.problems.note(f"lock {name}", str(error), refusal=isinstance(error, UserError))
+                self._link.connection.ioloop.call_later(1.0, lambda: self._take_again(names, then))
 
-        taken.add_done_callback(done)
+        self._link.after(taken, done)
         self._acquire(name, taken)
+
+    def _lose(self, name: str) -> None:
+        self._lost = True
+        self._link.problems.note(f"lock {name}", f"{name} is held by another connection, which took it over")
+        try:
+            self._held.pop(name).on_lost()
+        except Exception as error:  # a callback may raise anything; its owner must learn of it all the same
+            self._link.problems.fail(f"telling of the lost lock {name}", error)
 
     def _acquire(self, name: str, taken: Future[None]) -> None:
         """In the link's thread: declare the exclusive queue. It lasts as long as the connection, not the channel."""
@@ -150,6 +160,8 @@ class Locks:
                 channel.basic_publish("", _note(name), text.encode(), self._properties())
         except SharedEncoderError as error:
             log.debug("no note of who holds the lock", lock=name, problem=str(error))
+        except Exception:  # nothing depends on a note: neither the lock nor the thread that writes it
+            log.warning("no note of who holds the lock", lock=name, exc_info=True)
 
     def _read_note(self, name: str) -> str:
         """Who holds a lock, as far as is known. Not acked: the note goes back when this connection closes."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from common.brokers.amqp.link import Connect, Link
+from common.brokers.amqp.link import Connect, Explain, Link
+from common.brokers.problems import Problems
 from common.clock import SYSTEM
-from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError, Unroutable
+from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError, Unpublishable, Unroutable
 from common.wire.broker import Publication
 
 #: After a reconnect a queue or an exchange that is missing may only not be up yet, for so many seconds.
 _QUEUES_UP_SECONDS = 10.0
 #: So long without a confirm, and a channel is doubted, once a connection.
 _DOUBT_SECONDS = 15.0
+#: A channel that the broker closed with nothing published on it is opened again after so many seconds.
+_REOPEN_SECONDS = 1.0
 #: What a slow line is granted beyond that, bytes a second.
 _SLOW_LINE = 64 * 1024
 
@@ -71,6 +74,11 @@ class Publisher:
     kills). So what is unconfirmed then goes out on another channel, and with it all that its batch had on the old
     one. What another thread has published there meanwhile, and believes stored, is out of reach: one thread alone
     may write to streams.
+
+    The broker closes a channel for one bad publish (forbidden, no such exchange, too large), and its words need not say
+    which. Only one that was unconfirmed can be it. So, unless there is but one, these are published again one at a
+    time: the one after which the channel is closed again is the bad one, its batch fails with the broker's words, and
+    all others go on together.
     """
 
     def __init__(
@@ -79,8 +87,11 @@ class Publisher:
         failures: tuple[type[Exception], ...],
         properties: Callable[..., Any],
         refusal: Callable[[Exception], SharedEncoderError | None],
+        problems: Problems,
+        explain: Explain,
     ) -> None:
-        """`properties` makes a message's from keywords; `refusal` says why the broker closed a channel, if it did."""
+        """`properties` makes a message's from keywords; `refusal` says why the broker closed a channel for what was
+        published on it, if it did."""
         self.bytes_out = 0
         self._properties = properties
         self._refusal = refusal
@@ -91,8 +102,10 @@ class Publisher:
         self._channel: Any = None
         self._tag = 0
         self._unconfirmed: dict[int, tuple[Batch, int]] = {}
+        #: In the link's thread: the batches one of which holds a bad publish, while it is looked for.
+        self._suspects: list[Batch] = []
         self._doubted = 0
-        self.link = Link("publish", connect, failures, self._open_channel)
+        self.link = Link("publish", connect, failures, self._open_channel, problems, explain)
 
     def publish(self, publications: tuple[Publication, ...], timeout: float) -> None:
         batch = Batch(publications)
@@ -105,13 +118,14 @@ class Publisher:
             while not batch.done.wait(0.2):
                 if self.link.closing.is_set():
                     raise BrokerUnavailable("the connection is closed")
+                self._go_on_waiting()
                 if self.link.blocked is not None:
                     batch.progress_at = SYSTEM.monotonic()  # an alarm is waited out, however long
                     continue
                 now = SYSTEM.monotonic()
                 if now - batch.progress_at > timeout:
                     self._renew(self._channel)
-                    raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s")
+                    raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s{self.link.why()}")
                 silence, on_its_way = now - max(batch.progress_at, batch.sent_at), batch.bytes_left / _SLOW_LINE
                 if silence > _DOUBT_SECONDS + on_its_way and self._doubted < self.link.generation:
                     self._renew(self._channel)
@@ -120,6 +134,13 @@ class Publisher:
                 self._batches.remove(batch)
         if batch.error is not None:
             raise batch.error
+
+    def _go_on_waiting(self) -> None:
+        """Raises AccessRefused if the broker lets us in no more, InternalError after a bug."""
+        if self.link.connected:
+            self.link.problems.check()
+        else:
+            self.link.problems.check_waiting()
 
     def _renew(self, channel: Any) -> None:
         """Close a channel, if it is still the one in use, and publish every open batch anew on another."""
@@ -148,6 +169,13 @@ class Publisher:
 
     def _ready(self, channel: Any) -> None:
         self._channel, self._tag, self._unconfirmed = channel, 0, {}
+        self.link.problems.over("publishing")
+        if self._suspects:
+            self._send_one()
+        else:
+            self._send_all()
+
+    def _send_all(self) -> None:
         with self._guard:
             waiting = list(self._batches)
         for batch in waiting:
@@ -155,23 +183,47 @@ class Publisher:
 
     def _send(self, batch: Batch) -> None:
         """Publish what of a batch is unconfirmed; called once per batch and channel."""
-        if self._channel is None or not self._channel.is_open:
-            return
+        if self._suspects or self._channel is None or not self._channel.is_open:
+            return  # its turn comes when the bad publish is found, or when there is a channel
         if any(each is batch for each, _ in self._unconfirmed.values()):
             return
         for index, publication in batch.give():
-            self._tag += 1
-            self._unconfirmed[self._tag] = (batch, index)
+            if not self._put(batch, index, publication):
+                return
+
+    def _send_one(self) -> None:
+        """Publish the next that may be the bad one, once the one before is confirmed; all else when none is left."""
+        if self._unconfirmed or self._channel is None or not self._channel.is_open:
+            return
+        while self._suspects:
+            index, publication = next(iter(self._suspects[0].left.items()), (0, None))
+            if publication is None:
+                del self._suspects[0]
+            elif self._put(self._suspects[0], index, publication):
+                return
+        self._send_all()
+
+    def _put(self, batch: Batch, index: int, publication: Publication) -> bool:
+        """Write one message to the channel; False, and the batch fails, if it cannot be written as AMQP at all."""
+        try:
             properties = self._properties(
                 message_id=publication.message_id,
                 headers=dict(publication.headers),
                 timestamp=int(SYSTEM.now()),
-                correlation_id=str(self._tag),
+                correlation_id=str(self._tag + 1),
             )
             self._channel.basic_publish(
                 publication.exchange, publication.routing_key, publication.body, properties, publication.mandatory
             )
-            self.bytes_out += len(publication.body)
+        except Exception as error:  # raised before anything is written, for its caller and not for this thread
+            if not self._channel.is_open:
+                raise
+            batch.fail(Unpublishable(f"a message to {publication.exchange} cannot be written as AMQP: {error!r}"))
+            return False
+        self._tag += 1
+        self._unconfirmed[self._tag] = (batch, index)
+        self.bytes_out += len(publication.body)
+        return True
 
     def _returned(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """No queue took it; its confirm follows and finds it settled.
@@ -198,20 +250,42 @@ class Publisher:
             batch, index = self._unconfirmed.pop(tag, (None, 0))
             if batch is not None:
                 batch.settle(index, PublishRejected("the queue is full") if rejected else None)
+        if self._suspects:
+            self._send_one()
 
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
         """The broker closes a channel for one bad publish: that one fails, the others go again on a new channel."""
         if channel is not self._newest:
             return
+        # what came back unroutable was taken: its confirm was on its way
+        sent = [(batch, index) for batch, index in self._unconfirmed.values() if index in batch.left]
         self._channel, self._unconfirmed = None, {}
         error = self._refusal(reason)
         if error is None:
             return
         if isinstance(error, Unroutable) and self.link.reopened_within(_QUEUES_UP_SECONDS):
             error = BrokerUnavailable(f"{error} yet")  # a broker that lost its disk: all is declared again beside this
-        with self._guard:
-            for batch in self._batches:
-                if any(f"'{publication.exchange}'" in str(error) for publication in batch.left.values()):
-                    batch.fail(error)
-        if self.link.connection.is_open:
+        if len(sent) == 1:
+            sent[0][0].fail(error)
+            self._suspects = []
+        elif sent:
+            self._suspect(dict.fromkeys(batch for batch, _ in sent), str(error))
+        else:
+            self.link.problems.note("publishing", str(error))
+        connection = self.link.connection
+        if connection.is_open and (sent or self._suspects):
             self._open_channel()
+        elif connection.is_open:
+            connection.ioloop.call_later(_REOPEN_SECONDS, lambda: self._open_channel() if connection.is_open else None)
+
+    def _suspect(self, batches: Iterable[Batch], words: str) -> None:
+        """Look for the bad publish among these, first where the broker's words name the exchange."""
+
+        def not_named(batch: Batch) -> bool:
+            return not any(f"'{publication.exchange}'" in words for publication in batch.left.values())
+
+        with self._guard:
+            open_ones = [batch for batch in batches if batch in self._batches]
+        self._suspects = sorted(open_ones, key=not_named)
+        for batch in self._suspects:
+            batch.give()

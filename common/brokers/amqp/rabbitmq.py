@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -17,27 +18,17 @@ from typing import Any, cast
 
 import pika
 import structlog
-from pika.exceptions import (
-    AMQPChannelError,
-    AMQPConnectionError,
-    AMQPError,
-    ChannelClosedByBroker,
-)
+from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedByBroker
 
 from common.brokers.amqp.arguments import queue_arguments, version_of
-from common.brokers.amqp.link import Link
+from common.brokers.amqp.link import ANSWER_SECONDS, Link
 from common.brokers.amqp.locks import Locks, Step
 from common.brokers.amqp.publisher import Publisher
+from common.brokers.amqp.refusals import MALFORMED, explained, not_connected, unpublished, went_away
 from common.brokers.amqp.subscription import LinkSubscription
+from common.brokers.problems import Problems
 from common.clock import SYSTEM
-from common.errors import (
-    AccessRefused,
-    BrokerUnavailable,
-    LockHeld,
-    SharedEncoderError,
-    Unroutable,
-    UserError,
-)
+from common.errors import BrokerUnavailable, SharedEncoderError, UserError
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
 from common.wire.topology import Declarations
 
@@ -51,6 +42,8 @@ FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats, which takes it two to three
 #: intervals; until then it is our own ghost.
 _LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
+#: Between two attempts to connect at the start.
+_AGAIN_SECONDS = 0.3
 #: To make quorum queues and streams takes the broker longer than other answers.
 _DECLARE_SECONDS = 30.0
 #: An alarm may keep a note from being written; nobody waits for it longer than this.
@@ -67,7 +60,16 @@ def _connecting(parameters: Any, opened: Callable[[Any], None], gone: Callable[[
 class RabbitMQBroker:
     """One party's two connections to a RabbitMQ."""
 
-    def __init__(self, url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_name: str,
+        dead_letters: str,
+        connect_timeout: float = 10.0,
+        refusal_patience: float = 30.0,
+    ) -> None:
+        """See `open_broker`."""
         try:
             self._parameters = pika.URLParameters(url)
         except ValueError as error:
@@ -81,8 +83,16 @@ class RabbitMQBroker:
         self._consuming = False
         self._bytes_in = 0
         self._server_version: tuple[int, ...] = ()
+        self._problems = Problems(refusal_patience)
         self._connect(connect_timeout)
-        self._consumer = Link("consume", partial(_connecting, self._parameters), FAILURES, self._consumer_open)
+        self._consumer = Link(
+            "consume",
+            partial(_connecting, self._parameters),
+            FAILURES,
+            self._consumer_open,
+            self._problems,
+            self._explained,
+        )
         properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._parameters.credentials.username)
         self._locks = Locks(
             self._consumer, self._in_turn, self._short_connection, properties, patience=_LOCK_PATIENCE_SECONDS
@@ -91,7 +101,9 @@ class RabbitMQBroker:
             partial(_connecting, self._parameters),
             FAILURES,
             properties,
-            lambda reason: _explained(reason) if isinstance(reason, ChannelClosedByBroker) else None,
+            _not_published,
+            self._problems,
+            self._explained,
         )
         self._consumer.start()
         self._publisher.link.start()
@@ -99,6 +111,7 @@ class RabbitMQBroker:
     # --- the protocol ------------------------------------------------------------------------------------------------
 
     def declare(self, declarations: Declarations) -> None:
+        self._problems.check()
         self._consumer.call(partial(self._in_turn, partial(self._declaring, declarations)), timeout=_DECLARE_SECONDS)
         if declarations not in self._declared:
             self._declared.append(declarations)
@@ -108,6 +121,7 @@ class RabbitMQBroker:
         self._consumer.call(partial(self._in_turn, lambda channel: [partial(channel.queue_delete, name)]))
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
+        self._problems.check()
         self._publisher.publish(publications, timeout)
 
     def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> LinkSubscription:
@@ -131,6 +145,7 @@ class RabbitMQBroker:
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
+        self._problems.check()
         self._locks.take(name, on_lost)
 
     def status(self) -> BrokerStatus:
@@ -141,6 +156,9 @@ class RabbitMQBroker:
             reconnects=max(0, max(link.generation for link in links) - 1),
             bytes_out=self._publisher.bytes_out,
             bytes_in=self._bytes_in,
+            problem=self._problems.problem,
+            refused=self._problems.refused,
+            failed=self._problems.failed,
         )
 
     def close(self) -> None:
@@ -158,7 +176,7 @@ class RabbitMQBroker:
             on_delivery(delivery)
 
         subscription = LinkSubscription(
-            self._consumer, queue, counted, prefetch, start, on_close=self._subscriptions.discard
+            self._consumer, queue, counted, prefetch, start, on_close=self._subscriptions.discard, refusal=_refused
         )
         self._subscriptions.add(subscription)
         # before the locks are ours again nothing is consumed; all subscriptions are opened then
@@ -185,18 +203,26 @@ class RabbitMQBroker:
         declarations, *others = left
         declared: Future[None] = Future()
 
+        what = f"declaring {_name_of(declarations)}"
+
+        def again() -> None:
+            if declarations in self._declared:
+                self._declare_again([declarations], then=lambda: None)
+            else:
+                self._problems.over(what)  # a queue of it was deleted meanwhile: the next opening declares the rest
+
         def done(future: Future[None]) -> None:
             if not self._consumer.connection.is_open:
                 return  # the next opening begins again
-            problem = future.exception()
-            if isinstance(problem, UserError):
-                log.warning("could not declare again", problem=str(problem))
-            elif problem is not None:
-                again = partial(self._declare_again, [declarations], then=lambda: None)
+            error = future.exception()
+            if error is None:
+                self._problems.over(what)
+            else:
+                self._problems.note(what, str(error), refusal=isinstance(error, UserError))
                 self._consumer.connection.ioloop.call_later(1.0, again)
             self._declare_again(others, then)
 
-        declared.add_done_callback(done)
+        self._consumer.after(declared, done)
         self._in_turn(partial(self._declaring, declarations), declared)
 
     def _in_turn(self, steps: Callable[[Any], Iterable[Step]], done: Future[None]) -> None:
@@ -204,13 +230,15 @@ class RabbitMQBroker:
 
         def closed(channel: Any, reason: Exception) -> None:
             if not done.done():
-                refused = isinstance(reason, ChannelClosedByBroker)
-                done.set_exception(_explained(reason) if refused else _went_away(reason))
+                done.set_exception(_refused(reason) or went_away(reason))
 
         def opened(channel: Any) -> None:
             left = iter(steps(channel))
 
             def go_on(frame: Any = None) -> None:
+                self._consumer.attempt(done, next_step)
+
+            def next_step() -> None:
                 step = next(left, None)
                 if step is not None:
                     step(callback=go_on)
@@ -240,18 +268,27 @@ class RabbitMQBroker:
         deadline = SYSTEM.monotonic() + timeout
         while True:
             try:
-                with self._short_connection() as connection:
+                with self._short_connection(deadline - SYSTEM.monotonic()) as connection:
                     properties = connection._impl.server_properties or {}
                     version = properties.get("version", "")
                     self._server_version = version_of(version.decode() if isinstance(version, bytes) else version)
                 return
             except BrokerUnavailable:
-                if SYSTEM.monotonic() > deadline:
+                if SYSTEM.monotonic() + _AGAIN_SECONDS > deadline:
                     raise
-                SYSTEM.wait(0.3)
+                SYSTEM.wait(_AGAIN_SECONDS)
 
-    def _short_connection(self) -> _ShortConnection:
-        return _ShortConnection(self._parameters)
+    def _short_connection(self, timeout: float = ANSWER_SECONDS) -> _ShortConnection:
+        return _ShortConnection(self._parameters, timeout)
+
+    def _explained(self, error: BaseException, was_open: bool) -> SharedEncoderError:
+        return went_away(error) if was_open else _not_connected(self._parameters, error)
+
+
+def _name_of(declarations: Declarations) -> str:
+    """Of what is declared together, the first."""
+    names = [each.name for each in declarations.queues] + [each.name for each in declarations.exchanges]
+    return names[0] if names else "bindings"
 
 
 def _without_queue(declarations: Declarations, name: str) -> Declarations:
@@ -266,24 +303,22 @@ def _without_queue(declarations: Declarations, name: str) -> Declarations:
 class _ShortConnection:
     """A blocking connection for a moment, with pika's errors as ours."""
 
-    def __init__(self, parameters: Any) -> None:
+    def __init__(self, parameters: Any, timeout: float) -> None:
+        """`timeout`: seconds that opening it may take."""
         self._parameters = copy.copy(parameters)
         self._parameters.blocked_connection_timeout = _NOTE_BLOCKED_SECONDS
+        self._timeout = max(timeout, _AGAIN_SECONDS)
 
     def __enter__(self) -> Any:
-        where = f"{self._parameters.host}:{self._parameters.port}"
-        user, vhost = self._parameters.credentials.username, self._parameters.virtual_host
         try:
+            # the driver tries each address of a name in turn, with the whole of its timeouts
+            host, port = self._parameters.host, self._parameters.port
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+            self._parameters.socket_timeout = self._parameters.stack_timeout = self._timeout / len(addresses)
             self._connection = pika.BlockingConnection(self._parameters)
-        except (AMQPConnectionError, OSError) as error:
-            if _is_refusal(error):
-                raise AccessRefused(
-                    f"the broker at {where} does not let user {user!r} in to vhost {vhost!r}: "
-                    f"check user, password and vhost of the URL ({_first_line(error)})"
-                ) from None
-            raise BrokerUnavailable(
-                f"no broker answers at {where}: is RabbitMQ running there, and the port open? ({_first_line(error)})"
-            ) from None
+        except Exception as error:
+            # not only AMQPError and OSError: the driver stumbles in many ways over a peer that does not speak AMQP
+            raise _not_connected(self._parameters, error) from None
         return self._connection
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -292,35 +327,30 @@ class _ShortConnection:
                 self._connection.close()
         except AMQPError:
             log.debug("closing a short connection failed")
-        if isinstance(error, ChannelClosedByBroker):
-            raise _explained(error) from None
-        if isinstance(error, AMQPConnectionError | AMQPChannelError):
-            raise _went_away(error) from None
+        if isinstance(error, AMQPError | OSError):
+            raise (_refused(error) or went_away(error)) from None
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the broker said no (ACCESS_REFUSED, NOT_ALLOWED). The driver takes every end of a connection that is
-    being opened for a refusal, also a broker that is just being stopped or killed; what was said is in its text."""
-    return "(403)" in repr(error) or "(530)" in repr(error)
+def _not_connected(parameters: Any, error: BaseException) -> SharedEncoderError:
+    return not_connected(
+        f"{parameters.host}:{parameters.port}",
+        parameters.credentials.username,
+        parameters.virtual_host,
+        error,
+        tls=parameters.ssl_options is not None,
+    )
 
 
-def _went_away(error: BaseException) -> BrokerUnavailable:
-    return BrokerUnavailable(f"the broker went away: {_first_line(error)}")
+def _refused(error: BaseException) -> SharedEncoderError | None:
+    """Why the broker closed a channel, if it did."""
+    if not isinstance(error, ChannelClosedByBroker):
+        return None
+    return explained(int(error.reply_code), str(error.reply_text))
 
 
-def _explained(error: ChannelClosedByBroker) -> SharedEncoderError:
-    """What the broker said when it closed a channel, as one of ours."""
-    text = str(error.reply_text)
-    if error.reply_code == 403:
-        return AccessRefused(f"the broker account lacks a permission: {text}")
-    if error.reply_code == 404 and "down or inaccessible" not in text:
-        return Unroutable(text)  # else the queue is still coming up after a restart of the broker
-    if error.reply_code == 405:
-        return LockHeld(text)
-    if error.reply_code == 406:
-        return UserError(f"{text}; delete what is there with the same name, or use another --namespace")
-    return BrokerUnavailable(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter((str(error) or repr(error)).splitlines()))[:200]
+def _not_published(error: BaseException) -> SharedEncoderError | None:
+    """Why the broker closed a channel, or its connection, for what was published, if it did."""
+    malformed = isinstance(error, ConnectionClosedByBroker) and error.reply_code in MALFORMED
+    if isinstance(error, ChannelClosedByBroker) or malformed:
+        return unpublished(int(error.reply_code), str(error.reply_text))  # type: ignore[attr-defined]
+    return None

@@ -13,13 +13,15 @@ import structlog
 
 from common.brokers.amqp.arguments import stream_offset
 from common.brokers.amqp.link import Link
-from common.errors import BrokerUnavailable
+from common.errors import SharedEncoderError, UserError
 from common.wire.broker import Delivery, OnDelivery, StreamPosition
 
 log = structlog.get_logger()
 
 #: Between two attempts to consume from a queue that is not there, seconds.
 _RETRY_SECONDS = 1.0
+#: A queue may be missing for so long before a warning: after a restart of the broker, or before its declarer came.
+_QUIET_SECONDS = 5.0
 
 
 class LinkSubscription:
@@ -33,13 +35,17 @@ class LinkSubscription:
         prefetch: int,
         start: StreamPosition | None,
         on_close: Callable[[LinkSubscription], None],
+        refusal: Callable[[Exception], SharedEncoderError | None],
     ) -> None:
+        """`refusal` says why the broker closed a channel, if it did."""
         self._link = link
         self._queue = queue
         self._on_delivery = on_delivery
         self._prefetch = prefetch
         self._next = start
         self._on_close = on_close
+        self._refusal = refusal
+        self._what = f"{'queue' if start is None else 'stream'} {queue}"
         self._connection: Any = None
         self._channel: Any = None
         self._unacked: set[int] = set()
@@ -47,14 +53,13 @@ class LinkSubscription:
 
     def close(self) -> None:
         """Returns when the broker has taken the channel down, so that what was unacked is ready for others."""
-        self._closed = True
-        self._on_close(self)
+        self._end()
         if not self._link.connected:
             return  # no connection, no channel: the broker has its deliveries back
         try:
             self._link.call(self._close_channel, timeout=5.0)
-        except BrokerUnavailable:
-            log.debug("the connection went while a consumer was closed", queue=self._queue)
+        except SharedEncoderError as error:
+            log.debug("the connection went while a consumer was closed", queue=self._queue, problem=str(error))
 
     def open(self) -> None:
         """In the link's thread: open the channel and consume, once per connection however often it is asked for."""
@@ -69,6 +74,18 @@ class LinkSubscription:
         if channel is self._channel and tag in self._unacked and channel.is_open:
             self._unacked.discard(tag)
             channel.basic_ack(tag)
+
+    def _end(self) -> None:
+        self._closed = True
+        self._on_close(self)
+        self._link.problems.over(self._what)
+
+    def _fail(self, error: Exception) -> None:
+        """In the link's thread: a bug. What is unacked goes back to its queue, and the party learns that it is deaf."""
+        self._end()
+        self._link.problems.fail(f"the consumer of {self._what}", error)
+        if self._channel is not None and self._channel.is_open:
+            self._channel.close()
 
     def _close_channel(self, done: Future[None]) -> None:
         channel = self._channel
@@ -90,20 +107,39 @@ class LinkSubscription:
             return
         arguments = {} if self._next is None else {"x-stream-offset": stream_offset(self._next)}
         channel.add_on_cancel_callback(lambda frame: channel.close() if channel.is_open else None)
-        channel.basic_consume(self._queue, self._delivered, arguments=arguments)
+        try:
+            channel.basic_consume(self._queue, self._delivered, arguments=arguments, callback=self._consuming)
+        except Exception as error:  # what cannot be written as AMQP: without this the connection would go, and again
+            self._fail(error)
+
+    def _consuming(self, frame: Any) -> None:
+        self._link.problems.over(self._what)
 
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
-        """Closed by the broker (the queue is gone, or not there yet): try again after a while."""
+        """Closed by the broker (forbidden, gone, or not there yet): try again after a while."""
         connection, self._connection = self._connection, None
         if self._closed or not connection.is_open:
             return
-        log.debug("consumer closed by the broker, trying again", queue=self._queue, problem=str(reason))
+        error = self._refusal(reason)
+        if error is not None:
+            refused = isinstance(error, UserError)
+            quiet = 0.0 if refused else _QUIET_SECONDS
+            self._link.problems.note(self._what, str(error), refusal=refused, quiet=quiet)
         connection.ioloop.call_later(_RETRY_SECONDS, self.open)
 
     def _delivered(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        if self._closed:
+            return  # what was on its way when the consumer was closed goes back to its queue
+        try:
+            self._hand_over(channel, method, properties, body)
+        except Exception as error:  # a callback may raise anything; the driver would take it for a broken connection
+            self._fail(error)
+
+    def _hand_over(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         headers = properties.headers or {}
-        offset = int(headers["x-stream-offset"]) if "x-stream-offset" in headers else None
-        if self._next is not None and offset is not None:
+        offset: Any = None
+        # the header is the broker's own on a stream; on a queue, whoever publishes may set it to anything
+        if self._next is not None and isinstance(offset := headers.get("x-stream-offset"), int):
             if isinstance(self._next, int) and offset < self._next:
                 # streams deliver whole storage chunks: before what was asked for
                 channel.basic_ack(method.delivery_tag)

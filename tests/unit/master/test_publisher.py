@@ -12,6 +12,7 @@ import pytest
 
 import common.brokers.amqp.publisher
 from common.brokers.amqp.publisher import Batch, Publisher
+from common.brokers.problems import Problems
 from common.errors import BrokerUnavailable, Unroutable
 from common.wire.broker import Publication
 from tests.integration.harness import eventually
@@ -125,7 +126,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr("common.brokers.amqp.link.BACKOFF_SECONDS", (0.01, 0.01))
     broker = FakeBroker()
     refusal = lambda reason: Unroutable(str(reason)) if str(reason) else None  # noqa: E731
-    publisher = Publisher(broker.connect, (OSError,), lambda **given: SimpleNamespace(**given), refusal)
+    publisher = Publisher(
+        broker.connect,
+        (OSError,),
+        lambda **given: SimpleNamespace(**given),
+        refusal,
+        Problems(30.0),
+        lambda error, was_open: BrokerUnavailable(str(error)),
+    )
     publisher.link.start()
     publish(publisher, b"before")
     broker.connections[0].close()

@@ -1,0 +1,82 @@
+"""What the broker said, and what answered in its place, as errors of ours. Knows AMQP's codes, not the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from common.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    LockHeld,
+    SharedEncoderError,
+    Unpublishable,
+    Unroutable,
+    UserError,
+)
+
+#: Codes with which a broker ends a connection for what it was sent: a frame or a method that it cannot take.
+MALFORMED = frozenset((501, 502, 503, 505, 540))
+
+
+def explained(code: int, text: str) -> SharedEncoderError:
+    """Why the broker closed a channel on which something was asked of it."""
+    if code == 403:
+        return AccessRefused(f"the broker account lacks a permission: {text}")
+    if code == 404 and "down or inaccessible" not in text:
+        return Unroutable(text)  # else the queue is still coming up after a restart of the broker
+    if code == 405:
+        return LockHeld(text)
+    if code == 406:
+        return UserError(f"{text}; delete what is there with the same name, or use another --namespace")
+    return BrokerUnavailable(text)
+
+
+def unpublished(code: int, text: str) -> SharedEncoderError:
+    """Why the broker closed a channel, or with one of `MALFORMED` the connection, on which a message was published."""
+    if code == 406 or code in MALFORMED:
+        hint = "; raise max_message_size at the broker" if "larger than" in text else ""
+        return Unpublishable(f"the broker does not take this message: {text}{hint}")
+    return explained(code, text)
+
+
+def not_connected(where: str, user: str, vhost: str, error: BaseException, *, tls: bool) -> SharedEncoderError:
+    """Why no connection came about: AccessRefused, or BrokerUnavailable for all that is no broker's refusal.
+
+    `where`: host and port. The driver takes every end of a connection that is being opened for a refusal, also that of
+    a broker that is just being stopped or killed; what was said is in its text.
+    """
+    said = repr(error)
+    # too many connections are no refusal: those that broke are counted until the broker misses their heartbeats
+    if ("(403)" in said or "(530)" in said) and "limit" not in said:
+        return AccessRefused(
+            f"the broker at {where} does not let user {user!r} in to vhost {vhost!r}: "
+            f"check user, password and vhost of the URL ({first_line(error)})"
+        )
+    asked = "is RabbitMQ running there, and the port open?"
+    if _any_of(said, ("SSL", "ssl=True", "certificate")):
+        asked = "does it speak TLS on this port, as amqps:// says, with a certificate that is trusted here?"
+    elif _any_of(said, ("IncompatibleProtocol", "Timeout during AMQP", "ProtocolVersion")):
+        wanted = "is it amqp:// that is meant?" if tls else "does it want TLS (amqps://)?"
+        asked = f"something is there that does not speak AMQP as RabbitMQ does; is it RabbitMQ's port, and {wanted}"
+    return BrokerUnavailable(f"no broker answers at {where}: {asked} ({first_line(error)})")
+
+
+def went_away(error: BaseException) -> BrokerUnavailable:
+    """A connection that was open is lost."""
+    return BrokerUnavailable(f"the broker went away: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What lies at the bottom of an error, in at most 200 characters of one line."""
+    cause = _cause(error)
+    return next(iter((str(cause) or repr(cause)).splitlines()))[:200]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The driver wraps an error once for each of its stages; the innermost says what happened."""
+    inner = getattr(error, "exception", None) or (getattr(error, "exceptions", None) or error.args or (None,))[-1]
+    return _cause(inner) if isinstance(inner, BaseException) else error
+
+
+def _any_of(text: str, words: Iterable[str]) -> bool:
+    return any(word in text for word in words)
