@@ -16,7 +16,7 @@ from common.errors import Poison, UserError
 from common.events import happened
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import decode
-from common.wire.messages import Answer, Get, Instruction, Receipt, Rule
+from common.wire.messages import Answer, Get, Instruction, Pulse, Receipt, Rule
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -47,6 +47,9 @@ log = structlog.get_logger()
 IDLE_SECONDS = 0.2
 #: Without any sign of life from the master for so long, it is away.
 AWAY_SECONDS = 30.0
+
+#: How many answers beyond `max_unanswered` the master keeps at least.
+_SPARE_ANSWERS = 8
 
 #: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates. Raises
 #: UserError if this node cannot.
@@ -114,6 +117,9 @@ class Node:
         except Poison as poison:
             log.warning("message set aside", node=self.name, reason=poison.reason, detail=poison.detail)
             self._broker.dead_letter(delivery, poison.reason, poison.detail)
+            return
+        if isinstance(message, Pulse):
+            self._broker.ack(delivery)
             return
         self._heard_at = self._master_at
         if isinstance(message, Answer) and not message.accepted:
@@ -183,7 +189,11 @@ class Node:
         return now - self._master_at > AWAY_SECONDS and (away_steps is None or training.since.steps < away_steps)
 
     def _may_hand_in(self, training: Training) -> bool:
-        return len(self.state.owed) < training.rule.max_unanswered
+        """Whether one more update may be unanswered. The master keeps the answers of the newest updates alone, so that
+        one whose answer was lost must not fall too far behind."""
+        owed, most = self.state.owed, training.rule.max_unanswered
+        behind = self.state.identity.next_sequence - min(owed, default=self.state.identity.next_sequence)
+        return len(owed) < most and behind < most + _SPARE_ANSWERS
 
     def _train(self, training: Training) -> float:
         if training.must_return and self._may_hand_in(training):
@@ -350,6 +360,7 @@ class Node:
     def _finish(self, training: Training, read: VersionRead) -> None:
         assert read.version is not None
         model = training.finish(read.version, self.config.export_dir)
+        self.reading.forget(read.encoder)
         self.state.forget_current()
         self.figures.note = "finished"
         version = read.version.version

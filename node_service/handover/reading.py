@@ -76,6 +76,10 @@ class Reading:
                 return VersionRead(failed.encoder, failed.at_least, failed.exact, None, str(error))
         return None
 
+    def forget(self, encoder: str) -> None:
+        """The training of an encoder has ended: should it go on, its stream may be a new one."""
+        self._readers.pop(encoder, None)
+
     def close(self) -> None:
         """Stop reading."""
         for reader in self._readers.values():
