@@ -16,7 +16,7 @@ import structlog
 
 from common.clock import Clock, Signal
 from common.crash_points import reached
-from common.errors import Damaged, Poison, StorageFull
+from common.errors import Damaged, Poison, StorageFull, UserError
 from common.events import happened
 from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.messages import (
@@ -491,7 +491,7 @@ class Master:
         reached("before export")
         try:
             self._fold.arithmetic.export(directory, encoder)
-        except OSError as error:
+        except (OSError, UserError) as error:  # UserError: an encoder type of another package that cannot do it
             again = f"shared-encoder export {effect.encoder} --state {self.config.state_dir}"
             log.error("the finished encoder could not be exported", problem=str(error), later=again)
             return

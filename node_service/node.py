@@ -154,7 +154,7 @@ class Node:
         """Do what is to be done now: one training step at most. Gives the seconds until this is wanted again."""
         now = self._clock.monotonic()
         training = self.training
-        ready = training is not None and self._may_train(training, now)
+        ready = self.ready
         self._account(training, now, ready)
         wait = self._train(training) if ready and training is not None else IDLE_SECONDS
         self._keep_in_touch(now, ready)
@@ -172,6 +172,16 @@ class Node:
             self._save(training)
         self._perform(self._agent.leave())
         happened("left", node=self.name)
+
+    @property
+    def encoder(self) -> str | None:
+        """The encoder that this node trains, or is being let in to train."""
+        return self._agent.current.encoder if self._agent.current is not None else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `work` would take a step now."""
+        return self.training is not None and self._may_train(self.training, self._clock.monotonic())
 
     # --- training and returning --------------------------------------------------------------------------------------
 
@@ -255,9 +265,8 @@ class Node:
         # while nothing leaves, more of the same need not wait to leave
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
             self._alive_at = now
-            encoder = self._agent.current.encoder if self._agent.current else None
             sent = self._broker.status().bytes_out
-            self.outbox.say(self.figures.alive(self.name, self.state.identity.incarnation, encoder, sent))
+            self.outbox.say(self.figures.alive(self.name, self.state.identity.incarnation, self.encoder, sent))
             self._handover.send_unanswered(self.config.resend_after_seconds)
         if now - self._heard_at >= self.config.ask_after_seconds:
             self._heard_at = now

@@ -35,28 +35,30 @@ from master_service.decisions.settings import Settings, StopRule
 from master_service.history.fold import Fold
 from master_service.history.replay import Refold
 from tests.faults.simulated import (
+    ALIVE,
     TOPOLOGY,
     WORLD,
     Killed,
     MasterDisk,
-    MemoryLog,
-    NodeDisk,
     SimMaster,
     SimNode,
+    Tokens,
     Violation,
     Wire,
     WorldLike,
     demand,
-    token_fold,
+    incarnation_of,
 )
 
 Act = tuple[Any, ...]
+#: Every update in the versions by its digest: encoder, version, weight.
+Counted = dict[str, tuple[str, int, float]]
 RULES = ("return-count", "fedasync", "fedbuff", "fedavg")
 FAULTS = ("lost", "half", "unconfirmed", "twice")
 STOPS = (StopRule(versions=400), StopRule(updates=6), StopRule(versions=3), StopRule(seconds=90.0))
 NODES = ("a", "b", "c", "d")
-#: As a node has it, seconds; the master waits 15 for chunks.
-RESEND_AFTER = 180.0
+#: A sign of life of a node that sends again what is unanswered for 180 s, as it does by itself.
+PATIENT = ALIVE.model_copy(update={"resend_after_seconds": 180.0})
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,20 @@ class World(WorldLike):
         WORLD[:] = [self]
         self.plan = plan
         self.now = 1000.0
-        self.server = MemoryServer(clock=self.clock)
+        self.server = MemoryServer(clock=lambda: self.now)
         self.disk = MasterDisk()
         self.seen: Counter[str] = Counter()
         self.confirmed: list[Publication] = []
         self.asked_again: set[str] = set()
         self.heard: list[Receipt] = []
+        #: Every update that was ever owed, by digest.
         self.trail: dict[str, UpdateManifest] = {}
+        self.trains = False
+        self.acting: SimNode | None = None
         self.tokens = itertools.count()
         self.kill_in = -1
         self.deadly: set[int] = set()
-        self.deadly_next = False
+        self.deadly_next, self.rows = False, -1
         self._ids = itertools.count()
         self._incarnations = itertools.count()
         #: Incarnations whose state was once replaced by an older copy: their numbers may be used twice.
@@ -116,9 +121,8 @@ class World(WorldLike):
         self.operator_outbox: list[Publication] = []
         self.master: SimMaster | None = None
         self._start_master()
-        disks = {name: NodeDisk(self.incarnation(name)) for name in NODES[: plan.nodes]}
-        self.nodes = {name: SimNode(self, name, disk) for name, disk in disks.items()}
-        self.backups: dict[str, NodeDisk] = {}
+        self.nodes = {name: SimNode(self, name, {}) for name in NODES[: plan.nodes]}
+        self.backups: dict[str, dict[str, bytes]] = {}
         for index, node in enumerate(self.nodes.values()):
             node.alive = index < plan.present
             if node.alive:
@@ -129,9 +133,6 @@ class World(WorldLike):
             self.do_backup(index)
 
     # --- what the parties need ---------------------------------------------------------------------------------------
-
-    def clock(self) -> float:
-        return self.now
 
     def message_id(self) -> str:
         return f"m{next(self._ids)}"
@@ -149,8 +150,31 @@ class World(WorldLike):
             chunks.append(chunk)
         return chunks
 
-    def settled(self, node: SimNode, owed: UpdateManifest, receipt: Receipt) -> None:
-        demand(owed.digest == receipt.digest, f"{owed.update_id} was settled by the receipt of another update")
+    def reached(self, label: str) -> None:
+        if label == "node after owe":
+            self.trail[self.newest.digest] = self.newest
+        if label == "before append":
+            self.rows = self.disk.newest()[0]
+        if label == "after append" and self.deadly_next:
+            offset, kind = self.disk.newest()
+            # never a row that is there already, nor one of the master's own records
+            if offset > self.rows and (kind.startswith("request.") or kind in ("ack", "update")):
+                self.deadly.add(offset)
+                self.deadly_next = False
+        whose, node = label.partition(" ")[0], self.acting
+        if whose == "node":
+            self.seen[f"node: {label}"] += 1
+            if node is not None:
+                node.kill_in -= 1
+                if node.kill_in == 0:
+                    self.seen[f"killed: {label}"] += 1
+                    raise Killed
+            return
+        self.seen[f"master: {label}"] += 1
+        self.kill_in -= 1
+        if self.kill_in == 0:
+            self.seen[f"killed: master {label}"] += 1
+            raise Killed
 
     # --- actions -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +188,7 @@ class World(WorldLike):
     def do_take(self, name: str) -> None:
         """One message of a queue to the master."""
         master = self.master
-        if master is not None and (master.prefetch(name) or master.busy()):
+        if master is not None and (master.prefetch(name) or master.arrived):
             self._master(master.turn)
 
     def do_prefetch(self, name: str) -> None:
@@ -240,10 +264,10 @@ class World(WorldLike):
         for name in [each for each in self.server._queues if each.startswith(TOPOLOGY.stream(""))]:
             encoder = name.removeprefix(TOPOLOGY.stream(""))
             self.lost |= {(encoder, chunk.version) for chunk in self.stream(encoder)}
-        self.server = MemoryServer(clock=self.clock)
+        self.server = MemoryServer(clock=lambda: self.now)
         for wire in self._wires():
             wire.move()
-        self.unanswered_for = set(self.disk.ids)
+        self.unanswered_for = {row.message_id for row in self.disk.log().rows()}
         self.confirmed.clear()
         self.acked.clear()
 
@@ -288,22 +312,22 @@ class World(WorldLike):
     def do_start_node(self, node: int) -> None:
         party = self._pick(node)
         if not party.alive:
-            self._begin(party.name, party.disk)
+            self._begin(party.name, party.files)
 
     def do_restart_node(self, node: int) -> None:
         party = self._pick(node)
         party.kill()
-        self._begin(party.name, party.disk)
+        self._begin(party.name, party.files)
 
     def do_wipe(self, node: int) -> None:
         """The state directory is lost."""
         party = self._pick(node)
         party.kill()
-        self._begin(party.name, NodeDisk(self.incarnation(party.name)))
+        self._begin(party.name, {})
 
     def do_backup(self, node: int) -> None:
         party = self._pick(node)
-        self.backups[party.name] = party.disk.copy()
+        self.backups[party.name] = dict(party.files)
 
     def do_restore(self, node: int) -> None:
         """The state directory is replaced by an older copy."""
@@ -311,16 +335,16 @@ class World(WorldLike):
         copy = self.backups.get(party.name)
         if copy is not None:
             self.seen["restored"] += 1
-            self.restored.add(copy.incarnation)
+            self.restored.add(incarnation_of(copy))
             party.kill()
-            self._begin(party.name, copy.copy())
+            self._begin(party.name, dict(copy))
 
     def do_deadly(self) -> None:
         """The next message that is folded kills the master, now and whenever it is folded again."""
         self.deadly_next = True
 
     def do_operator(self, what: str) -> None:
-        encoders = [entry.body.encoder for entry, _, _ in self.disk.rows if entry.body.kind == "generated"]  # type: ignore[union-attr]
+        encoders = [body.encoder for body in self.disk.log().bodies("generated")]  # type: ignore[union-attr]
         message: Any
         match what:
             case "stop":
@@ -346,7 +370,7 @@ class World(WorldLike):
         master = self.master
         if master is not None:
             for name in ("inbox", "updates", "chunks"):
-                if self.master is master and (master.prefetch(name) or master.busy()):
+                if self.master is master and (master.prefetch(name) or master.arrived):
                     self._master(master.turn)
                     busy = True
         return busy
@@ -365,9 +389,9 @@ class World(WorldLike):
         for _ in range(60):
             self.now += 16.0
             for node in self.nodes.values():
-                node.say_alive(RESEND_AFTER)
+                node.say_alive(PATIENT)
                 node.ask()
-                if node.agent.current is not None and node.agent.current.encoder not in self._running():
+                if node.node.encoder is not None and node.node.encoder not in self._running():
                     node.train()  # it has not heard of the end, and will when it hands in
             self.do_chunks_missing()
             self.settle_down()
@@ -390,29 +414,29 @@ class World(WorldLike):
     def quiet(self) -> bool:
         """Whether all that nodes owe is answered, and all who could be let in are."""
         assert self.master is not None
-        state, running = self.master.fold.coordinator.state, self._running()
+        state, running = self.master.master.state, self._running()
         for encoder in state.encoders.values():
             enough = len(encoder.active()) >= state.settings.min_nodes
             if encoder.status == "running" and enough and not encoder.started:
                 return False
         for node in self.nodes.values():
-            current = node.agent.current
-            if node.disk.owed or node.agent.unanswered or (running and current is None):
+            current = node.node.encoder
+            if node.node.state.owed or (running and current is None):
                 return False
-            if current is not None and current.encoder not in running:
+            if current is not None and current not in running:
                 return False
-            if current is not None and state.encoders[current.encoder].started and not node.may_train():
+            if current is not None and state.encoders[current].started and not node.node.ready:
                 return False
         return True
 
     def _running(self) -> set[str]:
         assert self.master is not None
-        encoders = self.master.fold.coordinator.state.encoders.values()
+        encoders = self.master.master.state.encoders.values()
         return {each.encoder for each in encoders if each.status == "running"}
 
     def unanswered(self) -> dict[str, Any]:
         return {
-            node.name: (sorted(node.disk.owed), sorted(node.agent.unanswered), node.agent.current and node.version)
+            node.name: (sorted(node.node.state.owed), node.node.encoder, node.node.figures.version)
             for node in self.nodes.values()
         }
 
@@ -422,7 +446,7 @@ class World(WorldLike):
         """After `quiesce`: nothing lost, nothing doubled, and everybody says the same."""
         reference, receipts = self._reference()
         assert self.master is not None
-        live = self.master.fold
+        live = self.master.journal.fold
         demand(
             live.coordinator.state.model_dump_json() == reference.coordinator.state.model_dump_json(),
             "the state after all crashes is not the fold of the log",
@@ -434,10 +458,10 @@ class World(WorldLike):
         self._check_broker(reference)
         self._check_refold(reference)
 
-    def _reference(self) -> tuple[Fold, list[Receipt]]:
+    def _reference(self) -> tuple[Fold[Any], list[Receipt]]:
         """The log folded from the start without a crash: every version must come out as it was logged."""
-        fold, issued = token_fold(self.disk), []
-        for entry in MemoryLog(self.disk).entries():
+        fold, issued = Fold(Tokens(self.disk.payloads)), []
+        for entry in self.disk.log().entries():
             if isinstance(entry.body, Versioned):
                 demand(fold.check(entry.body).identical, f"version {entry.body.version} does not come out as logged")
             effects = fold.apply(entry)
@@ -445,10 +469,10 @@ class World(WorldLike):
         demand(not fold.pending, "a version that was decided was never made")
         return fold, issued
 
-    def _counted(self, fold: Fold) -> dict[str, tuple[str, int, float]]:
+    def _counted(self, fold: Fold[Any]) -> Counted:
         """Every update in the versions by its digest: (encoder, version, weight). None is there twice."""
-        found: dict[str, tuple[str, int, float]] = {}
-        tokens: Any = fold.aggregator
+        found: Counted = {}
+        tokens: Any = fold.arithmetic
         for encoder, target in tokens.targets.items():
             for step in target.steps:
                 for contribution in step.contributions:
@@ -457,7 +481,7 @@ class World(WorldLike):
                     found[contribution.payload] = (encoder, step.version, weight)
         return found
 
-    def _check_counts(self, fold: Fold, counted: dict[str, tuple[str, int, float]]) -> None:
+    def _check_counts(self, fold: Fold[Any], counted: Counted) -> None:
         """Return counts and totals are what is in the versions and in the buffers, no more and no less."""
         returns: Counter[tuple[str, str]] = Counter()
         for digest, (encoder, _, _) in counted.items():
@@ -475,7 +499,7 @@ class World(WorldLike):
             demand(encoder.status == "running" or not encoder.buffer, "accepted and forgotten")
         demand(not +returns, "an update of nobody is counted")
 
-    def _check_receipts(self, fold: Fold, receipts: list[Receipt], counted: dict[str, tuple[str, int, float]]) -> None:
+    def _check_receipts(self, fold: Fold[Any], receipts: list[Receipt], counted: Counted) -> None:
         """The chain is whole, every receipt that a node got is in it, and says what the versions say."""
         last: dict[str, str] = {}
         chain: set[str] = set()
@@ -488,7 +512,7 @@ class World(WorldLike):
             chain.add(found)
         for encoder in fold.coordinator.state.encoders.values():
             demand(encoder.last_receipt == last.get(encoder.encoder, ""), "the chain of receipts has another end")
-        held = [receipt for node in self.nodes.values() for receipt in node.disk.receipts.values()]
+        held = [receipt for node in self.nodes.values() for receipt in node.receipts()]
         for receipt in [*self.heard, *held]:
             demand(receipt_hash(receipt) in chain, f"a receipt was never issued: {receipt}")
             where = counted.get(receipt.digest)
@@ -503,59 +527,59 @@ class World(WorldLike):
 
     def _reasons(self, receipt: Receipt) -> set[str]:
         """Why a receipt may refuse an update; no node here sends what is wrong in itself."""
-        reasons = {"finished", "set-aside"} if self.disk.skipped else {"finished"}
+        reasons = {"finished", "set-aside"} if self.disk.log().skipped() else {"finished"}
         if receipt.incarnation in self.restored:
             # two updates of one number: the later is in conflict, unless the chunks of both were mixed up
             reasons |= {"conflict", "digest"}
         return reasons
 
-    def _check_nodes(self, counted: dict[str, tuple[str, int, float]]) -> None:
+    def _check_nodes(self, counted: Counted) -> None:
         """What a state directory that was never lost has handed in is answered."""
         answered = {receipt.digest for receipt in self.heard}
         for node in self.nodes.values():
-            mine = node.disk.incarnation
+            mine = node.incarnation
             if mine in self.restored:
                 continue
             for digest, manifest in self.trail.items():
                 if manifest.incarnation == mine:
                     demand(digest in answered, f"{manifest.update_id} was never answered")
 
-    def _check_broker(self, fold: Fold) -> None:
+    def _check_broker(self, fold: Fold[Any]) -> None:
         """What was confirmed to a sender is in the log; operators are answered; the stream tells no other version."""
         inbox = {TOPOLOGY.ack, TOPOLOGY.request}
         for publication in self.confirmed:
             if publication.exchange in inbox and not publication.routing_key.endswith(".alive"):
                 name = f"{publication.routing_key}:{publication.message_id}"
-                demand(name in self.disk.ids, f"{name} was confirmed and is not in the log")
+                demand(self.disk.has(name), f"{name} was confirmed and is not in the log")
         asked = sum(
             p.exchange == TOPOLOGY.request
             and p.routing_key in ("operator.get", "operator.update")
             and f"{p.routing_key}:{p.message_id}" not in self.unanswered_for
             for p in self.confirmed
         )
-        skipped = sum(self.disk.rows[n][0].body.kind in ("request.get", "request.update") for n in self.disk.skipped)
+        log = self.disk.log()
+        skipped = sum(log.entry(n).body.kind in ("request.get", "request.update") for n in log.skipped())
         told = sum(isinstance(decode(body), Answer) for body in self._bodies(TOPOLOGY.node_inbox("operator")))
         demand(told + skipped >= asked, f"the operator asked {asked} times and was answered {told} times")
         dead = [m.publication.routing_key for m in self.server.queue(TOPOLOGY.dead_letters).ready]
         demand(set(dead) <= {"kills"}, f"set aside: {dead}")
-        tokens: Any = fold.aggregator
+        tokens: Any = fold.arithmetic
         for encoder, target in tokens.targets.items():
             digests = target.digests
             for chunk in self.stream(encoder):
                 half = digests[chunk.version][32 * chunk.index :][:32]
                 demand(chunk.data.decode() == half, f"the stream holds another version {chunk.version}")
 
-    def _check_refold(self, fold: Fold) -> None:
+    def _check_refold(self, fold: Fold[Any]) -> None:
         """Decided anew without its outcomes, the log leads to the same versions and the same state."""
-        log: Any = MemoryLog(self.disk)
-        refold = Refold(log)
-        refold.fold = token_fold(self.disk)
+        log = self.disk.log()
+        refold = Refold(log, fold=Fold(Tokens(self.disk.payloads)))
         for _ in refold.run():
             pass
-        tokens: Any = refold.fold.aggregator
-        logged: Any = fold.aggregator
+        tokens: Any = refold.fold.arithmetic
+        logged: Any = fold.arithmetic
         demand(tokens.saved() == logged.saved(), "the log decided anew leads to other versions")
-        if not self.disk.skipped:
+        if not log.skipped():
             again, first = refold.fold.coordinator.state, fold.coordinator.state
             demand(again.model_dump_json() == first.model_dump_json(), "the log decided anew leads to another state")
 
@@ -607,14 +631,17 @@ class World(WorldLike):
         node = self._pick(index)
         if not node.alive:
             return False
+        self.acting = node
         try:
             return bool(does(node))
         except Killed:
             node.kill()
             return True
+        finally:
+            self.acting = None
 
-    def _begin(self, name: str, disk: NodeDisk) -> None:
-        self.nodes[name] = node = SimNode(self, name, disk)
+    def _begin(self, name: str, files: dict[str, bytes]) -> None:
+        self.nodes[name] = node = SimNode(self, name, files)
         node.start()
 
     def _master(self, does: Callable[[], None]) -> None:

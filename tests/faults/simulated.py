@@ -1,94 +1,74 @@
-"""A master and nodes without threads, disks, sleeps or tensors, over the memory broker: every step is taken by hand.
+"""The shipped Master and Node without threads, disks, sleeps or tensors, over the memory broker: every step is taken by
+hand, and anybody may die at any labelled one.
 
-Real: broker server, codec, topology, the whole MasterService with its journal's and publisher's order of things, fold,
-coordinator, intake, agent. Simulated: what is on disk (plain objects that outlive a kill), the clock, and the
-arithmetic: a version is the hash of its predecessor and of the updates that were counted in it, with coefficients.
+What is not shipped: the broker's faults, disks that outlive a kill, and a workbench of tokens in the place of tensors,
+where a version is the hash of its predecessor and of the updates that were counted in it, with coefficients.
 """
 
 from __future__ import annotations
 
 import hashlib
-import queue
+import json
+import sqlite3
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import structlog
 
 import common.numbers.slicing
-import common.wire.transfer
-import common.wire.versions
-import master_service.arithmetic.generation
-import master_service.history.state_directory
-import master_service.service
-import master_service.wire.publisher
-import master_service.wire.updates
+from common import crash_points
 from common.brokers.memory import MemoryServer, MemorySubscription
-from common.errors import BrokerUnavailable, SharedEncoderError, Unroutable
+from common.clock import VirtualClock
+from common.errors import BrokerUnavailable
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
-from common.wire.broker import Delivery, OnDelivery, Publication, dead_letter
-from common.wire.codec import decode, encode
-from common.wire.messages import (
-    Alive,
-    Get,
-    Instruction,
-    InstructionAck,
-    Message,
-    ParameterChunk,
-    Receipt,
-    Rule,
-    UpdateManifest,
-)
+from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
+from common.wire.codec import decode
+from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, UpdateRule
 from common.wire.topology import Topology
-from common.wire.transfer import CompleteVersion, VersionAssembly, payload_digest
-from master_service.arithmetic.aggregator import PayloadsLost
+from common.wire.transfer import CompleteVersion, payload_digest
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
 from master_service.config import MasterConfig
-from master_service.decisions.effects import Effect, Publish, Send, Step
-from master_service.decisions.records import (
-    Entry,
-    Loggable,
-    Record,
-    Skipped,
-    UpdateFacts,
-    Versioned,
-    pack,
-    unpack,
-)
+from master_service.decisions.effects import Effect, Generate, Step
+from master_service.decisions.records import Entry, Generated
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import State
 from master_service.history.fold import Fold
+from master_service.history.snapshot import Manifest
 from master_service.history.state_directory import Journal
-from master_service.service import MasterService
-from master_service.wire.updates import Updates
-from node_service.agent import (
-    Action,
-    Agent,
-    Answered,
-    CheckSamples,
-    Drop,
-    Look,
-    Read,
-    Reincarnate,
-    Republish,
-    Say,
-    Train,
-)
-from tests.builders import update_chunks
+from master_service.log.deadly import MemoryMark
+from master_service.log.message_log import MessageLog
+from master_service.log.payloads import MemoryPayloads
+from master_service.log.room import Room
+from master_service.master import Master
+from node_service.config import NodeConfig
+from node_service.corpus.corpus import Corpus
+from node_service.handover.local_state import LocalState
+from node_service.handover.outbox import Outbox
+from node_service.handover.receipt_book import RECEIPTS, Ledger
+from node_service.handover.store import MemoryStore
+from node_service.node import Node
+from node_service.training.update_rule import SinceReturn
 
 TOPOLOGY = Topology("sim")
 #: Two chunks to an update and to a version, with `SLICE` made so small.
 SLICE = 24
 LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
 TYPES = ("text", "image")
-#: How long a node looks for a version on the stream that it was told of.
-READ_SECONDS = 15.0
-CONFIG = MasterConfig(state_dir=Path("nowhere"), presence_timeout_seconds=45.0, snapshot_every_seconds=1.0)
+#: Snapshots are written when a plan says so.
+CONFIG = MasterConfig(state_dir=Path("nowhere"), presence_timeout_seconds=45.0, snapshot_every_seconds=1e12)
+#: What a node does of itself it does when a plan says so; as a node has it, an update is sent again after 180 s.
+QUIET = NodeConfig(alive_every_seconds=1e12, ask_after_seconds=1e12, checkpoint_every_seconds=1e12)
+ALIVE = QUIET.model_copy(update={"alive_every_seconds": 1e-9, "resend_after_seconds": 1e-9})
+ASK = QUIET.model_copy(update={"ask_after_seconds": 1e-9})
 
 
 class Killed(BaseException):
@@ -104,33 +84,61 @@ def demand(condition: object, words: str) -> None:
         raise Violation(words)
 
 
+class StandingClock(VirtualClock):
+    """The world's time, which stands still for whoever waits. `ahead`: how far one party's deadlines are."""
+
+    def __init__(self, world: WorldLike) -> None:
+        super().__init__()
+        self._world, self.ahead = world, 0.0
+
+    def now(self) -> float:
+        return self._world.now
+
+    def monotonic(self) -> float:
+        return self._world.now + self.ahead
+
+    def wait(self, seconds: float, event: Any = None) -> bool:
+        return False
+
+
 # --- the broker, with faults -----------------------------------------------------------------------------------------
 
 
 class Consumer:
-    """A consumer that outlives its channel: what was unacked comes again when that closes."""
+    """A consumer, or a reader of a stream, that outlives its channel: what was unacked comes again when that closes."""
 
-    def __init__(self, world: WorldLike, queue_name: str, on_delivery: OnDelivery, prefetch: int) -> None:
-        self.queue, self.on_delivery, self.closed = queue_name, on_delivery, False
-        self._open = lambda: MemorySubscription(world.server, queue_name, on_delivery, prefetch, None)
+    def __init__(self, world: WorldLike, queue: str, on_delivery: OnDelivery, prefetch: int, start: Any = None) -> None:
+        self.queue, self.on_delivery, self.start, self.closed = queue, on_delivery, start, False
+        self._world, self._prefetch = world, prefetch
         self._channel = self._open()
 
     def take(self) -> Delivery | None:
-        return self._channel.take()
+        return self._channel.take() if self._channel is not None else None
 
     def reopen(self) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
         self._channel = self._open()
 
     def move(self) -> None:
         """The broker has lost its disk, and what was unacked with it."""
-        self._channel.closed = True
-        self._channel.unacked.clear()
+        if self._channel is not None:
+            self._channel.closed = True
+            self._channel.unacked.clear()
         self._channel = self._open()
 
     def close(self) -> None:
         self.closed = True
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _open(self) -> MemorySubscription | None:
+        server, position = self._world.server, None
+        if self.start is not None:
+            if server.find(self.queue) is None:
+                return None  # the stream is gone
+            position = server.stream_index(self.queue, self.start)
+        return MemorySubscription(server, self.queue, self.on_delivery, self._prefetch, position)
 
 
 class Wire:
@@ -147,6 +155,11 @@ class Wire:
         self._world.server.declare(declarations)
         self._declared.append(declarations)
 
+    def delete_queue(self, name: str) -> None:
+        encoder = name.removeprefix(TOPOLOGY.stream(""))
+        self._world.lost |= {(encoder, chunk.version) for chunk in self._world.stream(encoder)}
+        self._world.server.delete_queue(name)
+
     def move(self) -> None:
         """To a broker with an empty disk."""
         for declarations in self._declared:
@@ -155,10 +168,9 @@ class Wire:
             if not consumer.closed:
                 consumer.move()
 
-    def lock(self, name: str, on_lost: Any) -> None:
-        pass
-
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
+        if self._user == "master":
+            self._check(publications)
         fault = self.faults.popleft() if self.faults else ""
         if fault:
             self._world.seen[f"publish {fault}"] += 1
@@ -170,17 +182,45 @@ class Wire:
             raise BrokerUnavailable("no confirm came")
         self._world.confirmed += publications
 
-    def consume(self, queue_name: str, on_delivery: OnDelivery, *, prefetch: int) -> Consumer:
-        consumer = Consumer(self._world, queue_name, on_delivery, prefetch)
+    def _check(self, publications: tuple[Publication, ...]) -> None:
+        """What the master says must be in its log."""
+        for publication in publications:
+            match decode(publication.body):
+                case Receipt(accepted=True) as receipt:
+                    logged = self._world.disk.has_version(receipt.encoder, receipt.version)
+                    demand(logged, "a receipt leaves before its version is in the log")
+                case Resend() as again:
+                    update = f"{again.encoder}/{again.node}/{again.incarnation}/{again.sequence}"
+                    self._world.asked_again.add(f"{update}/{again.attempt - 1}")
+                case ParameterChunk() as chunk if chunk.version > 0:
+                    logged = self._world.disk.has_version(chunk.encoder, chunk.version)
+                    demand(logged, "a version leaves before its digest is in the log")
+
+    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> Consumer:
+        return self._subscribe(Consumer(self._world, queue, on_delivery, prefetch))
+
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
+    ) -> Consumer:
+        return self._subscribe(Consumer(self._world, stream, on_delivery, 1 << 30, start))
+
+    def _subscribe(self, consumer: Consumer) -> Consumer:
         self.consumers = [each for each in self.consumers if not each.closed] + [consumer]
         return consumer
+
+    def pump(self) -> None:
+        """Hand over all that streams hold for their readers."""
+        for consumer in self.consumers:
+            while consumer.start is not None and (delivery := consumer.take()) is not None:
+                consumer.on_delivery(delivery)
 
     def ack(self, *deliveries: Delivery) -> None:
         for delivery in deliveries:
             if delivery.queue == TOPOLOGY.master_updates:
-                done = delivery.message_id in self._world.disk.ids or delivery.message_id in self._world.asked_again
-                demand(done, f"{delivery.message_id} is acked, and not in the log")
-            subscription, tag = delivery.handle  # type: ignore[misc]
+                name = delivery.message_id or ""
+                done = self._world.disk.has(name) or name in self._world.asked_again
+                demand(done, f"{name} is acked, and not in the log")
+            subscription, tag = cast(tuple[MemorySubscription, int], delivery.handle)
             message = subscription.unacked.pop(tag, None)
             if message is not None:
                 self._world.acked.setdefault(delivery.queue, deque(maxlen=3)).append(message)
@@ -190,8 +230,8 @@ class Wire:
         self._world.asked_again.add(delivery.message_id or "")
         self.ack(delivery)
 
-    def status(self) -> Any:
-        return SimpleNamespace(bytes_out=0, connected=True, blocked=None, reconnects=0)
+    def status(self) -> BrokerStatus:
+        return BrokerStatus(connected=True, blocked=None, reconnects=0, bytes_out=0, bytes_in=0)
 
     def reopen(self) -> None:
         """The channels break: what was not acked goes back to its queues."""
@@ -205,457 +245,95 @@ class Wire:
         self.consumers, self.faults = [], deque()
 
 
-# --- the master ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Snapshot:
-    offset: int
-    state: str
-    targets: dict[str, tuple[str, tuple[Step, ...]]]
-
-
-@dataclass
-class MasterDisk:
-    """What a master's kill leaves. `rows`: (entry without body, body as JSON, carried_out)."""
-
-    rows: list[tuple[Entry, str, int]] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
-    versions: set[tuple[str, int]] = field(default_factory=set)
-    skipped: set[int] = field(default_factory=set)
-    payloads: dict[str, bytes] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    snapshots: list[Snapshot] = field(default_factory=list)
-    deaths: Counter[str] = field(default_factory=Counter)
-    handling: tuple[str, ...] = ()
-
-
-class MemoryLog:
-    """The ledger's interface over a MasterDisk."""
-
-    def __init__(self, disk: MasterDisk) -> None:
-        self._disk = disk
-        self.payloads: Any = disk.payloads
-        self.carried_out = disk.rows[-1][2] if disk.rows else -1
-
-    @property
-    def last_offset(self) -> int:
-        return len(self._disk.rows) - 1
-
-    def append(
-        self,
-        body: Loggable,
-        *,
-        message_id: str,
-        at: float,
-        facts: UpdateFacts | None = None,
-        payload: str | None = None,
-        carried_out: int = -1,
-    ) -> Entry | None:
-        disk = self._disk
-        if message_id in disk.ids:
-            return None
-        previous = disk.rows[-1][0].at if disk.rows else 0.0
-        entry = Entry(len(disk.rows), message_id, max(at, previous), body, facts, payload)
-        disk.rows.append((entry, pack(body), carried_out))
-        disk.ids.add(message_id)
-        self.carried_out = carried_out
-        if WORLD[0].deadly_next and not isinstance(body, Record):
-            WORLD[0].deadly.add(entry.offset)
-            WORLD[0].deadly_next = False
-        if isinstance(body, Versioned):
-            disk.versions.add((body.encoder, body.version))
-        if isinstance(body, Skipped):
-            disk.skipped.add(body.offset)
-        return entry
-
-    def entries(self, after: int = -1) -> Iterator[Entry]:
-        for entry, body, _ in self._disk.rows[after + 1 :]:
-            yield replace(entry, body=unpack(body), skipped=entry.offset in self._disk.skipped)
-
-    def entry(self, offset: int) -> Entry:
-        return next(self.entries(offset - 1))
-
-    def find(self, message_id: str) -> Entry | None:
-        return next((entry for entry in self.entries() if entry.message_id == message_id), None)
-
-    def uses(self, payload: str) -> int:
-        return sum(entry.payload == payload for entry, _, _ in self._disk.rows)
-
-    def drop(self, payloads: list[str], reason: str, at: float) -> int:
-        for payload in payloads:
-            self._disk.dropped[payload] = reason
-            self._disk.payloads.pop(payload, None)
-        return 0
-
-    def write_payload(self, payload: bytes) -> str:
-        digest = hashlib.sha256(payload).hexdigest()
-        self._disk.payloads[digest] = payload
-        self._disk.dropped.pop(digest, None)
-        return digest
-
-    def dropped(self) -> dict[str, str]:
-        return self._disk.dropped
-
-    def bodies(self, kind: str) -> list[Loggable]:
-        return [unpack(body) for entry, body, _ in self._disk.rows if entry.body.kind == kind]
-
-    def repairs(self) -> list[Any]:
-        return []
-
-
-class MemoryAttempts:
-    """Which message the master is working on, as `master_service.log.deadly` keeps it."""
-
-    def __init__(self, disk: MasterDisk) -> None:
-        self._disk = disk
-        disk.deaths.update(what for what in disk.handling if what)
-        disk.handling = ()
-
-    @contextmanager
-    def at(self, *what: str) -> Iterator[None]:
-        self._disk.handling = what
-        try:
-            yield
-        except SharedEncoderError:
-            self._disk.handling = ()
-            raise
-        self._disk.handling = ()
-
-    def fatal(self, what: str) -> bool:
-        return self._disk.deaths[what] >= 2
-
-    def close(self) -> None:
-        pass
-
-
-class Parameters:
-    """Parameters that are nothing but their digest."""
-
-    layout = LAYOUT
-
-    def __init__(self, digest: str) -> None:
-        self.vector = digest
-
-    def digest(self) -> str:
-        return self.vector
-
-    def to_bytes(self) -> bytes:
-        return b"fresh"
+# --- the workbench of tokens -----------------------------------------------------------------------------------------
 
 
 class Tokens:
-    """An aggregator that remembers what it was given: a version is the hash of its predecessor and of that."""
+    """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
 
     def __init__(self, payloads: dict[str, bytes]) -> None:
         self._payloads = payloads
+        #: By encoder: the current version's digest, the steps that led to it, the digest of every version since.
         self.targets: dict[str, Any] = {}
 
     def begin(self, encoder: str, layout: Layout, digest: str) -> None:
         demand(digest in self._payloads, "version 0 is generated without its payload")
-        self.targets[encoder] = SimpleNamespace(parameters=Parameters(digest), steps=(), digests={0: digest})
+        self.targets[encoder] = SimpleNamespace(digest=digest, steps=(), digests={0: digest})
 
     def step(self, step: Step) -> str:
         lost = [each.payload for each in step.contributions if each.payload not in self._payloads]
         if lost:
             raise PayloadsLost(dict.fromkeys(lost, "missing"))
         target = self.targets[step.encoder]
-        plain = (target.parameters.vector, step.version, [(c.payload, c.coefficient) for c in step.contributions])
-        target.parameters = Parameters(hashlib.sha256(repr(plain).encode()).hexdigest())
+        plain = (target.digest, step.version, [(c.payload, c.coefficient) for c in step.contributions])
+        target.digest = target.digests[step.version] = hashlib.sha256(repr(plain).encode()).hexdigest()
         target.steps += (step,)
-        target.digests[step.version] = target.parameters.digest()
-        return target.parameters.digest()
+        return str(target.digest)
+
+    def digest(self, encoder: str) -> str:
+        return str(self.targets[encoder].digest)
+
+    def measure(self, payload: bytes, size: int, encoding: str) -> tuple[bool, float]:
+        return True, 1.0
+
+    def generated(self, effect: Generate) -> Outcome:
+        digest = hashlib.sha256(b"fresh").hexdigest()
+        plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
+        return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")
+
+    def encoded(self, encoder: str, encoding: str) -> list[bytes]:
+        digest = self.digest(encoder)
+        return [digest[:32].encode(), digest[32:].encode()]
+
+    def export(self, directory: Path, encoder: object) -> None:
+        """Where nothing is written."""
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
     def saved(self) -> dict[str, tuple[str, tuple[Step, ...]]]:
-        return {name: (target.parameters.vector, target.steps) for name, target in self.targets.items()}
+        return {name: (target.digest, target.steps) for name, target in self.targets.items()}
 
 
-class LiveFold(Fold):
-    """The fold of a running master, which some messages kill."""
+class TokenTraining:
+    """Training that takes ten steps when the world lets it, and hands in a payload that no other update has."""
 
-    def apply(self, entry: Entry) -> list[Effect]:
-        world = WORLD[0]
-        if entry.offset in world.deadly and not entry.skipped:
-            world.seen["killed: deadly message"] += 1
-            raise Killed
-        return super().apply(entry)
-
-
-def token_fold(disk: MasterDisk, snapshot: Snapshot | None = None, kind: type[Fold] = Fold) -> Fold:
-    """A real fold around the simulated arithmetic."""
-    payloads: Any = disk.payloads
-    if snapshot is None:
-        fold = kind(payloads)
-        fold.aggregator = Tokens(payloads)  # type: ignore[assignment]
-        return fold
-    fold = kind(payloads, State.model_validate_json(snapshot.state), snapshot.offset)
-    tokens = Tokens(payloads)
-    for name, (digest, steps) in snapshot.targets.items():
-        tokens.targets[name] = SimpleNamespace(parameters=Parameters(digest), steps=steps, digests={})
-    fold.aggregator = tokens  # type: ignore[assignment]
-    return fold
-
-
-class MemoryJournal(Journal):
-    """The real journal's order of things over a MasterDisk."""
-
-    def __init__(self, config: MasterConfig, clock: Any, wait_for_room: Any) -> None:
-        disk = WORLD[0].disk
-        self._clock, self._disk = clock, disk
-        self.log: Any = MemoryLog(disk)
-        self.fold = token_fold(disk, disk.snapshots[-1] if disk.snapshots else None, LiveFold)
-        self.attempts: Any = MemoryAttempts(disk)
-        self.storage: Any = SimpleNamespace(write=lambda write: write())
-        self.carried_out = max(self.log.carried_out, self.fold.offset)
-        self.due = False
-
-    def snapshot(self, *, due_after: float = 0.0) -> None:
-        if due_after and not self.due:
-            return
-        self.due = False
-        step("before snapshot")
-        fold: Any = self.fold
-        taken = Snapshot(fold.offset, fold.coordinator.state.model_dump_json(), fold.aggregator.saved())
-        step("during snapshot")
-        self._disk.snapshots = [*self._disk.snapshots[-1:], taken]
-        step("after snapshot")
-
-    def close(self) -> None:
-        pass
-
-
-class Events:
-    """The master's queue of deliveries; never waits."""
-
-    def __init__(self) -> None:
-        self._ready: deque[Delivery] = deque()
-
-    def put(self, delivery: Delivery) -> None:
-        self._ready.append(delivery)
-
-    def get(self, timeout: float) -> Delivery:
-        if not self._ready:
-            raise queue.Empty
-        return self._ready.popleft()
-
-    def __len__(self) -> int:
-        return len(self._ready)
-
-
-class SimMaster(MasterService):
-    """The real service; only its loop is turned by hand."""
-
-    def __init__(self, world: WorldLike, settings: Settings) -> None:
-        self.world = world
-        self.wire = Wire(world, "master")
-        super().__init__(CONFIG, settings, self.wire, TOPOLOGY, get="text", clock=world.clock)  # type: ignore[arg-type]
-        self._events: Any = Events()
-        updates: Any = self._updates
-        updates._on_delivery, updates.ask_again = self._events.put, self.ask_again
-
-    def start(self) -> None:
-        """As `run` does until its loop."""
-        self.wire.declare(TOPOLOGY.master())
-        self._recover()
-        self.queues = {
-            "inbox": self.wire.consume(TOPOLOGY.master_inbox, self._events.put, prefetch=64),
-            "updates": self.wire.consume(TOPOLOGY.master_updates, self._events.put, prefetch=4),
-        }
-        self._record(Get(sender="master", encoder_type="text"))
-
-    def prefetch(self, name: str) -> bool:
-        """Take a delivery from a queue; it waits in memory."""
-        if name == "chunks":
-            intake = self._updates.intake
-            consumer: Any = intake._subscription if intake is not None else None
-        else:
-            consumer = self.queues[name]
-        delivery = consumer.take() if consumer is not None else None
-        if delivery is not None:
-            self._events.put(delivery)
-        return delivery is not None
-
-    def turn(self) -> None:
-        self._turn()
-
-    def busy(self) -> bool:
-        return len(self._events) > 0
-
-    def intake(self) -> bool:
-        return self._updates.intake is not None
-
-    def chunks_missing(self) -> None:
-        """The time for an update's chunks is over."""
-        if self._updates.intake is not None:
-            self._updates.intake.deadline = -1.0
-            self.turn()
-
-    def snapshot(self) -> None:
-        self._journal.due = True  # type: ignore[attr-defined]
-        self.turn()
-
-    def stop(self) -> None:
-        """As `run` ends when it is told to."""
-        self.wire.close()
-        self._journal.snapshot()
+    def __init__(self, world: WorldLike, instruction: Instruction) -> None:
+        self.instruction, self.rule, self.since = instruction, UpdateRule(), SinceReturn()
+        self.version, self.steps = -1, 0
+        self._world = world
 
     @property
-    def fold(self) -> Fold:
-        return self._fold
+    def must_return(self) -> bool:
+        return self.since.steps >= 10
 
-    def _ended(self, seconds: float) -> bool:
-        return False
+    def retune(self, rule: UpdateRule, progress: float) -> None:
+        self.rule = rule
 
-    def ask_again(self, intake: Any) -> None:
-        manifest = intake.manifest
-        self.world.asked_again.add(f"{manifest.update_id}/{manifest.attempt}")
-        Updates.ask_again(self._updates, intake)
+    def adopt(self, read: CompleteVersion) -> None:
+        self.version = read.version
 
-    def _send_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            receipt = effect.message if isinstance(effect, Send) and isinstance(effect.message, Receipt) else None
-            if receipt is not None and receipt.accepted:
-                logged = (receipt.encoder, receipt.version) in self.world.disk.versions
-                demand(logged, "a receipt leaves before its version is in the log")
-            if isinstance(effect, Publish) and effect.version > 0:
-                logged = (effect.encoder, effect.version) in self.world.disk.versions
-                demand(logged, "a version leaves before its digest is in the log")
-        super()._send_out(effects)
+    def step(self) -> float:
+        if self._world.trains:
+            self._world.trains = False
+            self.steps += 10
+            for _ in range(10):
+                self.since.step(10, 5.0)
+        return 0.0
 
-
-# --- a node ----------------------------------------------------------------------------------------------------------
-
-Key = tuple[str, str, int]
-
-
-@dataclass
-class NodeDisk:
-    """A node's state directory. `trail`: every update that was ever owed here, by digest, and what became of it."""
-
-    incarnation: str
-    next_sequence: int = 0
-    owed: dict[int, tuple[UpdateManifest, bytes]] = field(default_factory=dict)
-    receipts: dict[Key, Receipt] = field(default_factory=dict)
-    current: tuple[Instruction, Rule] | None = None
-
-    def copy(self) -> NodeDisk:
-        return NodeDisk(self.incarnation, self.next_sequence, dict(self.owed), dict(self.receipts), self.current)
-
-    def answered(self) -> dict[int, Receipt]:
-        return {r.sequence: r for r in self.receipts.values() if r.incarnation == self.incarnation}
-
-
-class SimNode:
-    """The real agent; the shell around it does what `node_service.service` does, in its order."""
-
-    def __init__(self, world: WorldLike, name: str, disk: NodeDisk) -> None:
-        self.world, self.name, self.disk = world, name, disk
-        self.wire = Wire(world, name)
-        self.alive = True
-        self.outbox: deque[list[Publication]] = deque()
-        self.reads: list[Read | Look] = []
-        self.version, self.wait_until = -1, -1
-        self.training: Instruction | None = None
-        self.kill_in = -1
-        self.sent_at: dict[int, float] = {}
-        self.searching: Read | None = None
-        self.give_up_at = 0.0
-
-    def start(self) -> None:
-        self.wire.declare(TOPOLOGY.node(self.name, TYPES))
-        self._open()
-        self.agent = Agent(self.name, self.disk.incarnation, TYPES)
-        self.inbox = self.wire.consume(TOPOLOGY.node_inbox(self.name), lambda delivery: None, prefetch=32)
-        self._perform(self.agent.join())
-        for sequence in sorted(self.disk.owed):
-            self._send_again(sequence)
-        self.agent.unanswered = set(self.disk.owed)
-        if self.disk.current is not None:
-            instruction, rule = self.disk.current
-            self._build(instruction)
-            self._perform(self.agent.resume(instruction, rule, -1))
-
-    def _open(self) -> None:
-        """As LocalState does: drop what is answered, mend the number, begin anew after a conflict."""
-        disk, answered = self.disk, self.disk.answered()
-        for sequence in [each for each in disk.owed if each in answered]:
-            del disk.owed[sequence]
-        disk.next_sequence = max(disk.next_sequence, 1 + max((*answered, *disk.owed), default=-1))
-        if any(receipt.reason == "conflict" for receipt in answered.values()):
-            self._new_incarnation()
-
-    def kill(self) -> None:
-        self.alive = False
-        self.wire.close()
-
-    def step(self, label: str) -> None:
-        """A moment at which this process may die."""
-        self.world.seen[f"node: {label}"] += 1
-        self.kill_in -= 1
-        if self.kill_in == 0:
-            self.world.seen[f"killed: node {label}"] += 1
-            raise Killed
-
-    # --- what it does of itself --------------------------------------------------------------------------------------
-
-    def hear(self) -> bool:
-        """Take one message."""
-        delivery = self.inbox.take()
-        if delivery is None:
-            return False
-        message = decode(delivery.body)
-        if isinstance(message, Receipt):
-            self.world.heard.append(message)
-        owed = self.disk.owed.get(message.sequence) if isinstance(message, Receipt) else None
-        mistaken = (
-            owed is not None
-            and isinstance(message, Receipt)
-            and owed[0].incarnation == message.incarnation
-            and owed[0].digest != message.digest
-        )
-        self._perform(self.agent.mistaken() if mistaken else self.agent.receive(message))
-        self.step("before ack")
-        self.wire.ack(delivery)
-        self.step("after ack")
-        return True
-
-    def flush(self) -> bool:
-        """Publish what waits first."""
-        if not self.outbox:
-            return False
-        try:
-            self.wire.publish(*self.outbox[0])
-        except (BrokerUnavailable, Unroutable):
-            return True  # tried again later
-        self.outbox.popleft()
-        self.step("after send")
-        return True
-
-    def may_train(self) -> bool:
-        rule = self.agent.rule
-        if self.training is None or rule is None or not self.agent.training or self.version < 0:
-            return False
-        if rule.update_rule.wait and self.version <= self.wait_until:
-            return False
-        return len(self.agent.unanswered) < rule.update_rule.max_unanswered
-
-    def train(self, *, wants_version: bool = True) -> UpdateManifest | None:
-        """Train, and hand in: a payload that no other update has."""
-        if not self.may_train():
-            return None
-        assert self.training is not None
-        disk, sequence = self.disk, self.disk.next_sequence
-        disk.next_sequence += 1
-        self.step("before owe")
-        token = f"{self.name}/{sequence}/{next(self.world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
+    def hand_in(
+        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
+    ) -> tuple[UpdateManifest, list[bytes]]:
+        since, self.since = self.since, self.since.returned()
+        token = f"{node}/{sequence}/{next(self._world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
         manifest = UpdateManifest(
-            node=self.name,
-            incarnation=disk.incarnation,
-            encoder=self.training.encoder,
+            node=node,
+            incarnation=incarnation,
+            encoder=self.instruction.encoder,
             sequence=sequence,
             base_version=self.version,
-            steps=10,
-            samples=100,
+            steps=since.steps,
+            samples=since.samples,
             seconds=1.0,
             loss=5.0,
             wants_version=wants_version,
@@ -665,196 +343,288 @@ class SimNode:
             chunks=slice_count(LAYOUT.size),
             digest=payload_digest([token]),
         )
-        disk.owed[sequence] = (manifest, token)
-        self.world.trail[manifest.digest] = manifest
-        self.step("after owe")
-        self._send(manifest, token)
-        self.agent.unanswered.add(sequence)
-        self.wait_until = self.version
-        return manifest
+        self._world.newest = manifest
+        return manifest, [token]
 
-    def read(self) -> bool:
-        """Read the version that was wanted last."""
-        if not self.reads:
+    def answered(self, receipt: Receipt) -> None:
+        """Nothing of it is kept here."""
+
+    def save(self, incarnation: str, next_sequence: int) -> None:
+        """A checkpoint would not outlive a kill here: whoever is killed starts from the version that it reads."""
+
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
+        self.version, self.since = read.version, SinceReturn()
+        return Path("nowhere")
+
+
+# --- the master ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MasterDisk:
+    """What a master's kill leaves."""
+
+    db: sqlite3.Connection = field(
+        default_factory=lambda: sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    )
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    #: (offset, state, what the tokens were), the newest two.
+    snapshots: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
+    mark: MemoryMark = field(default_factory=MemoryMark)
+
+    def log(self) -> MessageLog:
+        return MessageLog(self.db, MemoryPayloads(self.payloads))
+
+    def has(self, message_id: str) -> bool:
+        return self.db.execute("SELECT 1 FROM entries WHERE message_id = ?", (message_id,)).fetchone() is not None
+
+    def newest(self) -> tuple[int, str]:
+        """Offset and kind of the last row."""
+        found = self.db.execute("SELECT offset, kind FROM entries ORDER BY offset DESC LIMIT 1").fetchone()
+        return (int(found[0]), str(found[1])) if found else (-1, "")
+
+    def has_version(self, encoder: str, version: int) -> bool:
+        rows = "SELECT 1 FROM entries WHERE kind = 'versioned' AND json_extract(body, '$.encoder') = ? "
+        found = self.db.execute(rows + "AND json_extract(body, '$.version') = ?", (encoder, version))
+        return found.fetchone() is not None
+
+
+class LiveFold(Fold[Tokens]):
+    """The fold of a running master, which some messages kill."""
+
+    world: WorldLike
+
+    def apply(self, entry: Entry) -> list[Effect]:
+        world = self.world
+        if entry.offset in world.deadly and not entry.skipped:
+            world.seen["killed: deadly message"] += 1
+            raise Killed
+        return super().apply(entry)
+
+
+class MemorySnapshots:
+    """Snapshots on a MasterDisk."""
+
+    def __init__(self, world: WorldLike) -> None:
+        self._world = world
+
+    def read(self) -> Fold[Any]:
+        disk = self._world.disk
+        tokens, state, offset = Tokens(disk.payloads), None, -1
+        if disk.snapshots:
+            offset, plain, targets = disk.snapshots[-1]
+            state = State.model_validate_json(plain)
+            for name, (digest, steps) in targets.items():
+                tokens.targets[name] = SimpleNamespace(digest=digest, steps=steps, digests={})
+        fold = LiveFold(tokens, state, offset)
+        fold.world = self._world
+        return fold
+
+    def write(self, fold: Fold[Any], checksum: str) -> None:
+        taken = (fold.offset, fold.coordinator.state.model_dump_json(), fold.arithmetic.saved())
+        crash_points.reached("during snapshot")
+        self._world.disk.snapshots = [*self._world.disk.snapshots[-1:], taken]
+        crash_points.reached("after snapshot")
+
+    def kept(self) -> list[Manifest]:
+        return []
+
+
+class SimMaster:
+    """The shipped Master on a disk that outlives it; deliveries come to it when they are fetched."""
+
+    def __init__(self, world: WorldLike, settings: Settings) -> None:
+        self.world = world
+        self.wire = Wire(world, "master")
+        self.clock = StandingClock(world)
+        self.arrived: deque[Delivery] = deque()
+        room = Room(Path("memory"), lambda: 1 << 40, 0)
+        snapshots, ids = MemorySnapshots(world), world.message_id
+        journal = Journal(world.disk.log(), snapshots, world.disk.mark, room, CONFIG, clock=self.clock, new_id=ids)
+        self.journal = journal
+        self.master = Master(
+            CONFIG,
+            lambda logged: settings,
+            self.wire,  # type: ignore[arg-type]
+            TOPOLOGY,
+            journal,
+            get="text",
+            clock=self.clock,
+            ending=threading.Event(),
+            on_delivery=self.arrived.append,
+            new_id=ids,
+        )
+
+    def start(self) -> None:
+        self.master.start()
+        self.queues = {
+            "inbox": self.wire.consume(TOPOLOGY.master_inbox, self.arrived.append, prefetch=64),
+            "updates": self.wire.consume(TOPOLOGY.master_updates, self.arrived.append, prefetch=4),
+        }
+
+    def prefetch(self, name: str) -> bool:
+        """Take a delivery from a queue; it waits in memory."""
+        if name == "chunks":
+            chunks = [each for each in self.wire.consumers if each not in self.queues.values() and not each.closed]
+            consumer = chunks[-1] if chunks else None
+        else:
+            consumer = self.queues[name]
+        delivery = consumer.take() if consumer is not None else None
+        if delivery is not None:
+            self.arrived.append(delivery)
+        return delivery is not None
+
+    def turn(self) -> None:
+        """As the service's loop does."""
+        if self.arrived:
+            self.master.hear(self.arrived.popleft())
+        self.master.look()
+
+    def chunks_missing(self) -> None:
+        """The time for an update's chunks is over."""
+        self.clock.ahead += 16.0
+        self.turn()
+
+    def snapshot(self) -> None:
+        self.master.snapshot()
+
+    def stop(self) -> None:
+        """As the service ends when it is told to."""
+        self.wire.close()
+        self.master.snapshot()
+
+
+# --- a node ----------------------------------------------------------------------------------------------------------
+
+
+class SimNode:
+    """The shipped Node on files that outlive it."""
+
+    def __init__(self, world: WorldLike, name: str, files: dict[str, bytes]) -> None:
+        self.world, self.name, self.files = world, name, files
+        self.wire = Wire(world, name)
+        self.alive, self.kill_in = True, -1
+        state = LocalState(MemoryStore(files), name, new_incarnation=lambda: world.incarnation(name))
+        outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, new_id=world.message_id)  # type: ignore[arg-type]
+        corpora = {kind: Corpus(kind, ["sample"] * 100, None, [], None) for kind in TYPES}
+        clock = StandingClock(world)
+        self.node = Node(name, QUIET, corpora, self.wire, TOPOLOGY, state, self._build, outbox, clock=clock)  # type: ignore[arg-type]
+
+    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> TokenTraining:
+        return TokenTraining(self.world, instruction)
+
+    def start(self) -> None:
+        self.node.start()
+        self.inbox = self.wire.consume(TOPOLOGY.node_inbox(self.name), lambda delivery: None, prefetch=32)
+
+    def kill(self) -> None:
+        self.alive = False
+        self.wire.close()
+
+    @property
+    def incarnation(self) -> str:
+        return incarnation_of(self.files)
+
+    def receipts(self) -> list[Receipt]:
+        """What its state directory remembers."""
+        return [Receipt.model_validate_json(line) for line in self.files.get(RECEIPTS, b"").splitlines()]
+
+    def hear(self) -> bool:
+        """Take one message."""
+        delivery = self.inbox.take()
+        if delivery is None:
             return False
-        named = [each for each in self.reads if isinstance(each, Read)]
-        wanted, self.reads = (named or self.reads)[-1], []
-        found = self._scan(wanted)
-        if found is None and isinstance(wanted, Read):
-            told = (wanted.encoder, wanted.at_least)
-            demand(told in self.world.lost, f"{self.name} was told of {wanted}, and the stream does not hold it")
-            if self.searching != wanted:
-                self.searching, self.give_up_at = wanted, self.world.clock() + READ_SECONDS
-            if self.world.clock() < self.give_up_at:
-                self.reads = [wanted]
-                return False
-            self._perform(self.agent.read_failed(wanted.encoder, wanted.at_least))
-        self.searching = None
-        if found is None:
-            return True
-        if self.training is None or self.training.encoder != wanted.encoder:
-            return True
-        exact = isinstance(wanted, Read) and wanted.exact
-        if self.agent.finishes(wanted.encoder, found.version, exact=exact):
-            self.disk.current = None
-        elif not self.agent.adopts(wanted.encoder, found.version, exact=exact):
-            return True
-        self.version = found.version
-        self._perform(self.agent.version_read(wanted.encoder, found.version))
+        message, before = decode(delivery.body), dict(self.node.state.owed)
+        if isinstance(message, Receipt):
+            self.world.heard.append(message)
+        self.node.hear(delivery)
+        if isinstance(message, Receipt) and message.sequence not in self.node.state.owed:
+            owed = before.get(message.sequence)
+            settled = owed is not None and owed.incarnation == self.node.state.identity.incarnation
+            demand(not settled or owed.digest == message.digest, "an update is answered by another's receipt")  # type: ignore[union-attr]
         return True
 
-    def say_alive(self, resend_after: float = 0.0) -> None:
-        """A sign of life; what has been unanswered for so many seconds is sent again."""
-        encoder = self.agent.current.encoder if self.agent.current else None
-        self._say(Alive(node=self.name, incarnation=self.disk.incarnation, encoder=encoder))
-        for sequence in sorted(self.disk.owed):
-            waited = self.world.clock() - self.sent_at.get(sequence, -1e9)
-            if waited >= resend_after and len(self.outbox) < 4:
-                self._send_again(sequence)
+    def flush(self) -> bool:
+        """Publish what waits first."""
+        return self.node.outbox.flush_one()
+
+    def read(self) -> bool:
+        """Go on with the version that was wanted last."""
+        self.wire.pump()
+        read = self.node.reading.read_one()
+        if read is None:
+            return False
+        if read.version is None:
+            told = (read.encoder, read.wanted)
+            demand(told in self.world.lost, f"{self.name} was told of {told}, and the stream does not hold it")
+        self.node.version_read(read)
+        return True
+
+    def train(self) -> UpdateManifest | None:
+        """Train, and hand in, if it may; gives the update."""
+        if not self.node.ready:
+            return None
+        before, self.world.trains = set(self.node.state.owed), True
+        self.node.work()
+        if len(before) == len(self.node.state.owed):
+            self.node.work()
+        self.world.trains = False
+        new = set(self.node.state.owed) - before
+        return self.node.state.owed[max(new)] if new else None
+
+    def say_alive(self, config: NodeConfig = ALIVE) -> None:
+        """A sign of life; what is unanswered for long is sent again."""
+        self._work(config)
 
     def ask(self) -> None:
         """Nothing was heard for long."""
-        if not self.may_train():
-            self._perform(self.agent.ask())
-        self._perform(self.agent.look())
+        self._work(ASK)
+
+    def _work(self, config: NodeConfig) -> None:
+        self.world.now += 1e-6
+        self.node.config = config
+        self.node.work()
+        self.node.config = QUIET
 
     def leave(self) -> None:
-        """Say goodbye and end; what cannot be sent stays owed."""
-        self.train(wants_version=False)
-        self._perform(self.agent.leave())
-        while self.outbox and not self.wire.faults:
-            left = len(self.outbox)
-            self.flush()
-            if len(self.outbox) == left:
-                break  # no queue takes it
+        """Train, say goodbye and end; what cannot be sent stays owed."""
+        if self.node.ready:
+            self.world.trains = True
+            self.node.work()
+            self.world.trains = False
+        self.node.goodbye()
+        while not self.wire.faults and self.flush():
+            pass
         self.kill()
 
-    # --- what follows ------------------------------------------------------------------------------------------------
 
-    def _perform(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Say():
-                    self._say(action.message)
-                case CheckSamples():
-                    if self.training is None or self.training != action.instruction:
-                        self._build(action.instruction)
-                    self._perform(self.agent.samples_checked(action.instruction, 100))
-                case Train():
-                    assert self.training is not None
-                    self.disk.current = (self.training, action.rule)
-                case Read() | Look():
-                    self.reads.append(action)
-                case Drop():
-                    self.training, self.disk.current = None, None
-                case Answered():
-                    self._settle(action.receipt)
-                case Republish():
-                    self._send_again(action.sequence, action.attempt)
-                case Reincarnate():
-                    self.world.seen["reincarnated"] += 1
-                    self._new_incarnation()
-                    self.agent = Agent(self.name, self.disk.incarnation, TYPES)
-                    self.training, self.version, self.wait_until = None, -1, -1
-                    self._perform(self.agent.join())
-
-    def _build(self, instruction: Instruction) -> None:
-        """A model from nothing; what was handed in before says from which version to go on under a rule that waits."""
-        self.training, self.version = instruction, -1
-        mine = [manifest for manifest, _ in self.disk.owed.values() if manifest.encoder == instruction.encoder]
-        answered = {n: r for n, r in self.disk.answered().items() if r.encoder == instruction.encoder}
-        last = max((*(m.sequence for m in mine), *answered), default=-1)
-        owed = next((manifest for manifest in mine if manifest.sequence == last), None)
-        receipt = answered.get(last)
-        self.wait_until = -1
-        if owed is not None:
-            self.wait_until = owed.base_version
-        elif receipt is not None and receipt.accepted:
-            self.wait_until = receipt.version - 1
-
-    def _settle(self, receipt: Receipt) -> None:
-        self.step("before receipt")
-        key = (receipt.encoder, receipt.incarnation, receipt.sequence)
-        new = key not in self.disk.receipts
-        self.disk.receipts.setdefault(key, receipt)
-        self.step("after receipt")
-        owed = self.disk.owed.pop(receipt.sequence, None)
-        if owed is not None:
-            self.world.settled(self, owed[0], receipt)
-        if new and not receipt.accepted:
-            self.wait_until = -1
-
-    def _new_incarnation(self) -> None:
-        self.disk.incarnation, self.disk.next_sequence = self.world.incarnation(self.name), 0
-        self.disk.owed, self.disk.current = {}, None
-
-    def _say(self, message: Message) -> None:
-        if isinstance(message, InstructionAck):
-            exchange, key = TOPOLOGY.ack, self.name
-        else:
-            exchange, key = TOPOLOGY.request, f"{self.name}.{message.kind.removeprefix('request.')}"  # type: ignore[attr-defined]
-        self.outbox.append([Publication(exchange, key, encode(message), message_id=self.world.message_id())])
-
-    def _send_again(self, sequence: int, attempt: int | None = None) -> None:
-        if sequence in self.disk.owed:
-            manifest, token = self.disk.owed[sequence]
-            number = manifest.attempt + 1 if attempt is None else attempt
-            if number <= manifest.attempt:
-                return
-            manifest = manifest.model_copy(update={"attempt": number})
-            self.disk.owed[sequence] = (manifest, token)
-            self._send(manifest, token)
-
-    def _send(self, manifest: UpdateManifest, token: bytes) -> None:
-        self.sent_at[manifest.sequence] = self.world.clock()
-        bodies = [token[:28], token[28:]]
-        chunks = [
-            Publication(TOPOLOGY.update, f"{self.name}.chunk", encode(chunk))
-            for chunk in update_chunks(manifest, bodies)
-        ]
-        message_id = f"{manifest.update_id}/{manifest.attempt}"
-        ready = Publication(TOPOLOGY.update, f"{self.name}.ready", encode(manifest), message_id=message_id)
-        self.outbox += [chunks, [ready]]
-
-    def _scan(self, wanted: Read | Look) -> CompleteVersion | None:
-        """The newest version on the stream that is new enough, as `common.wire.versions` finds it."""
-        found = None
-        assembly = VersionAssembly(wanted.encoder, LAYOUT.digest)
-        for chunk in self.world.stream(wanted.encoder):
-            done = assembly.add(chunk)
-            exact = isinstance(wanted, Read) and wanted.exact
-            if done is None or (done.version != wanted.at_least if exact else done.version < wanted.at_least):
-                continue
-            if found is None or (done.epoch, done.version) >= (found.epoch, found.version):
-                found = done
-        return found
+def incarnation_of(files: dict[str, bytes]) -> str:
+    return str(json.loads(files["identity.json"])["incarnation"]) if "identity.json" in files else ""
 
 
-# --- the seams between the real and the simulated --------------------------------------------------------------------
+# --- what the parties need of the world ------------------------------------------------------------------------------
 
 
 class WorldLike:
-    """What the parties need of the world that they are in."""
-
     server: MemoryServer
     disk: MasterDisk
+    now: float
     seen: Counter[str]
     confirmed: list[Publication]
     #: Of each queue the messages that were acked last: a broker that dies may have forgotten that.
     acked: dict[str, deque[Any]]
     #: Versions (of an encoder) that a broker's death has taken from a stream, or a part of them.
     lost: set[tuple[str, int]]
+    #: Deliveries that are acked without a row: what they carry is asked for again.
     asked_again: set[str]
     heard: list[Receipt]
-    trail: dict[str, UpdateManifest]
+    #: The update that was encoded last.
+    newest: UpdateManifest
     tokens: Iterator[int]
-    kill_in: int
-    #: Rows that kill the master whenever it folds them, and whether the next one is to be such.
+    #: Whether the next training step is taken.
+    trains: bool
+    #: Rows that kill the master whenever it folds them.
     deadly: set[int]
-    deadly_next: bool
-
-    def clock(self) -> float:
-        raise NotImplementedError
 
     def message_id(self) -> str:
         raise NotImplementedError
@@ -865,73 +635,29 @@ class WorldLike:
     def stream(self, encoder: str) -> list[ParameterChunk]:
         raise NotImplementedError
 
-    def settled(self, node: SimNode, owed: UpdateManifest, receipt: Receipt) -> None:
+    def reached(self, label: str) -> None:
+        """A labelled step: whoever acts may die here."""
         raise NotImplementedError
 
 
-#: The world that is being simulated, for the seams that have no other way to it.
+#: The world that is being simulated, for the audit hook, which cannot be taken away again.
 WORLD: list[WorldLike] = []
 
 
-def step(label: str) -> None:
-    """A labelled step of the master: it dies here if that was ordered."""
-    world = WORLD[0]
-    world.seen[f"master: {label}"] += 1
-    world.kill_in -= 1
-    if world.kill_in == 0:
-        world.seen[f"killed: master {label}"] += 1
-        raise Killed
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == crash_points.EVENT and WORLD:
+        WORLD[-1].reached(arguments[0])
 
 
-#: Ids that are the same whenever a plan is lived through again.
-_IDS = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=WORLD[0].message_id()))
-
-
-def _generate(effect: Any) -> tuple[dict[str, Any], Parameters]:
-    return {}, Parameters(hashlib.sha256(b"fresh").hexdigest())
+sys.addaudithook(_audit)
 
 
 @contextmanager
 def simulated() -> Iterator[None]:
-    """The real modules with their clock, arithmetic, ids and labelled steps taken over."""
-    quiet = structlog.wrap_logger(None, processors=[], wrapper_class=structlog.make_filtering_bound_logger(50))
-    service, journal, publisher = (
-        master_service.service,
-        master_service.history.state_directory,
-        master_service.wire.publisher,
-    )
-    changes: list[tuple[Any, dict[str, Any]]] = [
-        (
-            service,
-            {
-                "Journal": MemoryJournal,
-                "fingerprint": dict,
-                "export_encoder": lambda directory, encoder, parameters: None,
-                "reached": step,
-                "log": quiet,
-            },
-        ),
-        (
-            master_service.wire.updates,
-            {"measure": lambda payload, size, encoding: (True, 1.0), "reached": step, "log": quiet},
-        ),
-        (master_service.arithmetic.generation, {"generate": _generate, "log": quiet}),
-        (journal, {"reached": step, "uuid": _IDS, "log": quiet}),
-        (
-            publisher,
-            {
-                "reached": step,
-                "uuid": _IDS,
-                "log": quiet,
-                "time": SimpleNamespace(monotonic=lambda: WORLD[0].clock()),
-                "encode_vector": lambda digest, encoding: [digest[:32].encode(), digest[32:].encode()],
-            },
-        ),
-        (common.wire.versions, {"time": SimpleNamespace(time=lambda: WORLD[0].clock())}),
-        (common.numbers.slicing, {"SLICE": SLICE}),
-        (common.wire.transfer, {"SLICE": SLICE}),
-    ]
-    with ExitStack() as stack:
-        for module, names in changes:
-            stack.enter_context(patch.multiple(module, **names))
+    """Small slices, and nothing is logged."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    with patch.object(common.numbers.slicing, "SLICE", SLICE):
         yield
+    WORLD.clear()
+    structlog.configure(**before)
