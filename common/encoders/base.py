@@ -66,7 +66,7 @@ class EncoderModel(nn.Module, ABC):
 
 
 class EncoderType(Protocol):
-    """A kind of encoder: what samples it eats and how it is built."""
+    """A kind of encoder: what samples it takes and how it is built."""
 
     name: str
 

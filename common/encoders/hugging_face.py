@@ -1,4 +1,4 @@
-"""What the encoder types on transformers' models have in common: seeded building, saving, loading, refusing."""
+"""Shared by the encoder types that wrap transformers' models: seeded building, saving, loading, refusing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and load reports: our caller says what is going on."""
+    """Inside, transformers shows no progress bars and no load reports: our caller reports progress."""
     with _PROCESS_WIDE:
         verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()

@@ -65,7 +65,7 @@ class ImageEncoderType:
         return {name: parameter.detach() for name, parameter in _shared(model).items()}
 
     def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
-        """See the images' size and their mean and spread per channel. Settings: `ImagePrivate`.
+        """Measure the images' size, and their mean and spread per channel. Settings: `ImagePrivate`.
 
         Raises UserError for samples that are not uint8 images and for a wrong setting.
         """

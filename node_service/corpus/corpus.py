@@ -32,7 +32,10 @@ class CorpusConfig(BaseModel):
     test_path: tuple[str, ...] = Field(
         (), description="held-out samples of their own; else a part of `path` is held out"
     )
-    entry_point: str | None = Field(None, description='"module:function" that gives the samples instead of `path`')
+    entry_point: str | None = Field(
+        None,
+        description='"module:function" that gives the samples; beside the configuration file or in the current folder',
+    )
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the samples that is never trained on")
     limit: int | None = Field(None, ge=1, description="at most this many samples, spread over the corpus")
     field: str | None = Field(

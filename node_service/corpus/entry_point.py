@@ -34,7 +34,7 @@ def call_entry_point(name: str, encoder_type: str, beside: Path | None) -> _Labe
 
     Text comes out as a list of str, images as one uint8 array, other types as they came, in a list or an array. The
     module is looked for in `beside` (the folder of the configuration file), in the current folder, and among what is
-    installed; these folders are on sys.path during the call alone, so the owner's code imports what it needs by then.
+    installed. The two folders are on sys.path during the call alone, not for a later import.
     Raises UserError for a module that does not load and for samples that are none, OwnersCodeError for what the
     owner's code raises.
     """
@@ -59,7 +59,7 @@ def call_entry_point(name: str, encoder_type: str, beside: Path | None) -> _Labe
 
 
 def _sequence(whose: str, what: str, given: Any) -> Sequence[Any]:
-    """Anything that can be gone through, once or often; an array stays one."""
+    """Any iterable, a generator too, as a list; an array stays an array. Raises UserError for anything else."""
     if isinstance(given, np.ndarray) and given.ndim > 0:
         return cast("Sequence[Any]", given)  # in all that is asked of it here
     if not isinstance(given, str | bytes | Mapping | np.ndarray):
@@ -73,7 +73,7 @@ def _sequence(whose: str, what: str, given: Any) -> Sequence[Any]:
 
 
 def _fitting(whose: str, encoder_type: str, samples: Sequence[Any]) -> Sequence[Any]:
-    """The samples as their type wants them. What an encoder type of somebody else wants is that type's to say."""
+    """The samples as their type wants them. A type from another package checks its own."""
     match encoder_type:
         case "text":
             return _texts(whose, samples)
@@ -160,7 +160,7 @@ def _reason(error: BaseException, module: str, folders: Sequence[Path]) -> str:
 
 
 def _taken(top: str, folders: Sequence[Path], *, regular: bool) -> str | None:
-    """Says so if the owner has a module of this name and the process another one; Python gives everybody the first."""
+    """The error, if the owner has a module of this name but Python has already loaded another one under it."""
     known = sys.modules.get(top)
     shapes = (f"{top}.py", f"{top}/__init__.py") if regular else (f"{top}.py", top)
     own = next((path for folder in folders for shape in shapes if (path := folder / shape).exists()), None)
