@@ -5,15 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+from common.clock import SYSTEM
 from common.errors import LockHeld, UserError
 
 
 def this_process() -> str:
     """What a refused second one is told of the holder: process, host, and since when (UTC)."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    since = datetime.fromtimestamp(SYSTEM.now(), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return f"process {os.getpid()} on {socket.gethostname()} since {since}"
 
 

@@ -22,7 +22,7 @@ from master_service.decisions.records import Entry, Loggable
 from master_service.decisions.state import EncoderState
 from master_service.decisions.verdicts import accepted
 from master_service.log.message_log import MessageLog
-from master_service.master import Master
+from master_service.record import Recorder
 from tests.faults.interleavings import FAULTS, RULES, STOPS, Act, Plan, weather
 from tests.faults.simulated import MemorySnapshots, simulated
 
@@ -155,13 +155,13 @@ def test_what_was_found_once_stays_mended(plan: Plan) -> None:
 
 
 def ack_before_append(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Master._record
+    real = Recorder.record
 
-    def record(self: Master, todo: Any) -> None:
+    def record(self: Recorder, todo: Any) -> None:
         self._broker.ack(*todo.deliveries)
         real(self, todo)
 
-    monkeypatch.setattr(Master, "_record", record)
+    monkeypatch.setattr(Recorder, "record", record)
 
 
 def settled_updates_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,16 +169,16 @@ def settled_updates_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def receipts_before_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Master._send_out
+    real = Recorder._send_out
 
-    def send_out(self: Master, effects: list[Effect]) -> None:
+    def send_out(self: Recorder, effects: list[Effect]) -> None:
         for step in [each for each in effects if isinstance(each, Step)]:
             encoder = self.state.encoders[step.encoder]
             ahead = encoder.model_copy(update={"version": step.version})
             real(self, [Send(w.item.node, accepted(ahead, w.item, w.weight, 0, 1)) for w in encoder.stepping])
         real(self, effects)
 
-    monkeypatch.setattr(Master, "_send_out", send_out)
+    monkeypatch.setattr(Recorder, "_send_out", send_out)
 
 
 def duplicates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

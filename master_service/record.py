@@ -1,0 +1,288 @@
+"""The product's invariant, in its only home: what is to be decided is appended to the log, marked, folded and computed;
+what follows from it leaves; only then is what it came in acked. A process that dies anywhere in between goes on from
+the log.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+import structlog
+
+from common.clock import Clock
+from common.crash_points import reached
+from common.errors import Damaged, StorageFull, UserError
+from common.events import happened
+from common.wire.broker import Broker, Delivery
+from common.wire.messages import UpdateManifest
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from master_service.config import MasterConfig
+from master_service.decisions.effects import (
+    Broadcast,
+    Conclude,
+    DeleteStream,
+    Effect,
+    Generate,
+    Publish,
+    Refused,
+    Send,
+    SetAside,
+    Step,
+)
+from master_service.decisions.records import (
+    Configured,
+    Entry,
+    Loggable,
+    Record,
+    Skipped,
+    Started,
+    StepFailed,
+    UpdateFacts,
+    Versioned,
+)
+from master_service.decisions.settings import Settings
+from master_service.decisions.state import State
+from master_service.history.state_directory import Journal
+from master_service.narration import events
+from master_service.status import Live
+from master_service.wire.publisher import Publisher
+
+log = structlog.get_logger()
+
+#: Between two looks whether there is room on the disk again, seconds.
+ROOM_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Something to be logged and carried out. `work`: what it is known by, should it kill. `payload` is stored first,
+    and for an update `measured` says whether it is finite, and its norm; `deliveries` are acked last."""
+
+    body: Loggable
+    message_id: str | None = None
+    payload: bytes | None = None
+    measured: tuple[bool, float] | None = None
+    work: str = ""
+    deliveries: tuple[Delivery, ...] = ()
+
+
+class Recorder:
+    """Records, and carries out. While the disk is full what is to be recorded waits here, and `blocked` says why.
+
+    After an error nothing more may be asked of it: what is in memory may be half of an entry, and the log is the truth.
+    """
+
+    def __init__(
+        self, config: MasterConfig, journal: Journal, publisher: Publisher, broker: Broker, live: Live, clock: Clock
+    ) -> None:
+        self.blocked = ""
+        self.live = live
+        self.journal = journal
+        self._config = config
+        self._fold = journal.fold
+        self._coordinator = journal.fold.coordinator
+        self._publisher = publisher
+        self._broker = broker
+        self._clock = clock
+        self._todo: deque[Todo] = deque()
+        self._try_again_at = 0.0
+
+    @property
+    def state(self) -> State:
+        """What the log has led to."""
+        return self._coordinator.state
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def recover(self, chosen: Callable[[Settings | None], Settings]) -> None:
+        """Fold what the log holds after the snapshot, repeat what may not have left, and tell everybody.
+
+        `chosen` gives the settings from here on, of those that the log ends with; it may raise UserError. Raises
+        Damaged if the state directory cannot be recovered from.
+        """
+        journal, fold = self.journal, self._fold
+        again, last = journal.carried_out, journal.log.last_offset
+        if last > again and self._kills(journal.log.entry(last)):
+            log.error("a message has killed the master twice; it is skipped and set aside", offset=last)
+            journal.append(Skipped(offset=last))
+        try:
+            for entry in journal.log.entries(fold.offset):
+                effects = self._refold(entry)
+                if entry.offset > again:
+                    self._send_out(effects)
+        except PayloadsLost as error:
+            raise Damaged(
+                f"{error}, in {self._config.state_dir / 'payloads'}: a version that was published was made of it; "
+                "restore it from a backup of the state directory"
+            ) from None
+        state = self.state
+        # before anything is written: a start that is refused leaves the log as it is
+        settings = chosen(state.settings if state.epoch else None)
+        journal.carried_out = fold.offset
+        with journal.attempts.at(_row(fold.offset)):
+            outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
+            outcomes += [fold.arithmetic.generated(effect) for effect in self._coordinator.unmade()]
+        for outcome in outcomes:
+            self.record(Todo(outcome.body, payload=outcome.payload))
+        # before the epoch: a first start that dies in between is a first start again
+        if state.settings != settings:
+            self.record(Todo(Configured(settings=settings)))
+        # later than every epoch before, also when rows of the log were lost
+        epoch = max(state.epoch + 1, int(self._clock.now()))
+        self.record(Todo(Started(epoch=epoch, fingerprint=fold.arithmetic.fingerprint())))
+        # who has vanished meanwhile is missed as if it had been heard just now
+        for known in state.nodes.values():
+            self.live.begin(known.node, known.present, self._clock.now())
+
+    def _kills(self, entry: Entry) -> bool:
+        """Whether an entry has killed the master often enough. The master's own records are never skipped."""
+        fatal = self.journal.attempts.fatal(_row(entry.offset))
+        return fatal and not isinstance(entry.body, Record) and not entry.skipped
+
+    def _refold(self, entry: Entry) -> list[Effect]:
+        """Fold an entry of the log once more. Raises Damaged if a version does not come out as it was logged."""
+        with self.journal.attempts.at(_row(entry.offset)):
+            check = self._fold.check(entry.body) if isinstance(entry.body, Versioned) else None
+            effects = self._fold.apply(entry)
+        if check is not None and not check.identical:
+            raise Damaged(
+                f"version {check.version} of {check.encoder} comes out different from the log: "
+                f"{self._config.state_dir} is damaged, or another torch or processor computed it; see `log verify`"
+            )
+        return effects
+
+    # --- what is decided ---------------------------------------------------------------------------------------------
+
+    def record(self, todo: Todo) -> None:
+        """Log something and carry out what follows; after what waits already."""
+        self._todo.append(todo)
+        if not self.blocked:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Append, mark, fold, compute, send, carried out, ack: one entry after the other, each with what it leads to.
+
+        Where there is no room on the disk it stops before the entry that does not fit, and goes on from there later.
+        """
+        journal = self.journal
+        while self._todo:
+            todo = self._todo[0]
+            try:
+                payload, facts = self._store(todo)
+                entry = journal.append(todo.body, message_id=todo.message_id, facts=facts, payload=payload)
+                if entry is None and isinstance(todo.body, UpdateManifest):
+                    # the log has it, its answer may not have left: recorded as one more delivery of the same update
+                    entry = journal.append(todo.body)
+            except StorageFull as error:
+                self._wait_for_room(str(error))
+                return
+            self._todo.popleft()
+            if entry is not None:
+                self._carry_out(entry, todo.work)
+            if todo.deliveries:
+                self.acknowledge(todo.deliveries, update=isinstance(todo.body, UpdateManifest))
+
+    def _store(self, todo: Todo) -> tuple[str | None, UpdateFacts | None]:
+        """Make a payload durable; its digest, and the facts of an update. Raises StorageFull."""
+        if todo.payload is None:
+            return None, None
+        digest = self.journal.write_payload(todo.payload)
+        if todo.measured is None:
+            return digest, None
+        finite, norm = todo.measured
+        return digest, UpdateFacts(digest=digest, size=len(todo.payload), finite=finite, norm=norm)
+
+    def _carry_out(self, entry: Entry, work: str) -> None:
+        """What an entry leads to. What was computed because of it is logged before anything else."""
+        journal, fold = self.journal, self._fold
+        with journal.attempts.at(_row(entry.offset), work):
+            effects = fold.apply(entry)
+            reached("during fold")
+            outcomes = []
+            for effect in effects:
+                if isinstance(effect, Step):
+                    outcomes.append(Outcome(fold.compute(effect.encoder)))
+                elif isinstance(effect, Generate):
+                    outcomes.append(fold.arithmetic.generated(effect))
+        self._send_out(effects)
+        journal.carried_out = entry.offset
+        for what, facts in events(entry, effects):
+            happened(what, **facts)
+        for outcome in outcomes:
+            if isinstance(outcome.body, StepFailed):
+                log.error("payloads are damaged; their nodes are asked to send again", lost=outcome.body.lost)
+        self._todo.extendleft(Todo(outcome.body, payload=outcome.payload) for outcome in reversed(outcomes))
+
+    def _send_out(self, effects: list[Effect]) -> None:
+        """In order. Steps and generations are not sent: their outcomes are logged."""
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._publisher.send(effect.to, effect.message)
+                case Broadcast():
+                    self._publisher.broadcast(effect.encoder_type, effect.message)
+                case Publish():
+                    self._publish(effect)
+                case DeleteStream():
+                    self._publisher.delete_stream(effect.encoder)
+                case Conclude():
+                    self._export(effect)
+                case Refused():
+                    self.journal.drop_refused(effect.payload)
+                case SetAside():
+                    self.live.poison += 1
+                    message = self.journal.log.entry(effect.offset).body
+                    self._publisher.dead_message(message, "kills", f"row {effect.offset} killed the master twice")
+                case Step() | Generate():
+                    pass
+                case _:
+                    assert_never(effect)
+
+    def _publish(self, effect: Publish) -> None:
+        state = self.state
+        if self._publisher.is_due(effect, state.epoch):
+            bodies = self._fold.arithmetic.encoded(effect.encoder, self._config.encoding)
+            self._publisher.version(effect, state.epoch, state.encoders[effect.encoder].layout_digest, bodies)
+
+    def _export(self, effect: Conclude) -> None:
+        encoder = self.state.encoders[effect.encoder]
+        directory = self._config.export_dir or self._config.state_dir / "encoders" / effect.encoder
+        reached("before export")
+        try:
+            self._fold.arithmetic.export(directory, encoder)
+        except (OSError, UserError) as error:  # UserError: an encoder type of another package that cannot do it
+            again = f"shared-encoder export {effect.encoder} --state {self._config.state_dir}"
+            log.error("the finished encoder could not be exported", problem=str(error), later=again)
+            return
+        log.info("encoder finished", encoder=effect.encoder, version=effect.version, directory=str(directory))
+
+    def acknowledge(self, deliveries: tuple[Delivery, ...], *, update: bool = False) -> None:
+        reached("before ack of an update" if update else "before ack")
+        self._broker.ack(*deliveries)
+        reached("after ack of an update" if update else "after ack")
+
+    # --- a full disk -------------------------------------------------------------------------------------------------
+
+    def _wait_for_room(self, problem: str) -> None:
+        if not self.blocked:
+            log.error("the disk is full: accepting nothing until there is room", problem=problem)
+        self.blocked = problem
+        self._try_again_at = self._clock.monotonic() + ROOM_SECONDS
+
+    def has_room_again(self) -> bool:
+        """Try once more what waits for room on the disk; whether nothing waits now."""
+        if self._clock.monotonic() < self._try_again_at:
+            return False
+        self._drain()
+        if self._todo:
+            return False
+        self.blocked = ""
+        log.info("there is room on the disk again")
+        return True
+
+
+def _row(offset: int) -> str:
+    return f"row {offset}"
