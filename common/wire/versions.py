@@ -185,16 +185,14 @@ class VersionReader:
         if search is None:
             return None
         while True:
-            self._give_up_in_time(search)
             try:
-                if wait > 0:
-                    delivery = self._arrived.get(timeout=min(wait, _NEWER_SECONDS) if self._newest else wait)
-                else:
-                    delivery = self._arrived.get_nowait()
+                delivery = self._arrived.get(timeout=wait) if wait > 0 else self._arrived.get_nowait()
             except queue.Empty:
                 return self._nothing_came(search)
             self._broker.ack(delivery)
             self._take(search, delivery)
+            # what is there already counts before any time that is over; what comes steadily must not keep us here
+            wait = min(wait, _NEWER_SECONDS) if self._newest is not None else 0.0
 
     def read(
         self,
@@ -248,7 +246,11 @@ class VersionReader:
         if (found := self._newest) is not None:
             self.close()
             return found
-        self._give_up_in_time(search)
+        if search.over:
+            self.close()
+            raise BrokerUnavailable(
+                f"version {search.at_least} of {self._encoder} did not come over the stream in {search.timeout:.0f} s"
+            )
         if search.silent:
             if search.timeout == float("inf"):
                 self.close()  # a look
@@ -258,11 +260,3 @@ class VersionReader:
             search.begin_again()
             self._begin(search, "first")
         return None
-
-    def _give_up_in_time(self, search: _Search) -> None:
-        """Also while others come that do not bring the wanted one nearer."""
-        if self._newest is None and search.over:
-            self.close()
-            raise BrokerUnavailable(
-                f"version {search.at_least} of {self._encoder} did not come over the stream in {search.timeout:.0f} s"
-            )
