@@ -390,17 +390,30 @@ class MemorySubscription:
 
     def close(self) -> None:
         with self._server.changed:
-            if self.closed:
-                return
-            self.closed = True
-            queue = self._server.find(self.queue)
-            if self._position is None and queue is not None:
-                for message in reversed(self.unacked.values()):
-                    message.redelivered = True
-                    queue.ready.appendleft(message)
-                    queue.bytes += message.size
-            self.unacked.clear()
-            self._server.changed.notify_all()
+            if not self.closed:
+                self.closed = True
+                self._give_back()
+
+    def reopen(self) -> None:
+        """The channel broke and is open again: what was unacked comes again."""
+        with self._server.changed:
+            if not self.closed:
+                self._give_back()
+
+    def move(self, server: MemoryServer) -> None:
+        """To another server, one that has lost its disk: what was unacked is gone."""
+        self._server = server
+        self.unacked.clear()
+
+    def _give_back(self) -> None:
+        queue = self._server.find(self.queue)
+        if self._position is None and queue is not None:
+            for message in reversed(self.unacked.values()):
+                message.redelivered = True
+                queue.ready.appendleft(message)
+                queue.bytes += message.size
+        self.unacked.clear()
+        self._server.changed.notify_all()
 
     def _next(self, queue: _Queue) -> _Message:
         if self._position is None:

@@ -7,7 +7,7 @@ is started, delivered and waited for; then `World.check` holds the receipts, the
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +42,10 @@ from tests.faults.simulated import (
     MasterDisk,
     SimMaster,
     SimNode,
-    Tokens,
-    Violation,
     Wire,
-    WorldLike,
-    demand,
     incarnation_of,
 )
+from tests.faults.workbench import Tokens, Violation, demand
 
 Act = tuple[Any, ...]
 #: Every update in the versions by its digest: encoder, version, weight.
@@ -59,6 +56,18 @@ STOPS = (StopRule(versions=400), StopRule(updates=6), StopRule(versions=3), Stop
 NODES = ("a", "b", "c", "d")
 #: A sign of life of a node that sends again what is unanswered for 180 s, as it does by itself.
 PATIENT = ALIVE.model_copy(update={"resend_after_seconds": 180.0})
+
+
+#: What a plan may ask of one node.
+NODE_ACTS: dict[str, Callable[[SimNode], Any]] = {
+    "hear": SimNode.hear,
+    "send": SimNode.flush,
+    "read": SimNode.read,
+    "train": SimNode.train,
+    "alive": SimNode.say_alive,
+    "ask": SimNode.ask,
+    "leave": SimNode.leave,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Plan:
         )
 
 
-class World(WorldLike):
+class World:
     """The broker, the master, the nodes and an operator."""
 
     def __init__(self, plan: Plan) -> None:
@@ -112,8 +121,11 @@ class World(WorldLike):
         self.restored: set[str] = set()
         self.answers: Counter[str] = Counter()
         self.settings = plan.settings()
-        self.acked = {}
-        self.lost = set()
+        #: Of each queue the messages that were acked last: a broker that dies may have forgotten that.
+        self.acked: dict[str, deque[Any]] = {}
+        #: Versions (of an encoder) that a stream has lost, or a part of them.
+        self.lost: set[tuple[str, int]] = set()
+        self.newest: UpdateManifest | None = None
         #: What was in the log before a wipe: its answers may be gone.
         self.unanswered_for: set[str] = set()
         self.operator = Wire(self, "operator")
@@ -151,7 +163,7 @@ class World(WorldLike):
         return chunks
 
     def reached(self, label: str) -> None:
-        if label == "node after owe":
+        if label == "node after owe" and self.newest is not None:
             self.trail[self.newest.digest] = self.newest
         if label == "before append":
             self.rows = self.disk.newest()[0]
@@ -180,7 +192,10 @@ class World(WorldLike):
 
     def act(self, action: Act) -> None:
         kind, *rest = action
-        getattr(self, f"do_{kind}")(*rest)
+        if kind in NODE_ACTS:
+            self._node(rest[0], NODE_ACTS[kind])
+        else:
+            getattr(self, f"do_{kind}")(*rest)
 
     def do_run(self, steps: int) -> None:
         self.run(steps)
@@ -198,27 +213,6 @@ class World(WorldLike):
     def do_chunks_missing(self) -> None:
         if self.master is not None:
             self._master(self.master.chunks_missing)
-
-    def do_hear(self, node: int) -> None:
-        self._node(node, SimNode.hear)
-
-    def do_send(self, node: int) -> None:
-        self._node(node, SimNode.flush)
-
-    def do_read(self, node: int) -> None:
-        self._node(node, SimNode.read)
-
-    def do_train(self, node: int) -> None:
-        self._node(node, SimNode.train)
-
-    def do_alive(self, node: int) -> None:
-        self._node(node, SimNode.say_alive)
-
-    def do_ask(self, node: int) -> None:
-        self._node(node, SimNode.ask)
-
-    def do_leave(self, node: int) -> None:
-        self._node(node, SimNode.leave)
 
     def do_later(self, seconds: float) -> None:
         self.now += seconds
@@ -484,8 +478,8 @@ class World(WorldLike):
     def _check_counts(self, fold: Fold[Any], counted: Counted) -> None:
         """Return counts and totals are what is in the versions and in the buffers, no more and no less."""
         returns: Counter[tuple[str, str]] = Counter()
-        for digest, (encoder, _, _) in counted.items():
-            returns[encoder, self.trail[digest].node] += 1
+        for digest, (where, _, _) in counted.items():
+            returns[where, self.trail[digest].node] += 1
         for encoder in fold.coordinator.state.encoders.values():
             waiting = [item.digest for item in encoder.buffer]
             demand(not counted.keys() & set(waiting) and len(waiting) == len(set(waiting)), "counted, and waits too")

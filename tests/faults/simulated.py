@@ -7,38 +7,33 @@ where a version is the hash of its predecessor and of the updates that were coun
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import structlog
 
 import common.numbers.slicing
 from common import crash_points
-from common.brokers.memory import MemoryServer, MemorySubscription
+from common.brokers.memory import MemoryBroker, MemorySubscription
 from common.clock import VirtualClock
 from common.errors import BrokerUnavailable
-from common.numbers.layout import Layout
-from common.numbers.slicing import payload_size, slice_count
-from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
+from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode
-from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, UpdateRule
-from common.wire.topology import Topology
-from common.wire.transfer import CompleteVersion, payload_digest
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest
+from common.wire.topology import Declarations, Topology
 from master_service.config import MasterConfig
-from master_service.decisions.effects import Effect, Generate, Step
-from master_service.decisions.records import Entry, Generated
+from master_service.decisions.effects import Effect
+from master_service.decisions.records import Entry
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import State
 from master_service.history.fold import Fold
@@ -56,12 +51,12 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.receipt_book import RECEIPTS, Ledger
 from node_service.handover.store import MemoryStore
 from node_service.node import Node
-from node_service.training.update_rule import SinceReturn
+from tests.faults.workbench import SLICE, Tokens, TokenTraining, demand
+
+if TYPE_CHECKING:
+    from tests.faults.interleavings import World
 
 TOPOLOGY = Topology("sim")
-#: Two chunks to an update and to a version, with `SLICE` made so small.
-SLICE = 24
-LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
 TYPES = ("text", "image")
 #: Snapshots are written when a plan says so.
 CONFIG = MasterConfig(state_dir=Path("nowhere"), presence_timeout_seconds=45.0, snapshot_every_seconds=1e12)
@@ -75,19 +70,10 @@ class Killed(BaseException):
     """kill -9: nothing catches it, nothing is tidied up."""
 
 
-class Violation(AssertionError):
-    """What must never happen has happened."""
-
-
-def demand(condition: object, words: str) -> None:
-    if not condition:
-        raise Violation(words)
-
-
 class StandingClock(VirtualClock):
     """The world's time, which stands still for whoever waits. `ahead`: how far one party's deadlines are."""
 
-    def __init__(self, world: WorldLike) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__()
         self._world, self.ahead = world, 0.0
 
@@ -104,257 +90,105 @@ class StandingClock(VirtualClock):
 # --- the broker, with faults -----------------------------------------------------------------------------------------
 
 
-class Consumer:
-    """A consumer, or a reader of a stream, that outlives its channel: what was unacked comes again when that closes."""
-
-    def __init__(self, world: WorldLike, queue: str, on_delivery: OnDelivery, prefetch: int, start: Any = None) -> None:
-        self.queue, self.on_delivery, self.start, self.closed = queue, on_delivery, start, False
-        self._world, self._prefetch = world, prefetch
-        self._channel = self._open()
-
-    def take(self) -> Delivery | None:
-        return self._channel.take() if self._channel is not None else None
-
-    def reopen(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._open()
-
-    def move(self) -> None:
-        """The broker has lost its disk, and what was unacked with it."""
-        if self._channel is not None:
-            self._channel.closed = True
-            self._channel.unacked.clear()
-        self._channel = self._open()
-
-    def close(self) -> None:
-        self.closed = True
-        if self._channel is not None:
-            self._channel.close()
-
-    def _open(self) -> MemorySubscription | None:
-        server, position = self._world.server, None
-        if self.start is not None:
-            if server.find(self.queue) is None:
-                return None  # the stream is gone
-            position = server.stream_index(self.queue, self.start)
-        return MemorySubscription(server, self.queue, self.on_delivery, self._prefetch, position)
-
-
-class Wire:
+class Wire(MemoryBroker):
     """One party's connection. `faults` are used up, one a publish: `lost`, `half` and `unconfirmed` fail with nothing,
     half or all of it stored; `twice` stores everything twice and succeeds."""
 
-    def __init__(self, world: WorldLike, user: str) -> None:
-        self._world, self._user = world, user
+    def __init__(self, world: World, user: str) -> None:
+        super().__init__(world.server, user=user, dead_letters=TOPOLOGY.dead_letters, threaded=False)
+        self.world = world
         self.faults: deque[str] = deque()
-        self.consumers: list[Consumer] = []
-        self._declared: list[Any] = []
+        self.consumers: list[MemorySubscription] = []
+        self.readers: list[MemorySubscription] = []
+        self._declared: list[Declarations] = []
 
-    def declare(self, declarations: Any) -> None:
-        self._world.server.declare(declarations)
+    def declare(self, declarations: Declarations) -> None:
+        super().declare(declarations)
         self._declared.append(declarations)
 
     def delete_queue(self, name: str) -> None:
         encoder = name.removeprefix(TOPOLOGY.stream(""))
-        self._world.lost |= {(encoder, chunk.version) for chunk in self._world.stream(encoder)}
-        self._world.server.delete_queue(name)
-
-    def move(self) -> None:
-        """To a broker with an empty disk."""
-        for declarations in self._declared:
-            self._world.server.declare(declarations)
-        for consumer in self.consumers:
-            if not consumer.closed:
-                consumer.move()
+        self.world.lost |= {(encoder, chunk.version) for chunk in self.world.stream(encoder)}
+        super().delete_queue(name)
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
         if self._user == "master":
             self._check(publications)
         fault = self.faults.popleft() if self.faults else ""
         if fault:
-            self._world.seen[f"publish {fault}"] += 1
+            self.world.seen[f"publish {fault}"] += 1
         stored = {"lost": (), "half": publications[: (len(publications) + 1) // 2]}.get(fault, publications)
         for publication in stored:
-            for _ in range(2 if fault == "twice" else 1):
-                self._world.server.publish(publication, self._user)
+            super().publish(*[publication] * (2 if fault == "twice" else 1))
         if fault not in ("", "twice"):
             raise BrokerUnavailable("no confirm came")
-        self._world.confirmed += publications
+        self.world.confirmed += publications
 
     def _check(self, publications: tuple[Publication, ...]) -> None:
         """What the master says must be in its log."""
         for publication in publications:
             match decode(publication.body):
                 case Receipt(accepted=True) as receipt:
-                    logged = self._world.disk.has_version(receipt.encoder, receipt.version)
+                    logged = self.world.disk.has_version(receipt.encoder, receipt.version)
                     demand(logged, "a receipt leaves before its version is in the log")
                 case Resend() as again:
                     update = f"{again.encoder}/{again.node}/{again.incarnation}/{again.sequence}"
-                    self._world.asked_again.add(f"{update}/{again.attempt - 1}")
+                    self.world.asked_again.add(f"{update}/{again.attempt - 1}")
                 case ParameterChunk() as chunk if chunk.version > 0:
-                    logged = self._world.disk.has_version(chunk.encoder, chunk.version)
+                    logged = self.world.disk.has_version(chunk.encoder, chunk.version)
                     demand(logged, "a version leaves before its digest is in the log")
 
-    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> Consumer:
-        return self._subscribe(Consumer(self._world, queue, on_delivery, prefetch))
+    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> MemorySubscription:
+        self.consumers = [each for each in self.consumers if not each.closed]
+        self.consumers.append(super().consume(queue, on_delivery, prefetch=prefetch))
+        return self.consumers[-1]
 
     def read_stream(
         self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
-    ) -> Consumer:
-        return self._subscribe(Consumer(self._world, stream, on_delivery, 1 << 30, start))
-
-    def _subscribe(self, consumer: Consumer) -> Consumer:
-        self.consumers = [each for each in self.consumers if not each.closed] + [consumer]
-        return consumer
+    ) -> MemorySubscription:
+        self.readers = [each for each in self.readers if not each.closed]
+        self.readers.append(super().read_stream(stream, on_delivery, start=start, prefetch=1 << 30))
+        return self.readers[-1]
 
     def pump(self) -> None:
         """Hand over all that streams hold for their readers."""
-        for consumer in self.consumers:
-            while consumer.start is not None and (delivery := consumer.take()) is not None:
-                consumer.on_delivery(delivery)
+        for reader in self.readers:
+            while (delivery := reader.take()) is not None:
+                reader.on_delivery(delivery)
 
     def ack(self, *deliveries: Delivery) -> None:
         for delivery in deliveries:
             if delivery.queue == TOPOLOGY.master_updates:
                 name = delivery.message_id or ""
-                done = self._world.disk.has(name) or name in self._world.asked_again
+                done = self.world.disk.has(name) or name in self.world.asked_again
                 demand(done, f"{name} is acked, and not in the log")
             subscription, tag = cast(tuple[MemorySubscription, int], delivery.handle)
-            message = subscription.unacked.pop(tag, None)
-            if message is not None:
-                self._world.acked.setdefault(delivery.queue, deque(maxlen=3)).append(message)
+            if (message := subscription.unacked.get(tag)) is not None:
+                self.world.acked.setdefault(delivery.queue, deque(maxlen=3)).append(message)
+        super().ack(*deliveries)
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
-        self.publish(dead_letter(TOPOLOGY.dead_letters, delivery, reason, detail))
-        self._world.asked_again.add(delivery.message_id or "")
-        self.ack(delivery)
-
-    def status(self) -> BrokerStatus:
-        return BrokerStatus(connected=True, blocked=None, reconnects=0, bytes_out=0, bytes_in=0)
+        self.world.asked_again.add(delivery.message_id or "")
+        super().dead_letter(delivery, reason, detail)
 
     def reopen(self) -> None:
         """The channels break: what was not acked goes back to its queues."""
-        for consumer in self.consumers:
-            if not consumer.closed:
-                consumer.reopen()
+        for each in (*self.consumers, *self.readers):
+            each.reopen()
+
+    def move(self) -> None:
+        """To a broker with an empty disk: what was unacked is gone, and what is ours is declared again."""
+        self._server = self.world.server
+        for declarations in self._declared:
+            super().declare(declarations)
+        for each in self.consumers:
+            each.move(self._server)
+        for reader in self.readers:
+            reader.close()
 
     def close(self) -> None:
-        for consumer in self.consumers:
-            consumer.close()
-        self.consumers, self.faults = [], deque()
-
-
-# --- the workbench of tokens -----------------------------------------------------------------------------------------
-
-
-class Tokens:
-    """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
-
-    def __init__(self, payloads: dict[str, bytes]) -> None:
-        self._payloads = payloads
-        #: By encoder: the current version's digest, the steps that led to it, the digest of every version since.
-        self.targets: dict[str, Any] = {}
-
-    def begin(self, encoder: str, layout: Layout, digest: str) -> None:
-        demand(digest in self._payloads, "version 0 is generated without its payload")
-        self.targets[encoder] = SimpleNamespace(digest=digest, steps=(), digests={0: digest})
-
-    def step(self, step: Step) -> str:
-        lost = [each.payload for each in step.contributions if each.payload not in self._payloads]
-        if lost:
-            raise PayloadsLost(dict.fromkeys(lost, "missing"))
-        target = self.targets[step.encoder]
-        plain = (target.digest, step.version, [(c.payload, c.coefficient) for c in step.contributions])
-        target.digest = target.digests[step.version] = hashlib.sha256(repr(plain).encode()).hexdigest()
-        target.steps += (step,)
-        return str(target.digest)
-
-    def digest(self, encoder: str) -> str:
-        return str(self.targets[encoder].digest)
-
-    def measure(self, payload: bytes, size: int, encoding: str) -> tuple[bool, float]:
-        return True, 1.0
-
-    def generated(self, effect: Generate) -> Outcome:
-        digest = hashlib.sha256(b"fresh").hexdigest()
-        plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
-        return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")
-
-    def encoded(self, encoder: str, encoding: str) -> list[bytes]:
-        digest = self.digest(encoder)
-        return [digest[:32].encode(), digest[32:].encode()]
-
-    def export(self, directory: Path, encoder: object) -> None:
-        """Where nothing is written."""
-
-    def fingerprint(self) -> dict[str, str]:
-        return {}
-
-    def saved(self) -> dict[str, tuple[str, tuple[Step, ...]]]:
-        return {name: (target.digest, target.steps) for name, target in self.targets.items()}
-
-
-class TokenTraining:
-    """Training that takes ten steps when the world lets it, and hands in a payload that no other update has."""
-
-    def __init__(self, world: WorldLike, instruction: Instruction) -> None:
-        self.instruction, self.rule, self.since = instruction, UpdateRule(), SinceReturn()
-        self.version, self.steps = -1, 0
-        self._world = world
-
-    @property
-    def must_return(self) -> bool:
-        return self.since.steps >= 10
-
-    def retune(self, rule: UpdateRule, progress: float) -> None:
-        self.rule = rule
-
-    def adopt(self, read: CompleteVersion) -> None:
-        self.version = read.version
-
-    def step(self) -> float:
-        if self._world.trains:
-            self._world.trains = False
-            self.steps += 10
-            for _ in range(10):
-                self.since.step(10, 5.0)
-        return 0.0
-
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
-        since, self.since = self.since, self.since.returned()
-        token = f"{node}/{sequence}/{next(self._world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
-        manifest = UpdateManifest(
-            node=node,
-            incarnation=incarnation,
-            encoder=self.instruction.encoder,
-            sequence=sequence,
-            base_version=self.version,
-            steps=since.steps,
-            samples=since.samples,
-            seconds=1.0,
-            loss=5.0,
-            wants_version=wants_version,
-            encoding="int8",
-            layout_digest=LAYOUT.digest,
-            size=len(token),
-            chunks=slice_count(LAYOUT.size),
-            digest=payload_digest([token]),
-        )
-        self._world.newest = manifest
-        return manifest, [token]
-
-    def answered(self, receipt: Receipt) -> None:
-        """Nothing of it is kept here."""
-
-    def save(self, incarnation: str, next_sequence: int) -> None:
-        """A checkpoint would not outlive a kill here: whoever is killed starts from the version that it reads."""
-
-    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
-        self.version, self.since = read.version, SinceReturn()
-        return Path("nowhere")
+        super().close()
+        self.consumers, self.readers, self.faults = [], [], deque()
 
 
 # --- the master ------------------------------------------------------------------------------------------------------
@@ -392,7 +226,7 @@ class MasterDisk:
 class LiveFold(Fold[Tokens]):
     """The fold of a running master, which some messages kill."""
 
-    world: WorldLike
+    world: World
 
     def apply(self, entry: Entry) -> list[Effect]:
         world = self.world
@@ -405,7 +239,7 @@ class LiveFold(Fold[Tokens]):
 class MemorySnapshots:
     """Snapshots on a MasterDisk."""
 
-    def __init__(self, world: WorldLike) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
 
     def read(self) -> Fold[Any]:
@@ -433,7 +267,7 @@ class MemorySnapshots:
 class SimMaster:
     """The shipped Master on a disk that outlives it; deliveries come to it when they are fetched."""
 
-    def __init__(self, world: WorldLike, settings: Settings) -> None:
+    def __init__(self, world: World, settings: Settings) -> None:
         self.world = world
         self.wire = Wire(world, "master")
         self.clock = StandingClock(world)
@@ -445,7 +279,7 @@ class SimMaster:
         self.master = Master(
             CONFIG,
             lambda logged: settings,
-            self.wire,  # type: ignore[arg-type]
+            self.wire,
             TOPOLOGY,
             journal,
             get="text",
@@ -500,15 +334,15 @@ class SimMaster:
 class SimNode:
     """The shipped Node on files that outlive it."""
 
-    def __init__(self, world: WorldLike, name: str, files: dict[str, bytes]) -> None:
+    def __init__(self, world: World, name: str, files: dict[str, bytes]) -> None:
         self.world, self.name, self.files = world, name, files
         self.wire = Wire(world, name)
         self.alive, self.kill_in = True, -1
         state = LocalState(MemoryStore(files), name, new_incarnation=lambda: world.incarnation(name))
-        outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, new_id=world.message_id)  # type: ignore[arg-type]
+        outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, new_id=world.message_id)
         corpora = {kind: Corpus(kind, ["sample"] * 100, None, [], None) for kind in TYPES}
         clock = StandingClock(world)
-        self.node = Node(name, QUIET, corpora, self.wire, TOPOLOGY, state, self._build, outbox, clock=clock)  # type: ignore[arg-type]
+        self.node = Node(name, QUIET, corpora, self.wire, TOPOLOGY, state, self._build, outbox, clock=clock)
 
     def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> TokenTraining:
         return TokenTraining(self.world, instruction)
@@ -602,46 +436,10 @@ def incarnation_of(files: dict[str, bytes]) -> str:
     return str(json.loads(files["identity.json"])["incarnation"]) if "identity.json" in files else ""
 
 
-# --- what the parties need of the world ------------------------------------------------------------------------------
-
-
-class WorldLike:
-    server: MemoryServer
-    disk: MasterDisk
-    now: float
-    seen: Counter[str]
-    confirmed: list[Publication]
-    #: Of each queue the messages that were acked last: a broker that dies may have forgotten that.
-    acked: dict[str, deque[Any]]
-    #: Versions (of an encoder) that a broker's death has taken from a stream, or a part of them.
-    lost: set[tuple[str, int]]
-    #: Deliveries that are acked without a row: what they carry is asked for again.
-    asked_again: set[str]
-    heard: list[Receipt]
-    #: The update that was encoded last.
-    newest: UpdateManifest
-    tokens: Iterator[int]
-    #: Whether the next training step is taken.
-    trains: bool
-    #: Rows that kill the master whenever it folds them.
-    deadly: set[int]
-
-    def message_id(self) -> str:
-        raise NotImplementedError
-
-    def incarnation(self, node: str) -> str:
-        raise NotImplementedError
-
-    def stream(self, encoder: str) -> list[ParameterChunk]:
-        raise NotImplementedError
-
-    def reached(self, label: str) -> None:
-        """A labelled step: whoever acts may die here."""
-        raise NotImplementedError
-
+# --- labelled steps ---------------------------------------------------------------------------------------------------
 
 #: The world that is being simulated, for the audit hook, which cannot be taken away again.
-WORLD: list[WorldLike] = []
+WORLD: list[World] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,0 +1,143 @@
+"""A workbench of tokens in the place of tensors: a version is the hash of its predecessor and of the updates that were
+counted in it, with coefficients; an update is a payload that no other update has."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from common.numbers.layout import Layout
+from common.numbers.slicing import payload_size, slice_count
+from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
+from common.wire.transfer import CompleteVersion, payload_digest
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from master_service.decisions.effects import Generate, Step
+from master_service.decisions.records import Generated
+from node_service.training.update_rule import SinceReturn
+
+if TYPE_CHECKING:
+    from tests.faults.interleavings import World
+
+#: Two chunks to an update and to a version, with `SLICE` made so small.
+SLICE = 24
+LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
+
+
+class Violation(AssertionError):
+    """What must never happen has happened."""
+
+
+def demand(condition: object, words: str) -> None:
+    if not condition:
+        raise Violation(words)
+
+
+class Tokens:
+    """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
+
+    def __init__(self, payloads: dict[str, bytes]) -> None:
+        self._payloads = payloads
+        #: By encoder: the current version's digest, the steps that led to it, the digest of every version since.
+        self.targets: dict[str, Any] = {}
+
+    def begin(self, encoder: str, layout: Layout, digest: str) -> None:
+        demand(digest in self._payloads, "version 0 is generated without its payload")
+        self.targets[encoder] = SimpleNamespace(digest=digest, steps=(), digests={0: digest})
+
+    def step(self, step: Step) -> str:
+        lost = [each.payload for each in step.contributions if each.payload not in self._payloads]
+        if lost:
+            raise PayloadsLost(dict.fromkeys(lost, "missing"))
+        target = self.targets[step.encoder]
+        plain = (target.digest, step.version, [(c.payload, c.coefficient) for c in step.contributions])
+        target.digest = target.digests[step.version] = hashlib.sha256(repr(plain).encode()).hexdigest()
+        target.steps += (step,)
+        return str(target.digest)
+
+    def digest(self, encoder: str) -> str:
+        return str(self.targets[encoder].digest)
+
+    def measure(self, payload: bytes, size: int, encoding: str) -> tuple[bool, float]:
+        return True, 1.0
+
+    def generated(self, effect: Generate) -> Outcome:
+        digest = hashlib.sha256(b"fresh").hexdigest()
+        plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
+        return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")
+
+    def encoded(self, encoder: str, encoding: str) -> list[bytes]:
+        digest = self.digest(encoder)
+        return [digest[:32].encode(), digest[32:].encode()]
+
+    def export(self, directory: Path, encoder: object) -> None:
+        """Where nothing is written."""
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
+    def saved(self) -> dict[str, tuple[str, tuple[Step, ...]]]:
+        return {name: (target.digest, target.steps) for name, target in self.targets.items()}
+
+
+class TokenTraining:
+    """Training that takes ten steps when the world lets it, and hands in a payload that no other update has."""
+
+    def __init__(self, world: World, instruction: Instruction) -> None:
+        self.instruction, self.rule, self.since = instruction, UpdateRule(), SinceReturn()
+        self.version, self.steps = -1, 0
+        self._world = world
+
+    @property
+    def must_return(self) -> bool:
+        return self.since.steps >= 10
+
+    def retune(self, rule: UpdateRule, progress: float) -> None:
+        self.rule = rule
+
+    def adopt(self, read: CompleteVersion) -> None:
+        self.version = read.version
+
+    def step(self) -> float:
+        if self._world.trains:
+            self._world.trains = False
+            self.steps += 10
+            for _ in range(10):
+                self.since.step(10, 5.0)
+        return 0.0
+
+    def hand_in(
+        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
+    ) -> tuple[UpdateManifest, list[bytes]]:
+        since, self.since = self.since, self.since.returned()
+        token = f"{node}/{sequence}/{next(self._world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
+        manifest = UpdateManifest(
+            node=node,
+            incarnation=incarnation,
+            encoder=self.instruction.encoder,
+            sequence=sequence,
+            base_version=self.version,
+            steps=since.steps,
+            samples=since.samples,
+            seconds=1.0,
+            loss=5.0,
+            wants_version=wants_version,
+            encoding="int8",
+            layout_digest=LAYOUT.digest,
+            size=len(token),
+            chunks=slice_count(LAYOUT.size),
+            digest=payload_digest([token]),
+        )
+        self._world.newest = manifest
+        return manifest, [token]
+
+    def answered(self, receipt: Receipt) -> None:
+        """Nothing of it is kept here."""
+
+    def save(self, incarnation: str, next_sequence: int) -> None:
+        """A checkpoint would not outlive a kill here: whoever is killed starts from the version that it reads."""
+
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
+        self.version, self.since = read.version, SinceReturn()
+        return Path("nowhere")
