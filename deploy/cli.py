@@ -33,6 +33,8 @@ request_app = typer.Typer(
 )
 app.add_typer(request_app, name="request")
 app.add_typer(log_app, name="log")
+broker_app = typer.Typer(help="Look after what a federation has at the broker.", no_args_is_help=True)
+app.add_typer(broker_app, name="broker")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")
@@ -314,6 +316,22 @@ def replay(
         without=without or (),
         every=every,
     )
+
+
+@broker_app.command("clean")
+def broker_clean(
+    state: State = DEFAULT_STATE,
+    everything: Annotated[
+        bool, typer.Option("--all", help="also the queues of the master and of every node in its log")
+    ] = False,
+    config: ConfigFile = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Delete the parameter streams that ended runs have left at the broker. Not while a master serves the namespace."""
+    from deploy.commands.broker import clean
+
+    clean(_broker_flags(broker, namespace), config, state, everything=everything)
 
 
 def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:

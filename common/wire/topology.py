@@ -6,6 +6,7 @@ the receiver is in the key.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,6 +115,13 @@ class Topology:
 
     def stream(self, encoder: str) -> str:
         return f"{self.namespace}.parameters.{encoder}"
+
+    def queue_names(self, nodes: Iterable[str], encoders: Iterable[str]) -> list[str]:
+        """Every queue of this namespace: the master's, those of nodes, and the streams of encoders."""
+        names = [self.master_inbox, self.master_updates, self.dead_letters]
+        for node in nodes:
+            names += [self.node_inbox(node), self.pulse_queue(node), self.chunk_queue(node)]
+        return names + [self.stream(encoder) for encoder in encoders]
 
     def exchanges(self) -> Declarations:
         """The exchanges and the dead letters, which every party may declare."""

@@ -124,8 +124,5 @@ def _closing(federation: Federation) -> Iterator[Federation]:
 
 
 def _remove(broker: Broker, topology: Topology, config: Config, encoders: list[str]) -> None:
-    queues = [topology.master_inbox, topology.master_updates, topology.dead_letters]
-    queues += [queue for node in config.nodes for queue in (topology.node_inbox(node), topology.chunk_queue(node))]
-    queues += [topology.stream(encoder) for encoder in encoders]
-    for queue in queues:
+    for queue in topology.queue_names(config.nodes, encoders):
         broker.delete_queue(queue)

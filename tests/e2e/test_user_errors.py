@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 
 from common.brokers import open_broker
+from common.errors import Unroutable
+from common.wire.broker import Publication
+from common.wire.messages import Stop
 from common.wire.topology import Topology
 from tests.e2e.test_processes import shared_encoder
+from tests.unit.master.test_fold import Federation
 
 
 @pytest.fixture
@@ -173,3 +177,36 @@ def test_f14_a_master_started_again_with_other_settings_says_so_and_changes_noth
     assert kinds() == before
     assert served("--versions", "300", "--change") == ["configured", "started"]
     assert served("--versions", "300", "--min-nodes", "2") == ["started"]
+
+
+def test_f8_broker_clean_deletes_what_ended_runs_left(tmp_path: Path, amqp_url: str) -> None:
+    topology = Topology(f"clean-{uuid.uuid4().hex[:8]}")
+    run = Federation(tmp_path, "fedavg", size=8)
+    run.record(Stop(sender="operator"))
+    run.log.close()
+    broker = open_broker(amqp_url, client_name="left-behind", dead_letters=topology.dead_letters)
+    for declarations in (topology.master(), topology.node("a", ("text",)), topology.parameters(run.encoder, 1000)):
+        broker.declare(declarations)
+    command = ["broker", "clean", "--state", str(tmp_path), "--broker", amqp_url, "--namespace", topology.namespace]
+
+    def is_there(queue: str) -> bool:
+        """Whether something that is bound to nothing else takes what is published for it."""
+        exchange, key = (topology.parameter, run.encoder) if "parameters" in queue else (topology.update, "a.chunk")
+        try:
+            broker.publish(Publication(exchange, key, b"x"))
+        except Unroutable:
+            return False
+        return True
+
+    broker.lock(topology.master_lock, lambda: None)
+    refused = shared_encoder(*command)
+    assert refused.returncode == 2 and "a master serves the namespace" in refused.stderr, refused.stderr
+    assert is_there(topology.stream(run.encoder))
+    broker.close()
+    broker = open_broker(amqp_url, client_name="looks", dead_letters=topology.dead_letters)
+    cleaned = shared_encoder(*command)
+    assert cleaned.returncode == 0 and topology.stream(run.encoder) in cleaned.stdout, cleaned.stderr
+    assert not is_there(topology.stream(run.encoder)) and is_there(topology.chunk_queue("a"))
+    assert shared_encoder(*command, "--all").returncode == 0
+    assert not is_there(topology.chunk_queue("a"))
+    broker.close()
