@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.durable import sync
-from common.errors import UserError
+from common.errors import Damaged, UserError
 
 #: How the README.md of every export begins; a folder with another one, or with none, is somebody else's.
 TITLE = "# Shared encoder "
@@ -53,13 +53,25 @@ def check_writable(folder: Path, wanted: Path) -> None:
         # tried and not asked: root may everything by the permission bits, and still not write to /proc
         os.rmdir(tempfile.mkdtemp(prefix=".shared-encoder-", dir=there))
     except OSError as error:
-        raise UserError(f"{wanted} cannot be written: {there}: {error.strerror}; give another place") from None
+        raise UserError(
+            f"{wanted} cannot be written: nothing can be made in {there} ({error.strerror}); give another place"
+        ) from None
 
 
-def check_file(file: Path) -> None:
-    """Whether a file of this name can be written or replaced. Raises UserError."""
+def check_file(file: Path, what: str, is_one: Callable[[Path], bool]) -> None:
+    """Whether a file of this name can be written. Raises UserError, also for one that is there and not of this kind.
+
+    `what` says in words what is to be written, and `is_one` whether a file is one; it may raise Damaged,
+    ValueError or OSError.
+    """
     if file.is_dir():
         raise UserError(f"{file} is a folder; give the name of a file")
+    try:
+        other = file.is_file() and file.stat().st_size > 0 and not is_one(file)
+    except (ValueError, OSError, Damaged):
+        other = True
+    if other:
+        raise UserError(f"{file} is there and is no {what}; give another name")
     check_writable(file.parent, file)
 
 

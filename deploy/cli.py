@@ -355,10 +355,16 @@ def guarded(action: Callable[[], Any]) -> int:
         return _say(str(error), EXIT_BROKER)
     except SharedEncoderError as error:
         return _say(str(error), EXIT_FAILED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # a bug of ours, unless it is about a path of the user's
+        from deploy.blame import users_path
+
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"the disk is full ({error}); make room and start again: what was durable is kept"
+            return _say(full, EXIT_FAILED)
+        line = users_path(error)
+        if line is None:
             raise
-        return _say(f"the disk is full ({error}); make room and start again: what was durable is kept", EXIT_FAILED)
+        return _say(line, EXIT_USER_ERROR)
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
@@ -65,6 +65,7 @@ class Config(BaseSettings):
 def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
     """Read and validate. Paths in the file are relative to the current folder. Raises UserError: one line."""
     source = str(file) if file else "configuration"
+    table = _read(file) if file else {}
 
     class FromFile(Config):
         @classmethod
@@ -77,15 +78,13 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             sources = (init_settings, env_settings)
-            return (*sources, TomlConfigSettingsSource(settings_cls, file)) if file else sources
+            return (*sources, InitSettingsSource(settings_cls, table))
 
     class Explicit(FromFile):
         """The same without the defaults that complete a section given in part: its fields are those that were given."""
 
         model_config = SettingsConfigDict(nested_model_default_partial_update=False)
 
-    if file is not None and not file.exists():
-        raise UserError(f"{file}: no such file; give the configuration with --config FILE")
     unknown = [name for name in os.environ if name.startswith(PREFIX) and _section(name) not in Config.model_fields]
     if unknown:
         raise UserError(f"environment: {unknown[0]} names no section; there are: {', '.join(Config.model_fields)}")
@@ -93,10 +92,20 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
         config, explicit = FromFile(**_given(flags)), Explicit(**_given(flags))
     except ValidationError as error:
         raise explained(error, Config, source) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{source}: not readable as TOML: {error}") from None
     config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop)
     return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file, or of a pipe."""
+    try:
+        return tomllib.loads(file.read_bytes().decode())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the configuration with --config FILE") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give the configuration with --config FILE") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as TOML: {error}") from None
 
 
 def _section(name: str) -> str:

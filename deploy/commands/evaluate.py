@@ -44,7 +44,7 @@ def run_evaluation(
     With `out`, the figures of each node are there as soon as they are known. Raises UserError for what is not there.
     """
     if out is not None:
-        check_file(out)
+        check_file(out, "JSON file of figures", lambda file: "domains" in json.loads(file.read_bytes()))
     config = load_config(file, {})
     configure_logging(level="warning")
     unknown = [name for name in names if name not in config.nodes]

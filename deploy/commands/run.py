@@ -11,7 +11,7 @@ import structlog
 
 from common.brokers import open_broker
 from common.errors import UserError
-from common.exports import check_export_directory
+from common.exports import check_export_directory, check_writable
 from common.wire.topology import Topology
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config
@@ -33,6 +33,7 @@ def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False
     """
     config = load_config(file, flags)
     decided = config.settings()
+    check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
         check_export_directory(config.master.export_dir)
     configure_logging(json=config.log.json_lines, level=config.log.level)
@@ -80,6 +81,8 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     configure_logging(json=config.log.json_lines, level=config.log.level)
     check_node_id(name)
     node_config = config.nodes.get(name) or NodeConfig()
+    state_dir = node_config.state_dir or Path("node-state") / name
+    check_writable(state_dir, state_dir)
     if node_config.export_dir is not None:
         check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)

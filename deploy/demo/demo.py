@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from common.errors import UserError
+from common.exports import check_writable
 from deploy.commands.display import FederationDisplay, console, saying
 from deploy.commands.run import load_corpora
 from deploy.config import load_config
@@ -23,6 +24,9 @@ EARLY, EARLY_AT = "parsing", 0.7
 SPEEDS = {"networking": None, "concurrency": 6.0, "parsing": None, "numeric": 12.0}
 #: The quick demo trains slowly on purpose: the late node's start takes longer than the training of a few steps.
 QUICK_SPEED = 5.0
+
+#: What a demo leaves in its folder.
+_MAKES = {"data", "demo.toml", "master", "nodes", "logs", "encoder", "report.json", "report.png"}
 
 _SHOWS = (
     "What this shows: one encoder trained by four parties at unequal speeds, one late and one leaving early, each with "
@@ -81,11 +85,18 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None) -> None:
 
 def _prepare(out: Path) -> None:
     """Make `out` an empty folder; an earlier demo in it is removed. Raises UserError if it holds anything else."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / "demo.toml").exists():
-            raise UserError(f"{out} is there and not from a demo; give another folder with --out DIR")
-        shutil.rmtree(out)
+    check_writable(out, out)
     out.mkdir(parents=True, exist_ok=True)
+    inside = list(out.iterdir())
+    strangers = sorted(path.name for path in inside if path.name not in _MAKES)
+    if strangers or (inside and not (out / "demo.toml").exists()):
+        found = strangers[0] if strangers else inside[0].name
+        raise UserError(f"{out} is there and not from a demo: it holds {found}; give another folder with --out DIR")
+    for path in inside:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _configuration(out: Path, corpora: dict[str, tuple[Path, Path]], *, quick: bool, broker_url: str | None) -> str:

@@ -102,6 +102,11 @@ def opened(path: Path) -> Iterator[MessageLog]:
         log.close()
 
 
+def is_export(path: Path) -> bool:
+    """Whether a file begins as `export_log` begins one. Raises Damaged for what is no table of JSON."""
+    return _MARK in next(_lines(path), {})
+
+
 def import_log(path: Path, directory: Path) -> MessageLog:
     """Make a ledger and payloads of an exported file in an empty directory. Raises UserError, Damaged."""
     lines = _lines(path)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import sqlite3
+import sysconfig
+from pathlib import Path
 
 import pytest
 
+import deploy.cli
 from common.errors import AccessRefused, BrokerUnavailable, Damaged, LockHeld, StorageFull, UserError
 from deploy.cli import guarded
 
@@ -34,9 +39,35 @@ def test_what_can_go_wrong_is_one_line_and_a_code(
     assert (str(error) if error.args[0] != errno.ENOSPC else "make room and start again") in said
 
 
-def test_a_bug_is_loud() -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EPERM])
+def test_f18_an_error_of_a_path_is_one_line_that_names_it(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     def action() -> None:
-        raise OSError(errno.EBADF, "a descriptor that is not one")
+        raise OSError(number, os.strerror(number), "/some/where/else")
 
-    with pytest.raises(OSError, match="descriptor"):
+    assert guarded(action) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"shared-encoder: /some/where/else: {os.strerror(number)}; ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBADF, "a descriptor that is not one"),
+        OSError(errno.ENOENT, "a path that nobody gave"),
+        OSError(errno.EIO, "a broken disk", "/some/where"),
+        FileNotFoundError(errno.ENOENT, "a file of the program", str(Path(deploy.cli.__file__).parent / "none.toml")),
+        FileNotFoundError(errno.ENOENT, "a file of a library", sysconfig.get_path("purelib") + "/none.so"),
+        sqlite3.OperationalError("no such column: offfset"),
+        ValueError("a descriptor that is not one"),
+    ],
+    ids=repr,
+)
+def test_a_bug_is_loud(error: Exception) -> None:
+    """F18: only what names a path of the user's is theirs."""
+
+    def action() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as loud:
         guarded(action)
+    assert loud.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,83 @@ def test_f7_an_earlier_export_is_replaced_whole(command: Command, tmp_path: Path
         assert not (out / "left-over.bin").exists()
         (out / "left-over.bin").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+#: Every command that writes somewhere or keeps its state there, up to the path.
+WRITERS = [
+    ["demo", "--out"],
+    ["log", "export", "--state", RECORDED],
+    ["replay", "--state", RECORDED, "--out"],
+    ["replay", "--state", RECORDED, "--rule", "fedasync", "--out"],
+    ["export", "text-1", "--state", RECORDED, "--out"],
+    ["evaluate", "--out"],
+    ["request", "get", "text", *NOBODY, "--out"],
+    ["request", "update", "text-1", *NOBODY, "--out"],
+    ["master", *NOBODY, "--state"],
+    ["master", *NOBODY, "--export"],
+    ["node", "a", *NOBODY, "--state"],
+    ["node", "a", *NOBODY, "--export"],
+    ["log", "prune", "--keep", "1GiB", "--state"],
+    ["log", "repair", "--state"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRITERS, ids=lambda arguments: " ".join(map(str, arguments[:3])))
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none", "/proc/none/below"])
+def test_f18_where_nothing_can_be_written_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], place: str
+) -> None:
+    """A file where a folder should be, below a file, and /proc: root is held up by these too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    code, _, err = command(*arguments, place)
+    assert (code, err.count("\n")) == (2, 1) and place in err, err
+    assert (tmp_path / "file").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("arguments", [["log", "list"], ["log", "verify"], ["replay"], ["log", "prune", "--keep", "1"]])
+def test_f18_a_ledger_that_cannot_be_opened_is_one_line(command: Command, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "ledger.sqlite").mkdir()
+    code, _, err = command(*arguments, "--state", tmp_path)
+    assert code == 2 and "the message log cannot be used" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_f18_a_file_of_another_kind_is_not_written_over(command: Command, tmp_path: Path) -> None:
+    mine, exported, figures = tmp_path / "mine.txt", tmp_path / "log.jsonl", tmp_path / "figures.json"
+    mine.write_text("mine")
+    for arguments in (["log", "export", mine, "--state", RECORDED], ["evaluate", "--out", mine]):
+        code, _, err = command(*arguments)
+        assert code == 2 and f"{mine} is there and is no " in err and mine.read_text() == "mine"
+    for _ in range(2):  # an earlier one is replaced, and so is an empty file
+        code, _, err = command("log", "export", exported, "--state", RECORDED)
+        assert code == 0, err
+    figures.write_text('{"domains": {}}')
+    code, _, err = command("evaluate", "--out", figures)
+    assert code == 2 and "give --config FILE" in err, "the path is fine, and so the next thing is looked at"
+
+
+def test_f7_a_demo_removes_nothing_but_what_a_demo_has_made(command: Command, tmp_path: Path) -> None:
+    """Its configuration is for copying; a folder that it was copied into is no demo's."""
+    (tmp_path / "demo.toml").write_text("[master]\n")
+    (tmp_path / "thesis.tex").write_text("mine")
+    code, _, err = command("demo", "--quick", "--out", tmp_path)
+    assert (code, err.count("\n")) == (2, 1) and f"{tmp_path} is there and not from a demo: it holds thesis.tex" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.toml", "thesis.tex"]
+
+
+@pytest.mark.parametrize(("given", "words"), [("", "Is a directory"), ("none.toml", "no such file")])
+def test_f18_a_configuration_that_is_no_file_is_not_passed_over(
+    command: Command, tmp_path: Path, given: str, words: str
+) -> None:
+    code, _, err = command("master", *NOBODY, "--config", tmp_path / given)
+    assert (code, err.count("\n")) == (2, 1) and words in err and "--config FILE" in err
+
+
+def test_f18_a_configuration_may_come_through_a_pipe(command: Command) -> None:
+    """As from `--config <(…)` of a shell: what is in it counts."""
+    reading, writing = os.pipe()
+    os.write(writing, b"[stop]\nvers = 3\n")
+    os.close(writing)
+    code, _, err = command("master", *NOBODY, "--config", f"/dev/fd/{reading}")
+    os.close(reading)
+    assert code == 2 and "there is no setting 'stop.vers'; did you mean 'versions'?" in err
