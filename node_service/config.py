@@ -15,7 +15,8 @@ class NodeConfig(Section):
     """One node. `corpus` may be one table or a list of them, at most one per encoder type.
 
     `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master
-    for an encoder of a type. `private` are the settings of the private parts (for text: vocabulary).
+    for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is away: then a node
+    trains on beyond what it may hand in. `private` are the settings of the private parts (for text: vocabulary).
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -29,6 +30,7 @@ class NodeConfig(Section):
     exit_when_finished: bool = False
     max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
     alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0
+    away_after_seconds: Annotated[float, Field(gt=0)] = 30.0
     ask_after_seconds: Annotated[float, Field(gt=0)] = 30.0
     resend_after_seconds: Annotated[float, Field(gt=0)] = 180.0
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = 60.0

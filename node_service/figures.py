@@ -10,8 +10,12 @@ from common.wire.messages import Alive
 
 @dataclass
 class NodeFigures:
-    """Seconds in which it could not train for want of the master count as waiting; `waiting_since`, in seconds since
-    1970, is when that began, while it lasts."""
+    """Of the training of one `encoder`: nothing of another one is shown under it.
+
+    Seconds in which it could not train for want of the master count as waiting. `waiting_since`, in seconds since 1970,
+    is when it began to wait for the master, while that lasts; away for long, it is trained on meanwhile. `bytes_before`
+    were sent before this training.
+    """
 
     steps: int = 0
     steps_per_second: float = 0.0
@@ -26,6 +30,14 @@ class NodeFigures:
     training_seconds: float = 0.0
     note: str = "starting"
     waiting_since: float | None = None
+    encoder: str | None = None
+    bytes_before: int = 0
+
+    def begin(self, encoder: str, bytes_out: int) -> None:
+        """The training of an encoder begins, when this connection has sent so many bytes; nothing happens if it is the
+        same one as before."""
+        if encoder != self.encoder:
+            vars(self).update(vars(NodeFigures(note=self.note, encoder=encoder, bytes_before=bytes_out)))
 
     def trained(self, steps: int, loss: float, seconds: float) -> None:
         """A step was taken: the count of all of them, the running mean loss, and how long this one took."""
@@ -33,8 +45,8 @@ class NodeFigures:
         rate = 1.0 / max(seconds, 1e-9)
         self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
 
-    def alive(self, node: str, incarnation: str, encoder: str | None, bytes_sent: int) -> Alive:
-        """As it travels."""
+    def alive(self, node: str, incarnation: str, encoder: str | None, bytes_out: int) -> Alive:
+        """As it travels; `bytes_out` were sent over this connection."""
         return Alive(
             node=node,
             incarnation=incarnation,
@@ -44,6 +56,6 @@ class NodeFigures:
             steps_per_second=self.steps_per_second,
             loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             waiting_seconds=self.waiting_seconds,
-            bytes_sent=bytes_sent,
+            bytes_sent=max(0, bytes_out - self.bytes_before),
             note=self.note,
         )

@@ -13,10 +13,10 @@ import structlog
 from common.clock import Clock
 from common.crash_points import reached
 from common.errors import Poison, UserError
-from common.events import happened
+from common.events import BrokerWatch, happened
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import decode
-from common.wire.messages import Answer, Get, Instruction, Pulse, Receipt, Rule
+from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -45,8 +45,6 @@ log = structlog.get_logger()
 
 #: How long a node that has nothing to do need not be looked after, seconds; what comes in wakes it earlier.
 IDLE_SECONDS = 0.2
-#: Without any sign of life from the master for so long, it is away.
-AWAY_SECONDS = 30.0
 
 #: How many answers beyond `max_unanswered` the master keeps at least.
 _SPARE_ANSWERS = 8
@@ -96,6 +94,7 @@ class Node:
         self._heard_at = self._master_at = clock.monotonic()
         self._alive_at = self._saved_at = self._looked_at = clock.monotonic()
         self._was_ready = False
+        self._connection = BrokerWatch(clock, node=name)
 
     # --- what drives it ----------------------------------------------------------------------------------------------
 
@@ -107,7 +106,7 @@ class Node:
         self._handover.send_owed()
         self._resume()
         if self.config.get is not None:
-            self.outbox.say(Get(sender=self.name, encoder_type=self.config.get))
+            self._say(Get(sender=self.name, encoder_type=self.config.get))
 
     def hear(self, delivery: Delivery) -> None:
         """Handle one message from the master, and ack it."""
@@ -156,6 +155,7 @@ class Node:
         training = self.training
         ready = self.ready
         self._account(training, now, ready)
+        self._connection.look(self._broker.status())
         wait = self._train(training) if ready and training is not None else IDLE_SECONDS
         self._keep_in_touch(now, ready)
         if training is not None and now - self._saved_at >= self.config.checkpoint_every_seconds:
@@ -171,7 +171,7 @@ class Node:
         if training is not None:
             self._save(training)
         self._perform(self._agent.leave())
-        happened("left", node=self.name)
+        happened("left", node=self.name, encoder=self.encoder)
 
     @property
     def encoder(self) -> str | None:
@@ -195,8 +195,8 @@ class Node:
             return False
         if not training.must_return or self._may_hand_in(training):
             return True
-        away_steps = rule.away_steps
-        return now - self._master_at > AWAY_SECONDS and (away_steps is None or training.since.steps < away_steps)
+        away, most = now - self._master_at > self.config.away_after_seconds, rule.away_steps
+        return away and (most is None or training.since.steps < most)
 
     def _may_hand_in(self, training: Training) -> bool:
         """Whether one more update may be unanswered. The master keeps the answers of the newest updates alone, so that
@@ -218,24 +218,35 @@ class Node:
         return left if most is None else max(left, left + 1.0 / most - took)
 
     def _account(self, training: Training | None, now: float, ready: bool) -> None:
-        """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting."""
+        """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
+
+        A node that trains on while the master is away waits for it too, and says since when.
+        """
         passed, self._looked_at = now - self._looked_at, now
-        figures = self.figures
+        was_ready, self._was_ready = self._was_ready, ready
         if training is None or self._agent.rule is None:
-            figures.waiting_since = None
-        elif self._was_ready:
-            training.since.seconds += passed
-            figures.training_seconds += passed
-        else:
-            figures.waiting_seconds += passed
-        if ready == self._was_ready:
+            self._wait_ended()
             return
-        self._was_ready = ready
-        if ready or training is None or self._agent.rule is None:
-            figures.waiting_since = None
+        if was_ready:
+            training.since.seconds += passed
+            self.figures.training_seconds += passed
         else:
-            figures.waiting_since = self._clock.now()
-            happened("waiting for the master", node=self.name, encoder=training.instruction.encoder)
+            self.figures.waiting_seconds += passed
+        if ready and (not training.must_return or self._may_hand_in(training)):
+            self._wait_ended()
+        elif self.figures.waiting_since is None:
+            self.figures.waiting_since = self._clock.now()
+            happened("waiting for the master", **self._about(training))
+
+    def _wait_ended(self) -> None:
+        since, self.figures.waiting_since = self.figures.waiting_since, None
+        if since is not None:
+            waited = max(0.0, self._clock.now() - since)
+            happened("waiting ended", node=self.name, encoder=self.figures.encoder, seconds=waited)
+
+    def _about(self, training: Training) -> dict[str, object]:
+        """What an event of a training is about."""
+        return {"node": self.name, "encoder": training.instruction.encoder, "version": training.version}
 
     def _hand_in(self, training: Training, *, wants_version: bool) -> None:
         sequence = self.state.next_sequence()
@@ -266,7 +277,7 @@ class Node:
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
             self._alive_at = now
             sent = self._broker.status().bytes_out
-            self.outbox.say(self.figures.alive(self.name, self.state.identity.incarnation, self.encoder, sent))
+            self._say(self.figures.alive(self.name, self.state.identity.incarnation, self.encoder, sent))
             self._handover.send_unanswered(self.config.resend_after_seconds)
         if now - self._heard_at >= self.config.ask_after_seconds:
             self._heard_at = now
@@ -280,7 +291,7 @@ class Node:
         for action in actions:
             match action:
                 case Say():
-                    self.outbox.say(action.message)
+                    self._say(action.message)
                 case CheckSamples():
                     self._check_samples(action.instruction)
                 case Train():
@@ -296,15 +307,34 @@ class Node:
                 case Answered():
                     self._answered(action.receipt)
                 case Republish():
-                    if action.sequence is None:
-                        self._handover.send_owed()
-                    else:
-                        self._handover.send_again(action.sequence, action.attempt)
+                    self._republish(action)
                 case Reincarnate():
                     self._reincarnate()
                 case _:
                     assert_never(action)
         self.figures.version = self.training.version if self.training is not None else -1
+
+    def _say(self, message: Message) -> None:
+        if isinstance(message, Join):
+            happened("joining", node=self.name, incarnation=message.incarnation, types=message.types)
+        self.outbox.say(message)
+
+    def _republish(self, wanted: Republish) -> None:
+        if wanted.sequence is None:
+            self._handover.send_owed()
+            return
+        again = self._handover.send_again(wanted.sequence, wanted.attempt)
+        if again is not None:
+            # a line that is too slow, or a broker that loses chunks: somebody has to look into it
+            log.warning(
+                "the master asks for an update again",
+                node=self.name,
+                encoder=again.encoder,
+                update=again.update_id,
+                version=again.base_version,
+                attempt=again.attempt,
+                detail=wanted.detail,
+            )
 
     def _trained(self) -> Training:
         assert self.training is not None, "the agent reads versions only of an encoder whose training was built"
@@ -315,7 +345,7 @@ class Node:
         training.retune(rule.update_rule, rule.progress)
         self.state.remember_current(training.instruction, rule)
         self.figures.note = "training"
-        happened("training", node=self.name, encoder=rule.encoder, version=rule.version)
+        happened("training", **self._about(training))
 
     def _resume(self) -> None:
         """Go on with what was trained last, whether the master is there or not."""
@@ -329,7 +359,6 @@ class Node:
             encoder = current.instruction.encoder
             log.error("cannot go on with the encoder", node=self.name, encoder=encoder, problem=str(error))
             return
-        self.figures.steps = training.steps
         self._perform(self._agent.resume(current.instruction, current.rule, training.version))
 
     def _check_samples(self, instruction: Instruction) -> None:
@@ -358,12 +387,15 @@ class Node:
 
     def _begin(self, instruction: Instruction, corpus: Corpus) -> Training:
         """Raises UserError if this node cannot."""
+        self.figures.begin(instruction.encoder, self._broker.status().bytes_out)
         self.figures.note = "building the model"
         ledger = self.state.ledger(instruction.encoder)
         self._wait_until_version = ledger.wait_until_version
         self.training = self._build(instruction, corpus, ledger)
-        # to build it takes a while, in which nothing could be heard
-        self._heard_at = self._clock.monotonic()
+        self.figures.steps = self.training.steps
+        # to build it takes a while, in which nothing could be heard, and the master was not waited for
+        self._heard_at = self._looked_at = self._clock.monotonic()
+        self._was_ready = False
         return self.training
 
     def _finish(self, training: Training, read: VersionRead) -> None:

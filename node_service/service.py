@@ -98,6 +98,7 @@ class NodeService:
         ]
         try:
             self._loop(node, stop)
+            self._check()
             node.goodbye()
             self._flush(outbox)
         finally:
@@ -120,23 +121,34 @@ class NodeService:
         """Handle everything that has come, waiting up to `wait` seconds for the first. Raises what ended a thread."""
         with contextlib.suppress(queue.Empty):
             while True:
-                event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
+                event = self._next(wait)
                 wait = 0.0
-                if isinstance(event, BaseException):
-                    raise event
                 if isinstance(event, VersionRead):
                     node.version_read(event)
                 else:
                     node.hear(event)
 
+    def _next(self, wait: float = 0.0) -> Delivery | VersionRead:
+        """What has come first. Raises queue.Empty, and what ended a thread."""
+        event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def _check(self) -> None:
+        """Nothing is heard any more: what still waits goes back to its queue. Raises what ended a thread."""
+        self.broker.status().check()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._next()
+
     def _flush(self, outbox: Outbox) -> None:
-        """Wait until everything has left, but not for ever."""
+        """Wait until everything has left, but not for ever. Raises what ended a thread, whatever has left by then."""
         until = self._clock.monotonic() + _FLUSH_SECONDS
         while not outbox.empty and self._clock.monotonic() < until:
             with contextlib.suppress(queue.Empty):
-                event = self._events.get(timeout=0.05)
-                if isinstance(event, BaseException):
-                    raise event
+                self._next(wait=0.05)
+        self._check()
         if not outbox.empty:
             log.warning("not everything could be sent; it is kept and sent at the next start", node=self.name)
 

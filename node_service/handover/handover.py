@@ -46,15 +46,17 @@ class Handover:
                 self._times[sequence] += 1
                 self.send_again(sequence)
 
-    def send_again(self, sequence: int, attempt: int | None = None) -> None:
+    def send_again(self, sequence: int, attempt: int | None = None) -> UpdateManifest | None:
         """The same update as another attempt, the next by default; not as one that it was sent as already: that one is
-        on its way, and each stale answer would beget another. Nothing happens for an update that is owed no more."""
+        on its way, and each stale answer would beget another. None, and nothing happens, for that and for an update
+        that is owed no more."""
         owed = self._state.owed.get(sequence)
         if owed is None or (attempt is not None and attempt <= owed.attempt):
-            return
+            return None
         manifest = owed.model_copy(update={"attempt": owed.attempt + 1 if attempt is None else attempt})
         self._state.sent_as(manifest)
         self._send(manifest)
+        return manifest
 
     def mistaken(self, receipt: Receipt) -> bool:
         """Whether a receipt is for another update of the number of one that is owed; of whatever encoder, because an
