@@ -15,6 +15,7 @@ import torch
 
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable
+from common.events import BrokerWatch
 from common.wire.broker import Broker, Delivery
 from common.wire.topology import Topology
 from common.workers import Worker
@@ -26,6 +27,9 @@ from master_service.master import Master
 from master_service.status import Report
 
 log = structlog.get_logger()
+
+#: How long the end waits for a thread that has done its work, seconds.
+_JOIN_SECONDS = 1.0
 
 
 @dataclass
@@ -52,6 +56,8 @@ class MasterService:
     def __post_init__(self) -> None:
         self._events: queue.SimpleQueue[Delivery | BaseException] = queue.SimpleQueue()
         self._ending = _Ending()
+        self._connection = BrokerWatch(self.clock, party="master")
+        self._beside_it: list[Worker] = []
         if self.config.export_dir is not None:
             check_export_directory(self.config.export_dir)
         journal = open_journal(self.config, clock=self.clock, background=self._beside)
@@ -84,6 +90,7 @@ class MasterService:
             self.master.snapshot()
         finally:
             self.master.journal.close()
+        self._check()
 
     def report(self) -> Report:
         """What `status` shows."""
@@ -100,7 +107,9 @@ class MasterService:
                 self.on_change(self)
                 if self._ending.lost.is_set():
                     raise BrokerUnavailable("the lock of this namespace was lost; another master may be serving it now")
-                self.broker.status().check()
+                status = self.broker.status()
+                self._connection.look(status)
+                status.check()
         finally:
             for subscription in subscriptions:
                 subscription.close()
@@ -109,13 +118,26 @@ class MasterService:
     def _take_one(self, wait: float) -> None:
         """Wait for a delivery up to `wait` seconds and handle it. Raises what ended a thread."""
         with contextlib.suppress(queue.Empty):
-            event = self._events.get(timeout=wait)
-            if isinstance(event, BaseException):
-                raise event
-            self.master.hear(event)
+            self.master.hear(self._next(wait))
+
+    def _next(self, wait: float = 0.0) -> Delivery:
+        """What has come first. Raises queue.Empty, and what ended a thread."""
+        event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def _check(self) -> None:
+        """All is done: raises what ended a thread meanwhile."""
+        for worker in self._beside_it:
+            worker.join(_JOIN_SECONDS)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._next()
 
     def _beside(self, name: str, work: Callable[[], None]) -> None:
-        Worker(name, work, self._events.put)
+        self._beside_it = [worker for worker in self._beside_it if not worker.join(0.0)]
+        self._beside_it.append(Worker(name, work, self._events.put))
 
 
 class _Ending:
