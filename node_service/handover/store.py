@@ -55,6 +55,7 @@ class DirectoryStore:
 
     def append(self, name: str, line: bytes) -> None:
         path = self.place / name
+        path.parent.mkdir(exist_ok=True)
         new = not path.exists()
         with path.open("ab") as file:
             file.write(line)

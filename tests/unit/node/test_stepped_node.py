@@ -374,6 +374,6 @@ def test_f1_what_may_not_be_published_is_said_by_the_outbox_and_stays_owed(
 ) -> None:
     _, node = training_node(server, clock)
     server.permit("a", Permissions(write="^$"))
-    with pytest.raises(AccessRefused, match="ACCESS_REFUSED - write access to 'stepped.update' refused for user 'a'"):
+    with pytest.raises(AccessRefused, match=r"ACCESS_REFUSED - write access to 'stepped\.update' refused for user 'a'"):
         node.run(STEPS * 0.5 + 0.5)
     assert not node.node.outbox.empty and list(node.node.state.owed) == [0]
