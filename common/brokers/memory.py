@@ -55,6 +55,28 @@ class _Queue:
     next_offset: int = 0
 
 
+class _Bindings:
+    """Which queues a routing key of an exchange leads to; a publish does not look at the bindings of other keys."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[str, str], set[str]] = {}
+        #: By exchange: the patterns that more than their own words match.
+        self._patterns: dict[str, set[str]] = {}
+
+    def add(self, binding: Binding) -> None:
+        self._queues.setdefault((binding.exchange, binding.routing_key), set()).add(binding.queue)
+        if not {"*", "#"}.isdisjoint(binding.routing_key.split(".")):
+            self._patterns.setdefault(binding.exchange, set()).add(binding.routing_key)
+
+    def drop(self, queue: str) -> None:
+        for queues in self._queues.values():
+            queues.discard(queue)
+
+    def queues(self, exchange: Exchange, routing_key: str) -> set[str]:
+        patterns = (each for each in self._patterns.get(exchange.name, ()) if matches(exchange.kind, each, routing_key))
+        return set().union(*(self._queues.get((exchange.name, each), ()) for each in (routing_key, *patterns)))
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """Whose a lock is, what a refused second one is told of it, and whom to tell should it be lost."""
@@ -78,7 +100,7 @@ class MemoryServer:
         self.locks: dict[str, Holder] = {}
         self._exchanges: dict[str, Exchange] = {}
         self._queues: dict[str, _Queue] = {}
-        self._bindings: list[Binding] = []
+        self._bindings = _Bindings()
 
     def permit(self, user: str, permissions: Permissions) -> None:
         """What this user may do from now on; everything if nothing was said."""
@@ -106,13 +128,12 @@ class MemoryServer:
                 if self._queues.setdefault(queue.name, _Queue(queue)).declared != queue:
                     raise UserError(f"queue {queue.name} is there with other arguments; take another namespace")
             for binding in declarations.bindings:
-                if binding not in self._bindings:
-                    self._bindings.append(binding)
+                self._bindings.add(binding)
 
     def delete_queue(self, name: str) -> None:
         with self.changed:
             self._queues.pop(name, None)
-            self._bindings = [binding for binding in self._bindings if binding.queue != name]
+            self._bindings.drop(name)
 
     def find(self, name: str) -> _Queue | None:
         """The queue or stream of this name, if it is declared."""
@@ -137,12 +158,7 @@ class MemoryServer:
             exchange = self._exchanges.get(publication.exchange)
             if exchange is None:
                 raise Unroutable(f"there is no exchange {publication.exchange}")
-            names = {
-                binding.queue
-                for binding in self._bindings
-                if binding.exchange == exchange.name
-                and matches(exchange.kind, binding.routing_key, publication.routing_key)
-            }
+            names = self._bindings.queues(exchange, publication.routing_key)
             if not names and publication.mandatory:
                 raise Unroutable(f"no queue takes {publication.routing_key!r} of {publication.exchange}")
             queues = [self._queues[name] for name in sorted(names)]
