@@ -334,6 +334,64 @@ def broker_clean(
     clean(_broker_flags(broker, namespace), config, state, everything=everything)
 
 
+@app.command()
+def simulate(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="message log and report.json; an earlier simulation is replaced")
+    ] = Path("simulation"),
+    nodes: Annotated[int, typer.Option(metavar="N", help="nodes")] = 200,
+    returns: Annotated[
+        int, typer.Option(metavar="N", help="counted updates for each node, after which the run ends")
+    ] = 50,
+    speeds: Annotated[
+        str, typer.Option(metavar="S,S,…", help="steps a second, dealt out to the nodes in turn")
+    ] = "1,2,4,8,16",
+    steps: Annotated[int, typer.Option(metavar="N", help="local steps to an update")] = 10,
+    parameters: Annotated[int, typer.Option(metavar="N", help="shared parameters")] = 64,
+    link: Annotated[str, typer.Option(metavar="SIZE", help="bytes a second of each node's line, each way")] = "10MB",
+    late: Annotated[float, typer.Option(metavar="SHARE", help="of the nodes that join later, 0 to 1")] = 0.0,
+    leave: Annotated[float, typer.Option(metavar="SHARE", help="of the nodes that leave once and return")] = 0.0,
+    crash: Annotated[
+        float, typer.Option(metavar="SHARE", help="of the nodes that are killed once and started again")
+    ] = 0.0,
+    crash_master: Annotated[
+        bool, typer.Option("--crash-master", help="kill the master once and start it again from its log")
+    ] = False,
+    rule: Annotated[
+        str, typer.Option(metavar="PRESET", help="return-count, fedavg, fedasync, fedbuff or diloco")
+    ] = "return-count",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="section.key=value", help="change the rules: outer.lr=2, update.encoding=float32; repeats"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="of everything that is left to chance")] = 0,
+) -> None:
+    """The real master and many real nodes in this process under a virtual clock, with training that is modelled.
+
+    The same arguments give the same message log, bit for bit; `replay` proves it.
+    """
+    from deploy.simulate import run_simulation
+
+    run_simulation(
+        out,
+        rule=rule,
+        changes=set_ or (),
+        nodes=nodes,
+        returns=returns,
+        speeds=speeds,
+        steps=steps,
+        parameters=parameters,
+        link=link,
+        late=late,
+        leave=leave,
+        crash=crash,
+        crash_master=crash_master,
+        seed=seed,
+    )
+
+
 def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:
     return {"broker": {"url": broker, "namespace": namespace}}
 

@@ -76,6 +76,11 @@ class Reading:
                 return VersionRead(failed.encoder, failed.at_least, failed.exact, None, str(error))
         return None
 
+    @property
+    def busy(self) -> bool:
+        """Whether `read_one` has something to do."""
+        return self._wanted is not None or not self._asked.empty()
+
     def forget(self, encoder: str) -> None:
         """The training of an encoder has ended: should it go on, its stream may be a new one."""
         self._readers.pop(encoder, None)
