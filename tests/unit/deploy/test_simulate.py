@@ -235,9 +235,11 @@ def test_a_run_that_makes_no_headway_is_ended_and_says_so(command: Command, tmp_
 
 
 def test_a_node_that_is_back_before_its_goodbye_has_left_sends_the_rest_then(tmp_path: Path) -> None:
-    """An update takes longer over the line than the node is away."""
-    run = simulated(tmp_path / "out", nodes=3, returns=12, speeds=(8,), leave=1.0, parameters=512, link=ByteSize(400))
-    assert sum(node.left for node in run.nodes) == 3 and not run.given_up
+    """An update takes about as long over the line as the node is away."""
+    slow = {"parameters": 1024, "link": ByteSize(160), "steps": 8}
+    run = simulated(tmp_path / "out", nodes=4, returns=12, speeds=(1,), leave=1.0, **slow)
+    assert sum(node.left for node in run.nodes) == 4 and not run.given_up
     for node in run.nodes:
-        assert [receipt.sequence for receipt in node.receipts()] == list(range(len(node.receipts())))
-        assert node.owed() == 0
+        receipts = node.receipts()
+        assert [receipt.sequence for receipt in receipts] == list(range(len(receipts))) and node.owed() == 0
+        assert node.bytes_up > 1040 * len(receipts), "the bytes of all its processes are counted"
