@@ -90,7 +90,6 @@ class Master:
             patience=config.chunk_timeout_seconds,
             clock=clock,
             on_delivery=on_delivery,
-            is_done=self._coordinator.is_done,
         )
         self._held: deque[Delivery] = deque()
         self._pulse_at = 0.0
@@ -127,13 +126,7 @@ class Master:
             self.recorder.record(Todo(Tick()))
         for node, present in self.live.transitions(now, self.config.presence_timeout_seconds):
             self.recorder.record(Todo(Presence(node=node, present=present)))
-        if (overdue := self._updates.overdue()) is not None:
-            if overdue.wanted:
-                self._ask_again(f"{overdue.progress}, and then none for a while")
-            else:
-                self.recorder.acknowledge(overdue.update().deliveries, update=True)
-                self._updates.done()
-                self._next_update()
+        self._end_in_vain()
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)
@@ -260,6 +253,19 @@ class Master:
             return
         if update is not None:
             self._take(update)
+        self._end_in_vain()
+
+    def _end_in_vain(self) -> None:
+        """Chunks that do not come are sent again; of an update that does not count they are not missed."""
+        while (intake := self._updates.in_vain()) is not None:
+            if intake.wanted:
+                self._ask_again(
+                    f"{intake.progress}, and then " + ("later ones" if intake.overtaken else "none for long")
+                )
+            else:
+                self.recorder.acknowledge(intake.update().deliveries, update=True)
+                self._updates.done()
+                self._next_update()
 
     def _take(self, update: CompleteUpdate) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
@@ -292,9 +298,9 @@ class Master:
             return
         manifest = intake.manifest
         log.warning("asking a node to send its update again", node=manifest.node, update=manifest.update_id, why=why)
-        self._publisher.send(manifest.node, resend(manifest.encoder, manifest, why))
+        self._publisher.send(manifest.node, resend(manifest.encoder, manifest, why, beyond=intake.overtaken))
         self._broker.ack(intake.announcement)
-        self._updates.gave_up()
+        self._updates.done()
         self._next_update()
 
     def _is_spent(self, delivery_id: str) -> bool:

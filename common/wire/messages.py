@@ -166,13 +166,15 @@ class UpdateManifest(NodeMessage):
 
     The payload is the pseudo-gradient of the shared encoder (base − local), encoded. `steps`, `samples` and `seconds`
     are those of this update alone; `loss` is the mean training loss over its steps. `layout` is sent only by a node
-    whose layout is not the instruction's, so that the refusal can name the tensor.
+    whose layout is not the instruction's, so that the refusal can name the tensor. `order` numbers what an incarnation
+    has sent, repeats included: in a node's chunk queue the chunks of lower orders come first.
     """
 
     kind: Literal["update"] = "update"
     encoder: Id
     sequence: Count
     attempt: Attempt = 0
+    order: Count = 0
     base_version: Count
     steps: Count
     samples: Count
@@ -192,12 +194,13 @@ class UpdateManifest(NodeMessage):
 
 
 class UpdateChunk(NodeMessage):
-    """A slice of an encoded update; `checksum` is xxh3-64 of `data`, hexadecimal."""
+    """A slice of an encoded update, of the `order` of its manifest; `checksum` is xxh3-64 of `data`, hexadecimal."""
 
     kind: Literal["chunk"] = "chunk"
     encoder: Id
     sequence: Count
     attempt: Count
+    order: Count = 0
     index: Count
     checksum: str
     data: bytes
@@ -344,7 +347,8 @@ def receipt_hash(receipt: Receipt) -> str:
 
 class Resend(Message):
     """The chunks of an update are incomplete: publish it again as attempt `attempt`. It stays unanswered. `detail` says
-    for people what was missed."""
+    for people what was missed. `beyond`: the order that it is sent under must be above this one, which is that of chunks
+    in the node's queue; a node whose state is an old backup may have begun below."""
 
     kind: Literal["resend"] = "resend"
     encoder: Id
@@ -353,6 +357,7 @@ class Resend(Message):
     sequence: Count
     attempt: Count
     detail: Text = ""
+    beyond: Count = 0
 
 
 class Notice(Message):

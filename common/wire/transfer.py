@@ -43,6 +43,7 @@ def update_chunk(manifest: UpdateManifest, index: int, body: bytes) -> UpdateChu
         encoder=manifest.encoder,
         sequence=manifest.sequence,
         attempt=manifest.attempt,
+        order=manifest.order,
         index=index,
         checksum=checksum(body),
         data=body,

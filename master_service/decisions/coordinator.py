@@ -16,7 +16,6 @@ from common.wire.messages import (
     Join,
     Leave,
     Stop,
-    UpdateChunk,
     UpdateManifest,
 )
 from master_service.decisions import membership, requests, streams, tally
@@ -143,14 +142,6 @@ class Coordinator:
             return False
         return not self._known_update(encoder, manifest)
 
-    def is_done(self, chunk: UpdateChunk) -> bool:
-        """Whether nobody will want this chunk: its update is accepted or settled, or not of a member."""
-        encoder = self.state.encoders.get(chunk.encoder)
-        member = encoder.members.get(chunk.node) if encoder else None
-        if encoder is None or member is None or member.incarnation != chunk.incarnation:
-            return True
-        return self._known_update(encoder, chunk)
-
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
         encoders = self.state.encoders.values()
@@ -177,7 +168,7 @@ class Coordinator:
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 
-    def _known_update(self, encoder: EncoderState | None, update: UpdateManifest | UpdateChunk) -> bool:
+    def _known_update(self, encoder: EncoderState | None, update: UpdateManifest) -> bool:
         member = encoder.members.get(update.node) if encoder else None
         if encoder is None or member is None:
             return False

@@ -49,8 +49,9 @@ def answer(encoder: EncoderState) -> Answer:
     )
 
 
-def resend(encoder: str, update: UpdateManifest | Buffered, detail: str = "") -> Resend:
-    """The request to send an update once more, as the attempt after the one that came; `detail` says why, in words."""
+def resend(encoder: str, update: UpdateManifest | Buffered, detail: str = "", beyond: int = 0) -> Resend:
+    """The request to send an update once more, as the attempt after the one that came, of an order above `beyond`;
+    `detail` says why, in words."""
     return Resend(
         encoder=encoder,
         node=update.node,
@@ -58,6 +59,7 @@ def resend(encoder: str, update: UpdateManifest | Buffered, detail: str = "") ->
         sequence=update.sequence,
         attempt=update.attempt + 1,
         detail=detail,
+        beyond=beyond,
     )
 
 

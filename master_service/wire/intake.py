@@ -6,7 +6,6 @@ chunks are acked only after the update is in the message log, so a master that d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.clock import Clock
@@ -26,9 +25,6 @@ _DISCARD_PREFETCH = 4
 #: What is left is thrown away with those of the node's next update that counts.
 _DISCARD_SECONDS = (0.1, 1.0)
 
-#: Of an update's chunks: node's incarnation, sequence, attempt.
-Attempt = tuple[str, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class CompleteUpdate:
@@ -42,8 +38,12 @@ class CompleteUpdate:
 class Intake:
     """Fetches the chunks of one manifest; what was delivered is handed to `add`, in the thread that made it.
 
+    Chunks lie in a node's queue in the order in which it sent them. Those of a lower order than the manifest's are of
+    no use any more: their own manifest came before this one. One of a higher order means that this update's are not
+    there (a broker has lost them): then `overtaken` is that order, and the chunk is left where it is.
+
     Of an update that is refused anyway (`wanted` False) the chunks are fetched too, and thrown away: left where they
-    are, they would fill the node's queue. `is_done` tells whether a chunk of a lower number is of no use to anybody.
+    are, they would fill the node's queue.
     """
 
     def __init__(
@@ -57,17 +57,15 @@ class Intake:
         patience: float,
         clock: Clock,
         on_delivery: OnDelivery,
-        is_done: Callable[[UpdateChunk], bool],
     ) -> None:
         """`patience`: seconds without a further chunk after which the update counts as overdue."""
         self.manifest = manifest
         self.wanted = wanted
         #: The delivery of the manifest.
         self.announcement = delivery
-        self.passed: set[Attempt] = set()
+        self.overtaken = 0
         self._broker = broker
         self._clock = clock
-        self._is_done = is_done
         # on a slow line one chunk alone takes a while
         chunk_seconds = min(manifest.size, slice_bytes(manifest.encoding)) / SLOW_LINE
         self._patience = patience + chunk_seconds if wanted else _DISCARD_SECONDS[0]
@@ -75,43 +73,33 @@ class Intake:
         self._deadline = self._begun + self._patience
         self._assembly = UpdateAssembly(manifest, keep=wanted)
         self._taken: dict[int, Delivery] = {}
-        self._newer: list[Delivery] = []
-        self._prefetch = manifest.chunks if wanted else _DISCARD_PREFETCH
         self._queue = topology.chunk_queue(manifest.node)
-        self._subscription: Subscription = broker.consume(self._queue, on_delivery, prefetch=self._prefetch)
+        prefetch = manifest.chunks if wanted else _DISCARD_PREFETCH
+        self._subscription: Subscription = broker.consume(self._queue, on_delivery, prefetch=prefetch)
 
     def is_for(self, delivery: Delivery) -> bool:
         """Whether a delivery is a chunk of the node whose update is fetched here."""
         return delivery.queue == self._queue
 
     def add(self, delivery: Delivery) -> CompleteUpdate | None:
-        """Take one chunk; the update, once it is whole. What is older is discarded, what is newer is left, unless it
-        takes the place of what is wanted: a node that was restored from a backup may have begun with higher numbers.
-
-        Raises Poison; then the delivery is still to be set aside.
-        """
+        """Take one chunk; the update, once it is whole. Raises Poison; then the delivery is still to be set aside."""
         chunk = decode(delivery.body)
         if not isinstance(chunk, UpdateChunk):
             raise Poison("unexpected-kind", f"a {type(chunk).__name__} came through a chunk queue")
+        if chunk.incarnation == self.manifest.incarnation and chunk.order > self.manifest.order:
+            self.overtaken = chunk.order
+            return None
         taken = self._assembly.add(chunk)
         if not self.wanted:
             self._deadline = min(self._clock.monotonic() + _DISCARD_SECONDS[0], self._begun + _DISCARD_SECONDS[1])
-        if taken and self.wanted:
-            if chunk.index in self._taken:
-                self._broker.ack(self._taken[chunk.index])  # published twice: it would take the place of another
-            else:
-                self._deadline = self._clock.monotonic() + self._patience
-            self._taken[chunk.index] = delivery
-        elif taken or self._is_older(chunk):
+        if not (taken and self.wanted):
+            # of a lower order, of another incarnation, which came before, or of an update that does not count
             self._broker.ack(delivery)
-        elif chunk.sequence >= self.manifest.sequence:
-            self._newer.append(delivery)
+        elif chunk.index in self._taken:
+            self._broker.ack(delivery)  # published twice
         else:
-            self.passed.add((chunk.incarnation, chunk.sequence, chunk.attempt))
-        if not self._assembly.complete and len(self._taken) + len(self._newer) >= self._prefetch:
-            # should their manifest come, they will be missed and asked for again
-            self._broker.ack(*self._newer)
-            self._newer = []
+            self._deadline = self._clock.monotonic() + self._patience
+            self._taken[chunk.index] = delivery
         return self.update() if self._assembly.complete else None
 
     def update(self) -> CompleteUpdate:
@@ -131,14 +119,3 @@ class Intake:
     def close(self) -> None:
         """Stop fetching; what was not acked goes back to its queue."""
         self._subscription.close()
-
-    def _is_older(self, chunk: UpdateChunk) -> bool:
-        wanted = self.manifest
-        if chunk.incarnation != wanted.incarnation:
-            # a wanted update is of the node's current incarnation, so another one came before; what a broker that dies
-            # puts into another order is missed here, and asked for again
-            return self.wanted
-        if chunk.sequence == wanted.sequence:
-            return chunk.attempt < wanted.attempt
-        # of a lower number that was asked for again, the manifest is on its way
-        return chunk.sequence < wanted.sequence and self._is_done(chunk)

@@ -6,13 +6,12 @@ What to do with one is decided by whoever asks here: this only says whose turn i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from common.clock import Clock
 from common.wire.broker import Broker, Delivery, OnDelivery
-from common.wire.messages import UpdateChunk, UpdateManifest
+from common.wire.messages import UpdateManifest
 from common.wire.topology import Topology
-from master_service.wire.intake import Attempt, CompleteUpdate, Intake
+from master_service.wire.intake import CompleteUpdate, Intake
 
 
 class Updates:
@@ -27,20 +26,15 @@ class Updates:
         patience: float,
         clock: Clock,
         on_delivery: OnDelivery,
-        is_done: Callable[[UpdateChunk], bool],
     ) -> None:
-        """`patience`: seconds without a further chunk after which a node is asked to send its update again. `is_done`:
-        whether the update of a chunk is answered, or not of a member."""
+        """`patience`: seconds without a further chunk after which a node is asked to send its update again."""
         self._broker = broker
         self._topology = topology
         self._patience = patience
         self._clock = clock
         self._on_delivery = on_delivery
-        self._answered = is_done
         self._manifests: deque[tuple[UpdateManifest, Delivery]] = deque()
         self._intake: Intake | None = None
-        #: By node: chunks that the last intake in vain has passed by.
-        self._passed: dict[str, set[Attempt]] = {}
 
     def announced(self, manifest: UpdateManifest, delivery: Delivery) -> None:
         """A manifest has come; its turn comes after those before it."""
@@ -62,7 +56,6 @@ class Updates:
             patience=self._patience,
             clock=self._clock,
             on_delivery=self._on_delivery,
-            is_done=self._is_done,
         )
 
     @property
@@ -82,24 +75,13 @@ class Updates:
         """Until chunks are missed; infinite while none are waited for."""
         return self._intake.seconds_left() if self._intake is not None else float("inf")
 
-    def overdue(self) -> Intake | None:
-        """The intake whose chunks are missed."""
-        return self._intake if self.seconds_left() <= 0 else None
+    def in_vain(self) -> Intake | None:
+        """The intake that is of no use any more: its chunks are overdue, or overtaken."""
+        intake = self._intake
+        return intake if intake is not None and (intake.overtaken or intake.seconds_left() <= 0) else None
 
     def done(self) -> None:
         """What was fetched is dealt with."""
         if (intake := self._intake) is not None:
             intake.close()
             self._intake = None
-
-    def gave_up(self) -> None:
-        """What was fetched is asked for again."""
-        if (intake := self._intake) is not None:
-            self._passed[intake.manifest.node] = intake.passed
-            self.done()
-
-    def _is_done(self, chunk: UpdateChunk) -> bool:
-        """Whether a chunk of a lower number is of no use: its update is answered, or an intake before this one had to
-        pass it by already, so that its manifest should have come."""
-        passed = (chunk.incarnation, chunk.sequence, chunk.attempt) in self._passed.get(chunk.node, set())
-        return passed or self._answered(chunk)

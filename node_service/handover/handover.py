@@ -25,9 +25,10 @@ class Handover:
     def hand_over(self, manifest: UpdateManifest, bodies: Sequence[bytes]) -> None:
         """A new update. Once this returns, or was killed after the first half of it, the update will be answered."""
         reached("node before owe")
-        self._state.owe(manifest, b"".join(bodies))
+        numbered = manifest.model_copy(update={"order": self._state.next_order()})
+        self._state.owe(numbered, b"".join(bodies))
         reached("node after owe")
-        self._send(manifest)
+        self._send(numbered)
 
     def send_owed(self) -> None:
         """Send everything that is owed as its next attempt: after a start, or to a master that has not looked at it."""
@@ -53,7 +54,8 @@ class Handover:
         owed = self._state.owed.get(sequence)
         if owed is None or (attempt is not None and attempt <= owed.attempt):
             return None
-        manifest = owed.model_copy(update={"attempt": owed.attempt + 1 if attempt is None else attempt})
+        number = owed.attempt + 1 if attempt is None else attempt
+        manifest = owed.model_copy(update={"attempt": number, "order": self._state.next_order(beyond)})
         self._state.sent_as(manifest)
         self._send(manifest)
         return manifest

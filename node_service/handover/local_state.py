@@ -27,11 +27,13 @@ _IDENTITY, _CURRENT, _OWED = "identity.json", "current.json", "owed"
 
 
 class Identity(BaseModel):
-    """The node's id, its incarnation (new when the state directory is), and the next update's number."""
+    """The node's id, its incarnation (new when the state directory is), the next update's number, and the next number
+    of what is sent, repeats included."""
 
     node: str
     incarnation: str
     next_sequence: int = 0
+    next_order: int = 1
 
 
 class Current(BaseModel):
@@ -113,6 +115,13 @@ class LocalState:
         self.identity = self.identity.model_copy(update={"next_sequence": sequence + 1})
         self._save()
         return sequence
+
+    def next_order(self, beyond: int = 0) -> int:
+        """The next number of what is sent, above `beyond`; never given out again, even after a crash."""
+        order = max(self.identity.next_order, beyond + 1)
+        self.identity = self.identity.model_copy(update={"next_order": order + 1})
+        self._save()
+        return order
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
