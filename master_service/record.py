@@ -260,9 +260,14 @@ class Recorder:
         log.info("encoder finished", encoder=effect.encoder, version=effect.version, directory=str(directory))
 
     def acknowledge(self, deliveries: tuple[Delivery, ...], *, update: bool = False) -> None:
-        reached("before ack of an update" if update else "before ack")
-        self._broker.ack(*deliveries)
-        reached("after ack of an update" if update else "after ack")
+        if update:
+            reached("before ack of an update")
+            self._broker.ack(*deliveries)
+            reached("after ack of an update")
+        else:
+            reached("before ack")
+            self._broker.ack(*deliveries)
+            reached("after ack")
 
     # --- a full disk -------------------------------------------------------------------------------------------------
 

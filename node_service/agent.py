@@ -82,12 +82,13 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Republish:
-    """Publish an owed update again, as this attempt (None: as the next); without a number, everything that is owed.
-    `detail`: what the master missed, for people."""
+    """Publish an owed update again, as this attempt (None: as the next), of an order above `beyond`; without a number,
+    everything that is owed. `detail`: what the master missed, for people."""
 
     sequence: int | None = None
     attempt: int | None = None
     detail: str = ""
+    beyond: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class Agent:
             case Receipt() if message.incarnation == self.incarnation:
                 return self._receipted(message)
             case Resend() if message.incarnation == self.incarnation:
-                return [Republish(message.sequence, message.attempt, message.detail)]
+                return [Republish(message.sequence, message.attempt, message.detail, message.beyond)]
             case Finish():
                 return self._finish(message)
             case Rule() if self._is_current(message.encoder):

@@ -323,7 +323,7 @@ class Node:
         if wanted.sequence is None:
             self._handover.send_owed()
             return
-        again = self._handover.send_again(wanted.sequence, wanted.attempt)
+        again = self._handover.send_again(wanted.sequence, wanted.attempt, wanted.beyond)
         if again is not None:
             # a line that is too slow, or a broker that loses chunks: somebody has to look into it
             log.warning(

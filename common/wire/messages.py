@@ -347,8 +347,8 @@ def receipt_hash(receipt: Receipt) -> str:
 
 class Resend(Message):
     """The chunks of an update are incomplete: publish it again as attempt `attempt`. It stays unanswered. `detail` says
-    for people what was missed. `beyond`: the order that it is sent under must be above this one, which is that of chunks
-    in the node's queue; a node whose state is an old backup may have begun below."""
+    for people what was missed. `beyond`: the order that it is sent under must be above this one, which is that of
+    chunks in the node's queue; a node whose state is an old backup may have begun below."""
 
     kind: Literal["resend"] = "resend"
     encoder: Id

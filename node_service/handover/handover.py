@@ -47,10 +47,12 @@ class Handover:
                 self._times[sequence] += 1
                 self.send_again(sequence)
 
-    def send_again(self, sequence: int, attempt: int | None = None) -> UpdateManifest | None:
-        """The same update as another attempt, the next by default; not as one that it was sent as already: that one is
-        on its way, and each stale answer would beget another. None, and nothing happens, for that and for an update
-        that is owed no more."""
+    def send_again(self, sequence: int, attempt: int | None = None, beyond: int = 0) -> UpdateManifest | None:
+        """The same update as another attempt, the next by default, of an order above `beyond`.
+
+        Not as one that it was sent as already: that one is on its way, and each stale answer would beget another. None,
+        and nothing happens, for that and for an update that is owed no more.
+        """
         owed = self._state.owed.get(sequence)
         if owed is None or (attempt is not None and attempt <= owed.attempt):
             return None

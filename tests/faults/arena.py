@@ -47,6 +47,7 @@ NODE_STEPS = {
     "node before receipt": 12,
     "node after receipt": 12,
     "node before ack": 25,
+    "node after send": 25,
     "node after ack": 25,
 }
 #: A step that is not reached within so many seconds is not waited for: the process is killed where it is.
