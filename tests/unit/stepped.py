@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.brokers.memory import MemoryBroker, MemoryServer
+from common.brokers.memory import MemoryBroker, MemoryServer, MemorySubscription
 from common.clock import VirtualClock
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.broker import Delivery, Publication
+from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     Instruction,
@@ -69,13 +69,50 @@ def connection(server: MemoryServer, user: str) -> MemoryBroker:
     return MemoryBroker(server, user=user, dead_letters=TOPOLOGY.dead_letters, threaded=False)
 
 
-def instruction(encoder: str = "text-1") -> Instruction:
+class SlowBroker(MemoryBroker):
+    """A connection over a line of so many bytes a second: what comes has come once the line has carried it."""
+
+    def __init__(self, server: MemoryServer, user: str, rate: float) -> None:
+        super().__init__(server, user=user, dead_letters=TOPOLOGY.dead_letters, threaded=False)
+        self._rate = rate
+        self._carried = 0.0
+        self._line: deque[tuple[Delivery, OnDelivery]] = deque()
+
+    def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> MemorySubscription:
+        return super().consume(queue, self._slowly(on_delivery), prefetch=prefetch)
+
+    def read_stream(
+        self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
+    ) -> MemorySubscription:
+        return super().read_stream(stream, self._slowly(on_delivery), start=start, prefetch=prefetch)
+
+    def deliver(self) -> bool:
+        """Nothing comes but by `carry`."""
+        return False
+
+    def carry(self, seconds: float) -> None:
+        """The line works for so long."""
+        while super().deliver():
+            pass
+        self._carried += self._rate * seconds
+        while self._line and len(self._line[0][0].body) <= self._carried:
+            delivery, on_delivery = self._line.popleft()
+            self._carried -= len(delivery.body)
+            on_delivery(delivery)
+        if not self._line:
+            self._carried = 0.0
+
+    def _slowly(self, on_delivery: OnDelivery) -> OnDelivery:
+        return lambda delivery: self._line.append((delivery, on_delivery))
+
+
+def instruction(encoder: str = "text-1", layout: Layout = LAYOUT) -> Instruction:
     return Instruction(
         encoder=encoder,
         encoder_type="text",
         architecture={},
-        layout=LAYOUT.plain(),
-        layout_digest=LAYOUT.digest,
+        layout=layout.plain(),
+        layout_digest=layout.digest,
     )
 
 
@@ -282,11 +319,16 @@ class HandMaster:
 
 
 class SmallArithmetic(Aggregator):
-    """The real one; but version 0 is 32 zeros, and nothing is exported."""
+    """The real one; but version 0 is zeros of a small layout, and nothing is exported."""
+
+    def __init__(self, payloads: Payloads, layout: Layout) -> None:
+        super().__init__(payloads)
+        self._layout = layout
 
     def generated(self, effect: Generate) -> Outcome:
-        start = ParameterSet(LAYOUT, torch.zeros(LAYOUT.size))
-        plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": start.digest()}
+        layout = self._layout
+        start = ParameterSet(layout, torch.zeros(layout.size))
+        plain = {"layout": layout.plain(), "layout_digest": layout.digest, "digest": start.digest()}
         return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())
 
     def export(self, directory: Path, encoder: object) -> None:
@@ -296,12 +338,13 @@ class SmallArithmetic(Aggregator):
 class MemorySnapshots:
     """Says what was kept, and is always read as if nothing was."""
 
-    def __init__(self, payloads: Payloads) -> None:
+    def __init__(self, payloads: Payloads, layout: Layout) -> None:
+        self._layout = layout
         self.manifests: list[Manifest] = []
         self._payloads = payloads
 
     def read(self) -> Fold[Any]:
-        return Fold(SmallArithmetic(self._payloads))
+        return Fold(SmallArithmetic(self._payloads, self._layout))
 
     def write(self, fold: Fold[Any], checksum: str) -> None:
         encoders = fold.coordinator.state.encoders.values()
@@ -324,10 +367,12 @@ class SteppedMaster:
         background: Background = inline,
         db: sqlite3.Connection | None = None,
         settings: Settings | None = None,
+        broker: MemoryBroker | None = None,
+        layout: Layout = LAYOUT,
         **config: Any,
     ) -> None:
         self.clock = clock
-        self.broker = connection(server, "master")
+        self.broker = broker or connection(server, "master")
         self._came: deque[Delivery] = deque()
         payloads = MemoryPayloads() if payloads is None else payloads
         self.db = db or sqlite3.connect(":memory:", isolation_level=None)
@@ -339,7 +384,7 @@ class SteppedMaster:
 
         self.journal = Journal(
             MessageLog(self.db, payloads),
-            MemorySnapshots(payloads),
+            MemorySnapshots(payloads, layout),
             MemoryMark(),
             Room(Path("nowhere"), lambda: 1 << 60, 0),
             master_config,
