@@ -40,7 +40,16 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
         case GenerationFailed():
             yield "encoder not generated", {"encoder": body.encoder, "reason": body.reason}
         case UpdateManifest():
-            yield "update received", _update(body) | {"steps": body.steps, "bytes": body.size, "loss": body.loss}
+            yield (
+                "update received",
+                _update(body)
+                | {
+                    "version": body.base_version,
+                    "steps": body.steps,
+                    "bytes": body.size,
+                    "loss": body.loss,
+                },
+            )
         case Versioned():
             yield "version made", {"encoder": body.encoder, "version": body.version, "digest": body.digest}
     for effect in effects:
@@ -49,7 +58,8 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
                 facts = {"version": receipt.version, "weight": receipt.weight, "staleness": receipt.staleness}
                 yield "update counted", _update(receipt) | facts
             case Send(message=Receipt() as receipt):
-                yield "update refused", _update(receipt) | {"reason": receipt.reason, "detail": receipt.detail}
+                facts = {"version": receipt.version, "reason": receipt.reason, "detail": receipt.detail}
+                yield "update refused", _update(receipt) | facts
             case Publish():
                 yield "version published", {"encoder": effect.encoder, "version": effect.version}
             case Conclude():

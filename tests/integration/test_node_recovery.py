@@ -165,6 +165,30 @@ def test_a_node_trains_on_while_the_master_is_away(tmp_path: Path) -> None:
         assert encoder.members["a"].steps == steps, "once"
 
 
+def test_f13_a_node_trains_beyond_its_limit_once_the_master_is_away_and_every_step_counts_once(tmp_path: Path) -> None:
+    server, settings = MemoryServer(), decided(update_rule=RULE)
+    with running_master(server, tmp_path / "master", settings) as master:
+        node = Node(server, tmp_path, "a", lines(1), away_after_seconds=0.5)
+        training_encoder(master)
+    eventually(lambda: trained_to_the_limit(node), 30)
+    since = node.service.figures.waiting_since
+    training = node.service.node.training
+    assert training is not None
+    eventually(lambda: training.since.steps > 10 * 2, 30, "training on")
+    assert node.service.figures.waiting_since == since, "it says since when it waits, while it trains"
+    assert len(node.service.node.state.owed) == UNANSWERED
+    steps = node.service.figures.steps
+    with running_master(server, tmp_path / "master", settings) as master:
+        encoder = training_encoder(master)
+        eventually(lambda: node.service.figures.handed_in > 0 and node.service.figures.steps > steps, 30)
+        node.end()
+        steps = node.service.figures.steps
+        eventually(lambda: encoder.members["a"].steps >= steps, what="that every step is handed in")
+        assert encoder.members["a"].steps == steps, "once"
+        rows = [entry.body for entry in master.service.master.journal.log.entries() if entry.body.kind == "update"]
+        assert max(row.steps for row in rows) > 10 * 2, "what it trained meanwhile came as one update"
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_node_restarted_while_the_master_is_away_trains_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool

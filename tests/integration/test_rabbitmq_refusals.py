@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pika
 import pytest
@@ -201,3 +204,20 @@ def test_f3_a_message_that_ends_the_whole_connection_fails_alone_and_others_go_o
         stop.set()
         publishing.join(20.0)
         assert not errors
+
+
+def test_f1_a_node_that_may_not_publish_ends_with_the_brokers_words(member: Member, tmp_path: Path) -> None:
+    """Its account may declare and bind its queues, and take messages; but not write to an exchange."""
+    member.permit(write=r"\.(inbox|pulse|dead-letters)$|^refused\.update\.n$")
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"note {number}: alpha beta gamma")
+    url = member.server.url.replace("guest:guest", f"{member.name}:secret")
+    command = ["node", "n", "--corpus", "*.txt", "--broker", url, "--namespace", "refused", "--state", "state"]
+    result = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("shared-encoder: ") and f"refused for user '{member.name}'" in last
+    assert "ACCESS_REFUSED" in last and "exchange 'refused.request'" in last
+    assert "sent at the next start" not in result.stderr, "nothing is claimed after it"
