@@ -35,7 +35,7 @@ def server() -> MemoryServer:
 def test_malformed_messages_are_set_aside_with_the_reason(server: MemoryServer, tmp_path: Path) -> None:
     with running_master(server, tmp_path) as master:
         node = HandNode(server, "a")
-        eventually(lambda: TOPOLOGY.master_inbox in server._queues)
+        eventually(lambda: server.find(TOPOLOGY.master_inbox))
         join = Join(node="a", incarnation="i", types=["text"])
         bad = {
             "not-msgpack": b"\xc1garbage",
@@ -89,7 +89,7 @@ def test_nan_wrong_layout_and_wrong_size_are_refused_and_leave_the_encoder_as_it
         assert receipt.accepted and receipt.version == 1
         eventually(lambda: encoder.digest != before)
         # chunks of refused updates do not stay and fill the node's queue
-        eventually(lambda: not server._queues[TOPOLOGY.chunk_queue("a")].ready)
+        eventually(lambda: not server.queue(TOPOLOGY.chunk_queue("a")).ready)
 
 
 def test_damaged_and_missing_chunks_are_asked_for_again(server: MemoryServer, tmp_path: Path) -> None:

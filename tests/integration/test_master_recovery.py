@@ -255,6 +255,7 @@ def test_a_full_disk_stops_acceptance_and_goes_on_when_there_is_room(
         if how == "no room":
             monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
         else:
+            # the limit is of a connection: the master's own, which nobody else in production has business with
             journal.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             [(pages,)] = journal.log._db.execute("PRAGMA page_count")
             journal.log._db.execute(f"PRAGMA max_page_count = {pages}")

@@ -250,6 +250,7 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
     assert lost.wait(20)
     third.publish(Publication("x", "k", b"not for the first"))
     assert not arrived.wait(1.0), "who has lost the lock must not consume"
+    # nothing public closes one of the two connections: a broker does that, and `ctl` closes both
     first._consumer.post(lambda: first._consumer.connection.close())  # one more reconnect, which asks for no lock
     eventually(lambda: first._consumer.generation == 3 and first.status().connected)
     assert not arrived.wait(1.0), "nor after a further reconnect"
@@ -264,7 +265,8 @@ def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkey
     first.lock("lock", lambda: None)
     with pytest.raises(LockHeld, match=r"lock is held by another connection \(user guest, process \d+ on "):
         second.lock("lock", lambda: None)
-    first._consumer.close()  # as if it had crashed: its note stays
+    # only its consuming connection goes, as if it had crashed: a clean `close` takes its note with it
+    first._consumer.close()
     # under an alarm no note can be written; a lock must be taken all the same, and its predecessor not be named
     private_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
     began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,16 @@ from master_service.decisions.settings import Settings
 from master_service.history.fold import Fold
 from master_service.history.replay import rebuild, verify
 from master_service.history.snapshot import read_snapshot, write_snapshot
-from master_service.log.message_log import open_log
+from master_service.log.message_log import MessageLog, open_log
 from master_service.log.payloads import FilePayloads, payload_path
+
+
+def checkpoint_wal(log: MessageLog) -> None:
+    """Bring what stands in the ledger's WAL into its main file, as SQLite does by itself now and then."""
+    db = sqlite3.connect(log.directory / "ledger.sqlite", isolation_level=None)
+    [(busy, *_)] = db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    assert not busy
 
 
 class Federation:

@@ -14,7 +14,7 @@ from master_service.history.repair import repair
 from master_service.history.replay import origin, verify
 from master_service.history.snapshot import read_snapshot
 from master_service.log.message_log import MessageLog, open_log
-from tests.unit.master.test_fold import Federation, snapshot
+from tests.unit.master.test_fold import Federation, checkpoint_wal, snapshot
 
 
 def test_a_changed_row_is_found_and_the_rows_before_it_are_kept(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_cut_file_is_refused_and_repaired(tmp_path: Path) -> None:
     for sequence in range(40):
         run.update("a", sequence)
     last = run.log.last_offset
-    run.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    checkpoint_wal(run.log)
     run.log.close()
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])

@@ -36,7 +36,7 @@ from master_service.history.state_directory import Journal, open_journal
 from master_service.log.jsonl import export_log, opened
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.payloads import payload_path
-from tests.unit.master.test_fold import Federation, snapshot
+from tests.unit.master.test_fold import Federation, checkpoint_wal, snapshot
 
 PLAIN = {"staleness": "constant", "count": "none"}
 
@@ -380,7 +380,7 @@ def test_behind_a_newer_snapshot_a_lost_wal_costs_rows_and_no_state(tmp_path: Pa
     run = Federation(tmp_path, "return-count")
     for sequence, node in enumerate("abcab"):
         run.update(node, sequence)
-    run.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    checkpoint_wal(run.log)
     whole = run.log.last_offset
     snapshot(run)
     for sequence, node in enumerate("cabca", start=5):
@@ -446,7 +446,7 @@ def test_rows_that_follow_a_snapshot_are_kept_behind_a_damaged_one(tmp_path: Pat
 
 def test_a_snapshot_that_is_damaged_itself_does_not_stand_for_lost_rows(tmp_path: Path) -> None:
     run = trained(tmp_path, "fedasync", "ab")
-    run.log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    checkpoint_wal(run.log)
     whole = run.log.last_offset
     for sequence in range(2, 6):
         run.update("a", sequence)
