@@ -21,20 +21,21 @@ def this_process() -> str:
 class DirectoryLock:
     """One process at a time works in a directory. Held until `close` or until the process ends, however it ends."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises LockHeld, which names the holder, or UserError if nothing can be written there."""
+    def __init__(self, directory: Path, option: str = "--state") -> None:
+        """`option` is the one that names the directory. Raises LockHeld, which names the holder, or UserError if
+        nothing can be written there."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"{directory}: {error.strerror}; give another directory with --state DIR") from None
+            raise UserError(f"{directory}: {error.strerror}; give another directory with {option} DIR") from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._handle, 500).decode(errors="replace").strip() or "another process"
             os.close(self._handle)
             raise LockHeld(
-                f"{directory} is in use by {holder}; stop that one, or use another directory with --state"
+                f"{directory} is in use by {holder}; stop that one, or use another directory with {option}"
             ) from None
         os.ftruncate(self._handle, 0)
         os.write(self._handle, this_process().encode())

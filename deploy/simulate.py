@@ -59,7 +59,7 @@ def run_simulation(out: Path, *, rule: str, changes: Sequence[str], speeds: str,
         raise explained(error, Plan, "simulate") from None
     configure_logging(level="error")  # that nodes are killed and updates refused is what is simulated
     torch.set_num_threads(1)
-    with closing(DirectoryLock(out)):
+    with closing(DirectoryLock(out, "--out")):
         _clear(out)
         # first of all: what an interrupted run leaves is a simulation too
         _write(out, {ARGUMENTS: plan.arguments()})

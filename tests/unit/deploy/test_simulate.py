@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import structlog
 from pydantic import ByteSize
 
+from common.locks import DirectoryLock
 from common.wire.messages import Receipt, UpdateManifest, UpdateRule
 from deploy.simulation.plan import Plan, fates
 from deploy.simulation.report import summary
@@ -38,8 +40,10 @@ STORM: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
+def _quiet() -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
 
 
 def simulated(directory: Path, **arguments: Any) -> Simulation:
@@ -125,6 +129,16 @@ def test_it_writes_over_nothing_that_is_no_simulation(command: Command, tmp_path
     (file := tmp_path / "file").touch()
     code, _, err = command("simulate", "--nodes", 1, "--returns", 1, "--out", file)
     assert code == 2 and f"{file} is a file" in err
+
+
+def test_a_directory_in_which_a_simulation_runs_is_left_to_it(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with closing(DirectoryLock(out)):
+        (out / "report.json").write_text('{"simulation": {}}')
+        code, _, err = command("simulate", "--nodes", 1, "--returns", 1, "--out", out)
+    last = err.splitlines()[-1]
+    assert code == 2 and f"{out} is in use by process" in last and "another directory with --out" in last
+    assert (out / "report.json").read_text() == '{"simulation": {}}'
 
 
 @pytest.mark.parametrize(
