@@ -138,6 +138,8 @@ class VersionReader:
         self._chunk_seconds = slice_bytes / SLOW_LINE
         self._clock = clock
         self._unseen: StreamPosition = "first"
+        #: The broker's time at which the last version before `_unseen` was written, and the highest number seen.
+        self._seen_at, self._highest = 0.0, -1
         self._search: _Search | None = None
         self._subscription: Subscription | None = None
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -158,6 +160,9 @@ class VersionReader:
         `timeout`: seconds without a chunk that was not met yet, after which `step` raises. Raises BrokerUnavailable.
         """
         start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
+        if self._seen_at >= published_at > 0 and at_least > self._highest:
+            # the hint's margin holds versions that were read already: where many are made, most of what it points at
+            start = self._unseen
         search = _Search(
             at_least,
             exact=exact,
@@ -237,7 +242,8 @@ class VersionReader:
         if done is None:
             return
         if delivery.offset is not None:
-            self._unseen = delivery.offset + 1
+            self._unseen, self._seen_at = delivery.offset + 1, delivery.timestamp or 0.0
+            self._highest = max(self._highest, done.version)
         newer = self._newest is None or (done.epoch, done.version) >= (self._newest.epoch, self._newest.version)
         if newer and search.wants(done.version):
             self._newest = done

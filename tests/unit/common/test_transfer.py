@@ -178,6 +178,24 @@ def test_the_newest_version_is_read_though_the_hint_is_wrong(broker: MemoryBroke
     assert reader.read(9, hint, patience=0.1).version == 9
 
 
+def test_what_was_read_is_not_read_again_because_of_the_margin_of_a_hint(broker: MemoryBroker) -> None:
+    """The hint of a version is some seconds early; where many are made, those before it are most of what it points
+    at."""
+    hint, reader = write(broker, 1, 0), VersionReader(broker, TOPOLOGY, "text-1", DIGEST)
+    for version in range(1, 20):
+        write(broker, 1, version)
+    assert reader.read(19, hint).version == 19
+    before = broker.status().bytes_in
+    write(broker, 1, 20)
+    assert reader.read(20, hint).version == 20
+    assert broker.status().bytes_in - before < 3 * len(encode(version_chunks(1, 20)[0]))
+    # what was read already is found again, and so is what stands on a stream that is another one by now
+    assert reader.read(20, hint).version == 20
+    broker.delete_queue(TOPOLOGY.stream("text-1"))
+    again = write(broker, 2, 21)
+    assert reader.read(21, min(hint, again), patience=0.1).version == 21
+
+
 def test_a_very_version_that_is_lost_is_not_waited_for_as_long_as_others_come(broker: MemoryBroker) -> None:
     write(broker, 1, 3)
     problems: list[Exception] = []
