@@ -83,7 +83,7 @@ def exceptions() -> set[tuple[str, str]]:
 def runs_upwards(caller: str, callee: str) -> bool:
     """Whether the import order forbids the caller's room to know the callee's: it is above, or beside in one layer.
 
-    A room that no layer names is a leaf: it knows no room that one names.
+    A room that no layer names is a leaf: it calls no room that one names.
     """
     for contract in CONTRACTS:
         if contract["type"] != "layers":
