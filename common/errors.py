@@ -87,7 +87,7 @@ class Unpublishable(SharedEncoderError):
 
 
 class InternalError(SharedEncoderError):
-    """A slip in this program has ended something that others wait for. Nothing to mend from outside."""
+    """A bug in this program has ended something that others wait for. A user cannot mend it."""
 
 
 class LockHeld(SharedEncoderError):

@@ -41,7 +41,7 @@ class DirectoryLock:
         os.write(self._handle, this_process().encode())
 
     def close(self) -> None:
-        """Let go; a second call has no effect."""
+        """Release the lock; a second call has no effect."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

@@ -1,4 +1,4 @@
-"""Threads of ours, none of which dies in silence: what ends one is told to whoever started it."""
+"""Threads that do not die in silence: the error that ends one is passed to whoever started it."""
 
 from __future__ import annotations
 

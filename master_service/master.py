@@ -42,7 +42,7 @@ from master_service.wire.updates import Updates
 
 log = structlog.get_logger()
 
-#: How long a master to which nothing comes need not be looked after, seconds.
+#: The longest time between two looks of a master to which nothing comes, seconds.
 IDLE_SECONDS = 0.25
 #: Between two signs of life.
 PULSE_SECONDS = 10.0
@@ -69,8 +69,9 @@ class Master:
         on_delivery: OnDelivery,
         new_id: Callable[[], str] = random_id,
     ) -> None:
-        """`settings` gives what to decide by from here on, of what the log says; it may raise UserError. `get`: make an
-        encoder of this type. `on_delivery` is called by the broker with what is then to be given to `hear`."""
+        """`settings` is given the settings that the log ends with (None: a fresh log) and gives those to go on with; it
+        may raise UserError. `get`: make an encoder of this type. The broker calls `on_delivery` with each delivery;
+        whoever drives this then passes it to `hear`."""
         self.config = config
         self.live = Live()
         self._settings = settings

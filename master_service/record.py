@@ -52,14 +52,15 @@ from master_service.wire.publisher import Publisher
 
 log = structlog.get_logger()
 
-#: Between two looks whether there is room on the disk again, seconds.
+#: How often to check whether there is room on the disk again, seconds.
 ROOM_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Todo:
-    """Something to be logged and carried out. `work`: what it is known by, should it kill. `payload` is stored first,
-    and for an update `measured` says whether it is finite, and its norm; `deliveries` are acked last."""
+    """An entry to be logged and carried out. `work`: the name under which it is marked, in case it kills the master.
+    `payload` is stored first, and for an update `measured` says whether it is finite, and its norm; `deliveries` are
+    acked last."""
 
     body: Loggable
     message_id: str | None = None
@@ -100,8 +101,8 @@ class Recorder:
     def recover(self, chosen: Callable[[Settings | None], Settings]) -> None:
         """Fold what the log holds after the snapshot, repeat what may not have left, and tell everybody.
 
-        `chosen` gives the settings from here on, of those that the log ends with; it may raise UserError. Raises
-        Damaged if the state directory cannot be recovered from.
+        `chosen` is given the settings that the log ends with (None: a fresh log) and gives those to go on with; it may
+        raise UserError. Raises Damaged if the state directory cannot be recovered from.
         """
         journal, fold = self.journal, self._fold
         again, last = journal.carried_out, journal.log.last_offset
@@ -196,7 +197,7 @@ class Recorder:
         return digest, UpdateFacts(digest=digest, size=len(todo.payload), finite=finite, norm=norm)
 
     def _carry_out(self, entry: Entry, work: str) -> None:
-        """What an entry leads to. What was computed because of it is logged before anything else."""
+        """Carry out what an entry leads to. What is computed because of it is the next entry."""
         journal, fold = self.journal, self._fold
         with journal.attempts.at(_row(entry.offset), work):
             effects = fold.apply(entry)
@@ -278,7 +279,7 @@ class Recorder:
         self._try_again_at = self._clock.monotonic() + ROOM_SECONDS
 
     def has_room_again(self) -> bool:
-        """Try once more what waits for room on the disk; whether nothing waits now."""
+        """Try again to write what waits for room on the disk; whether all of it is written."""
         if self._clock.monotonic() < self._try_again_at:
             return False
         self._drain()

@@ -68,7 +68,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The master does not know the encoder that is trained here: let go of it."""
+    """The master does not know the encoder that is trained here: stop training it."""
 
     encoder: str
 

@@ -43,7 +43,7 @@ from node_service.training.training import Training
 
 log = structlog.get_logger()
 
-#: How long a node that has nothing to do need not be looked after, seconds; what comes in wakes it earlier.
+#: The longest time between two turns of a node that has nothing to do, seconds; what comes in wakes it earlier.
 IDLE_SECONDS = 0.2
 
 #: How many answers beyond `max_unanswered` the master keeps at least.
@@ -199,8 +199,8 @@ class Node:
         return away and (most is None or training.since.steps < most)
 
     def _may_hand_in(self, training: Training) -> bool:
-        """Whether one more update may be unanswered. The master keeps the answers of the newest updates alone, so that
-        one whose answer was lost must not fall too far behind."""
+        """Whether one more update may go unanswered. The master keeps only the newest answers, so an update whose
+        answer was lost must not fall too far behind."""
         owed, most = self.state.owed, training.rule.max_unanswered
         behind = self.state.identity.next_sequence - min(owed, default=self.state.identity.next_sequence)
         return len(owed) < most and behind < most + _SPARE_ANSWERS

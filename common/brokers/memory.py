@@ -79,7 +79,7 @@ class _Bindings:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whose a lock is, what a refused second one is told of it, and whom to tell should it be lost."""
+    """Who holds a lock, under which name others are told of it, and whom to tell when it is lost."""
 
     broker: MemoryBroker
     name: str
@@ -277,7 +277,7 @@ class MemoryBroker:
                 )
 
     def lose_locks(self) -> None:
-        """What a connection that was away for too long finds: others may have its locks."""
+        """Lose all locks, as a connection does that was away for too long."""
         with self._server.changed:
             lost = [holder for holder in self._server.locks.values() if holder.broker is self]
             self._server.locks = {name: by for name, by in self._server.locks.items() if by.broker is not self}
@@ -338,7 +338,7 @@ class MemoryBroker:
             self._problems.fail("the embedded broker's dispatcher", error)
 
     def _wait(self) -> None:
-        """Until something has changed; what has since the last look is seen at once."""
+        """Wait until something has changed. Returns at once if something is ready already."""
         with self._server.changed:
             usable = [each for each in self._subscriptions if self._is_usable(each)]
             if not self._closed and not any(each.has_ready() for each in usable):

@@ -84,7 +84,7 @@ class Problems:
             log.warning("refused by the broker" if refusal else "not working", what=what, problem=words, exc_info=trace)
 
     def over(self, what: str) -> None:
-        """`what` works, or is not wanted any more."""
+        """`what` works again, or is no longer wanted."""
         with self._guard:
             problem = self._now.pop(what, None)
             if problem is None:
@@ -95,7 +95,7 @@ class Problems:
             log.info("no longer a problem", what=what)
 
     def fail(self, what: str, error: BaseException) -> None:
-        """A slip in this program has ended `what`: the log gets the trace, and the party must end."""
+        """A bug in this program has ended `what`: the log gets the trace, and the party must end."""
         text = f"{what} failed unexpectedly, which is a bug: {error!r}"
         log.error(text, exc_info=error)
         with self._guard:

@@ -60,7 +60,8 @@ def owners_code(whose: str, where: str = "") -> Iterator[None]:
 
 
 def checked_encoder_type(found: Any, whose: str) -> OwnersEncoderType:
-    """An instance that another package gave, behind the proxy that says its errors. Raises UserError if it is none."""
+    """An encoder type of another package, behind a proxy that reports its errors as that package's. Raises UserError if
+    it is not an encoder type."""
     missing = [method for method in TYPE_METHODS if not callable(getattr(found, method, None))]
     if not isinstance(getattr(found, "name", None), str):
         missing.insert(0, "name")
@@ -73,7 +74,7 @@ def checked_encoder_type(found: Any, whose: str) -> OwnersEncoderType:
 
 
 class OwnersEncoderType:
-    """An encoder type from another package: its methods, with what they raise or give in error said as theirs."""
+    """An encoder type from another package: errors and wrong results of its methods are reported as that package's."""
 
     def __init__(self, inner: EncoderType, whose: str) -> None:
         self._inner = inner
@@ -122,7 +123,7 @@ class OwnersEncoderType:
             self._inner.export_shared(directory, architecture, tensors, card)
 
     def _plain(self, method: str, found: Any) -> dict[str, Any]:
-        """What is logged, sent and kept is JSON: given as it will be read later, a tuple as a list."""
+        """A value as it will be read back, since it is logged, sent and kept as JSON: a tuple becomes a list."""
         try:
             if isinstance(found, dict):
                 # a spec stays in a file of this node, which Python reads with NaN in it too

@@ -77,7 +77,7 @@ class BrokerStatus:
     failed: str = ""
 
     def check(self) -> None:
-        """Raises InternalError or AccessRefused if going on is of no use; to be called now and then by who waits."""
+        """Raises InternalError or AccessRefused if it is no use going on. Whoever waits calls this now and then."""
         if self.failed:
             raise InternalError(self.failed)
         if self.refused:

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 #: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-#: How often an update may have been sent; far from the end of `Count`, so that the next is one too.
+#: The highest number of an attempt; far below the end of `Count`, so that the next attempt still has a number.
 Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000)]
@@ -33,7 +33,8 @@ LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fai
 
 
 def _plain(value: Any, depth: int = 16) -> Any:
-    """What JSON and msgpack both hold. Ends at the first thing that is not, however much follows."""
+    """The value, if both JSON and msgpack can hold it. Raises ValueError at the first part that they cannot, without
+    looking at what follows."""
     if isinstance(value, dict) and depth > 0:
         for key, item in value.items():
             if not isinstance(key, str):

@@ -18,7 +18,7 @@ from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, pay
 HINT_MARGIN_SECONDS = 5.0
 #: The slowest line on which a version still arrives, bytes a second; one chunk of 4 MiB takes it 43 s.
 SLOW_LINE = 96 * 1024
-#: Once the wanted version is whole, how long a newer one behind it is waited for, seconds.
+#: How long to wait for a newer version once the wanted one is whole, seconds.
 _NEWER_SECONDS = 0.02
 
 
@@ -73,9 +73,10 @@ def publish_version(
 
 
 class _Search:
-    """What is looked for, and how long yet: `timeout` seconds from the last chunk that brought it nearer.
+    """Which version to look for, and for how long: `timeout` seconds from the last chunk that brought it nearer.
 
-    On a slow line those on the way to it do; but not those that are published behind a very version that is lost.
+    On a slow line every chunk on the way to it does. Chunks of later versions do not, when exactly one version is
+    wanted: that one may be lost.
     """
 
     def __init__(self, at_least: int, *, exact: bool, timeout: float, patience: float, clock: Clock) -> None:
@@ -92,7 +93,7 @@ class _Search:
         return version == self.at_least if self.exact else version >= self.at_least
 
     def met(self, chunk: ParameterChunk) -> None:
-        """A chunk has come: one that was not met before, on the way to the version or part of it, gives more time."""
+        """A chunk has come. A new one gives more time, if it is part of the version or on the way to it."""
         self._heard_at = self._clock.monotonic()
         key = (chunk.epoch, chunk.version, chunk.index)
         if key not in self._met and not (self.exact and chunk.version > self.at_least):
@@ -104,7 +105,7 @@ class _Search:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing has come for as long as one is ready to wait."""
+        """Whether nothing has come for `patience` seconds."""
         return self._clock.monotonic() - self._heard_at >= self.patience
 
     @property
@@ -117,8 +118,8 @@ class VersionReader:
 
     `seek` or `look` begins, `step` goes on until it gives the version, raises, or `searching` is False. The hint may be
     wrong in either direction (clocks, retention): when nothing comes for `patience` seconds the reader starts again at
-    the first message that the stream still holds, and waits longer. `slice_bytes`: of a chunk, at most; on a slow line
-    one alone takes a while.
+    the first message that the stream still holds, and waits longer. `slice_bytes`: the most that a chunk carries; on a
+    slow line one alone takes a while.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class VersionReader:
     ) -> None:
         """Begin to read the newest complete version ≥ `at_least` (`exact`: that very one, as written last).
 
-        `timeout`: seconds without a chunk that was not met yet, after which `step` raises. Raises BrokerUnavailable.
+        `timeout`: `step` raises after so many seconds without a new chunk. Raises BrokerUnavailable.
         """
         start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
         if self._seen_at >= published_at > 0 and at_least > self._highest:
@@ -216,7 +217,7 @@ class VersionReader:
                 return found
 
     def close(self) -> None:
-        """Stop reading; what was sought is not sought any more."""
+        """Stop reading, and end the search."""
         self._search = self._newest = None
         if self._subscription is not None:
             self._subscription.close()

@@ -1,6 +1,6 @@
 """Nodes come, are let in, vanish, leave and ask: pure functions of the state.
 
-`advance` is what the coordinator does once an encoder's nodes are others: it may step, or end.
+`advance` is called when an encoder's nodes have changed: the coordinator may then step, or end the training.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _DIGEST_PART = 16
 
 
 def settle(member: Member, receipt: Receipt) -> None:
-    """Remember a final answer. Those that were given longest ago are forgotten, but not that they were given."""
+    """Remember a final answer. The oldest answers are forgotten, but not that those updates have one."""
     settled = remember(member, receipt.incarnation)
     settled.answers.pop(receipt.sequence, None)
     settled.answers[receipt.sequence] = _short(receipt)
@@ -39,8 +39,8 @@ def settle(member: Member, receipt: Receipt) -> None:
 
 
 def remember(member: Member, incarnation: str) -> Settled:
-    """What is settled of an incarnation, which is now the newest. Of those that are too many everything counts as
-    settled: should one come back, it is told `conflict` and takes a new one."""
+    """Keep what is settled of an incarnation, which is now the newest. Of the oldest, beyond what is kept, everything
+    counts as settled: a node that comes back under one is told `conflict` and takes a new one."""
     if member.settled and next(reversed(member.settled)) == incarnation:
         return member.settled[incarnation]
     settled = member.settled.pop(incarnation, None) or Settled()

@@ -1,7 +1,7 @@
-"""The end of an encoder's parameter stream: once its last version is read by all who need it, the stream is let go of.
+"""The end of an encoder's parameter stream: it is deleted once everybody who needs the last version has read it.
 
 Nodes say when they have the last version (`Finished`); observers do not, so for them the stream is kept for an hour.
-Who comes later gets the last version published again over a new stream, whose time counts anew.
+For whoever comes later the last version is published again, over a new stream with a new hour.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STREAM_SECONDS = 3600.0
 
 
 def ended(encoder: EncoderState) -> None:
-    """The training has ended: who takes part in it now reads the last version. If nobody does, others may."""
+    """The training has ended: its active nodes read the last version. If there are none, observers may."""
     encoder.readers = dict.fromkeys(encoder.active()) if encoder.started else {}
     encoder.observed = not encoder.readers
 
@@ -46,13 +46,13 @@ def finished(state: State, body: Finished, at: float) -> list[Effect]:
 
 
 def gone(encoder: EncoderState, node: str, at: float) -> list[Effect]:
-    """A node reads no more of the stream, because it has the last version or is not there."""
+    """A node reads no more of the stream: it has the last version, or it has gone."""
     encoder.readers.pop(node, None)
     return release(encoder, at)
 
 
 def release(encoder: EncoderState, at: float) -> list[Effect]:
-    """Let go of the stream if it is time."""
+    """Delete the stream if it is time."""
     due = release_at(encoder)
     if due is None or at < due:
         return []
@@ -61,7 +61,7 @@ def release(encoder: EncoderState, at: float) -> list[Effect]:
 
 
 def release_at(encoder: EncoderState) -> float | None:
-    """When the stream of a finished encoder is let go of, in `at` seconds; None if there is none.
+    """When the stream of a finished encoder is to be deleted, in `at` seconds; None if it has none.
 
     Not sooner after a publication than it may be published again: however nodes come, ask and go, the last version is
     not written more often than that.

@@ -145,7 +145,7 @@ class Audit:
 
 
 def read_receipts(path: Path) -> list[Receipt]:
-    """A node's `receipts.jsonl`. Raises UserError for a file that is none."""
+    """A node's `receipts.jsonl`. Raises UserError for any other file."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -160,10 +160,10 @@ def read_receipts(path: Path) -> list[Receipt]:
 
 
 def issued(log: MessageLog, gaps: list[str] | None = None) -> Iterator[Receipt]:
-    """Every receipt that the log leads to, in order; one that was sent again comes again.
+    """Every receipt that the log leads to, in order; one that was sent twice comes twice.
 
-    Rows that were lost and are stood for by a snapshot are noted in `gaps`; receipts of those are not shown.
-    Raises Damaged at a row that is not what was written.
+    Lost rows that a snapshot stands for are noted in `gaps`; their receipts are missing. Raises Damaged at a row that
+    is not what was written.
     """
     coordinator, offset = Coordinator(), -1
     if (first := next((row.offset for row in log.rows()), 0)) > 0 and not log.repairs():

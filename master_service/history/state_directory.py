@@ -37,7 +37,7 @@ def random_id() -> str:
 
 
 def inline(name: str, work: Callable[[], None]) -> None:
-    """The Background of who has no other thread."""
+    """The Background where there is no other thread: does the work at once."""
     work()
 
 
@@ -145,7 +145,7 @@ class Journal:
         return self._room.report(), LogReport(entries=entries), snapshot
 
     def close(self) -> None:
-        """Let another master have it."""
+        """Close it, so that another master can open it."""
         self._pruned.wait(_PRUNE_SECONDS)
         self.attempts.close()
         self.log.close()

@@ -45,7 +45,7 @@ class FileMark:
 
 
 class MemoryMark:
-    """As long as this object lives."""
+    """In memory: it lives as long as this object."""
 
     def __init__(self) -> None:
         self.words = ""
@@ -72,9 +72,10 @@ class Attempts:
 
     @contextmanager
     def at(self, *what: str) -> Iterator[None]:
-        """Work on something, by all names that it has, that could kill this process or raise what nobody expects.
+        """Mark what is being worked on, by all its names, while it could kill this process or raise what nobody
+        expects.
 
-        Do not wait in it: a process that is killed while it waits was not killed by a message.
+        Do not wait inside: a process that is killed while it waits was not killed by a message.
         """
         self._mark.write("\n".join(what))
         try:

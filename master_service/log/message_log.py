@@ -254,7 +254,7 @@ class MessageLog:
         return row.chain if row else None
 
     def bodies(self, kind: str) -> list[Loggable]:
-        """The bodies of a kind, in order, without one that is damaged: who reads the rows finds that."""
+        """The bodies of a kind, in order. Damaged ones are left out: reading `entries` reports those."""
         found = []
         for (text,) in self._db.execute("SELECT body FROM entries WHERE kind = ? ORDER BY offset", (kind,)):
             with contextlib.suppress(ValidationError):

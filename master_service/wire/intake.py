@@ -28,7 +28,7 @@ _DISCARD_SECONDS = (0.1, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class CompleteUpdate:
-    """An update that is wholly here. `deliveries` are to be acked once it is durable."""
+    """An update whose chunks are all here. `deliveries` are to be acked once it is durable."""
 
     manifest: UpdateManifest
     payload: bytes
@@ -103,12 +103,12 @@ class Intake:
         return self.update() if self._assembly.complete else None
 
     def update(self) -> CompleteUpdate:
-        """What is here of it: of an update that is not wanted no payload."""
+        """The update as far as it is here; without payload if it is not wanted."""
         payload = self._assembly.payload() if self.wanted else b""
         return CompleteUpdate(self.manifest, payload, (*self._taken.values(), self.announcement))
 
     def seconds_left(self) -> float:
-        """Until chunks are missed."""
+        """Seconds until its missing chunks are overdue."""
         return max(0.0, self._deadline - self._clock.monotonic())
 
     @property

@@ -24,7 +24,7 @@ _RETRY_SECONDS = 1.0
 
 
 class Publisher:
-    """Tries again until the broker takes it, or `ending` is set: then what is tried is given up."""
+    """Tries each send again until the broker takes it; gives up once `ending` is set."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Publisher:
         reached("after publish")
 
     def delete_stream(self, encoder: str) -> None:
-        """Let go of an encoder's stream; the next version of it is written to a fresh one."""
+        """Delete an encoder's stream; the next version is written to a new one."""
         self._persist(lambda: self._broker.delete_queue(self._topology.stream(encoder)))
         self._streams.discard(encoder)
         self._hints.pop(encoder, None)
@@ -133,7 +133,7 @@ class Publisher:
         self._persist(send)
 
     def _persist(self, action: Callable[[], None]) -> None:
-        """Try until the broker takes it. Raises what hinders it when the service is to end."""
+        """Try until the broker takes it. Raises the broker's last error once the service is to end."""
         while True:
             try:
                 return action()

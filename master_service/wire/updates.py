@@ -72,7 +72,7 @@ class Updates:
         return self._intake.add(delivery) if self._intake is not None else None
 
     def seconds_left(self) -> float:
-        """Until chunks are missed; infinite while none are waited for."""
+        """Seconds until missing chunks are overdue; infinite while no update is fetched."""
         return self._intake.seconds_left() if self._intake is not None else float("inf")
 
     def in_vain(self) -> Intake | None:

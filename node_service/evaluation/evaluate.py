@@ -42,7 +42,7 @@ class Domain:
 
     @classmethod
     def of(cls, name: str, corpora: Mapping[str, Corpus], directory: Path) -> Domain:
-        """With the corpus, of those by encoder type, that the node trained on.
+        """The domain of a node's directory, with the one of `corpora` (by encoder type) that the node trained on.
 
         Raises UserError if no node has finished there, if its corpus is not among them, or holds no samples out.
         """

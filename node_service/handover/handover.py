@@ -36,8 +36,8 @@ class Handover:
             self.send_again(sequence)
 
     def send_unanswered(self, after: float) -> None:
-        """Send again what was sent `after` seconds ago or earlier; not while it waits to leave here as it is. Twice as
-        long is waited after each time, up to sixteen times: a master with a backlog is not helped by more of the same.
+        """Send again what was sent `after` seconds ago or earlier, but not while nothing can leave here. The wait
+        doubles each time, up to sixteen times `after`: more of the same does not help a master with a backlog.
         """
         now = self._clock.monotonic()
         for sequence, at in list(self._sent_at.items()):
@@ -63,8 +63,8 @@ class Handover:
         return manifest
 
     def mistaken(self, receipt: Receipt) -> bool:
-        """Whether a receipt is for another update of the number of one that is owed; of whatever encoder, because an
-        incarnation gives a number once."""
+        """Whether a receipt answers another update under the number of one that is owed. The encoder does not matter:
+        an incarnation gives each number once."""
         owed = self._state.owed.get(receipt.sequence)
         return owed is not None and owed.incarnation == receipt.incarnation and owed.digest != receipt.digest
 

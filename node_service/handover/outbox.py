@@ -83,7 +83,7 @@ class Outbox:
         return not self._waiting
 
     def wait(self, seconds: float) -> None:
-        """Until there is something to send, or so long."""
+        """Wait until there is something to send, for at most so many seconds."""
         self._some.wait(seconds)
 
     def flush_one(self) -> bool:

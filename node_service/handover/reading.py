@@ -60,7 +60,7 @@ class Reading:
         self._asked.put(_Wanted(instruction, at_least, published_at, exact))
 
     def look(self, instruction: Instruction, at_least: int) -> None:
-        """See whether the stream holds a version ≥ `at_least`; only if so, something comes of it."""
+        """See whether the stream holds a version ≥ `at_least`; if not, `read_one` gives nothing."""
         self._asked.put(_Wanted(instruction, at_least, look=True))
 
     def read_one(self, wait: float = 0.0) -> VersionRead | None:
@@ -93,7 +93,7 @@ class Reading:
     def _begin(self, wait: float) -> bool:
         """Turn to what was asked for last, if nothing but a look is going on; whether anything is wanted.
 
-        Who is reading goes on: on a slow line newer versions may be made faster than one is read. Raises
+        A read that has begun goes on: on a slow line newer versions may be made faster than one is read. Raises
         BrokerUnavailable.
         """
         if self._wanted is not None and not self._wanted.look:

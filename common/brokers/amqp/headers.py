@@ -1,4 +1,4 @@
-"""Message headers as any member may set them: what cannot be read is None, and no reason to lose the connection."""
+"""Reads message headers, whoever set them: a value that cannot be read becomes None, and the connection stays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-#: The driver's reader of one field of a header table: bytes and an offset in, a value and the offset behind it out.
+#: The driver's reader of one field of a header table: takes bytes and an offset, gives a value and the next offset.
 DecodeValue = Callable[[bytes, int], tuple[Any, int]]
 
 #: Fields of a fixed length, and those that begin with their length: bytes behind the letter that names the kind.
@@ -15,10 +15,10 @@ _MEASURED = frozenset((b"F", b"A"))
 
 
 def lenient(decode_value: DecodeValue) -> DecodeValue:
-    """The same reader, but for values that Python cannot hold: they are None.
+    """The same reader, but a value that Python cannot hold becomes None.
 
-    A time after the year 9999, a number that is none, a table of a thousand levels: RabbitMQ carries them, and the
-    driver takes its stumble for a broken connection. The message would come again after each reconnect, for ever.
+    RabbitMQ carries a time after the year 9999, a decimal that is not a number, or a table of a thousand levels. The
+    driver fails on them, takes that for a broken connection, and gets the same message again after each reconnect.
     """
 
     def decode(encoded: bytes, offset: int) -> tuple[Any, int]:

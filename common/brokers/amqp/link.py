@@ -1,4 +1,4 @@
-"""A connection that is kept: opened in a thread of its own, reopened with backoff for ever. Knows no driver.
+"""A connection that is kept open, in a thread of its own, and reopened with backoff for ever. Knows no driver.
 
 What the driver's connections must have: `ioloop` (start, stop, close, add_callback_threadsafe), `is_open`, `close`, and
 callbacks for being blocked and unblocked.
@@ -25,9 +25,9 @@ T = TypeVar("T")
 BACKOFF_SECONDS = (0.2, 5.0)
 #: How long the broker may take to answer.
 ANSWER_SECONDS = 10.0
-#: Whoever waits for an answer looks so often whether waiting has become of no use, seconds.
+#: How often a caller that waits for an answer checks whether waiting still makes sense, seconds.
 _LOOK_SECONDS = 0.5
-#: A connection that was open for so long begins with the shortest wait again, seconds.
+#: A connection that was open for this long resets the wait to the shortest, seconds.
 _HELD_SECONDS = 1.0
 
 #: Begin to connect: called with what is to be called when the connection is open, and when it is gone.
@@ -66,7 +66,7 @@ class Link:
         self._thread = threading.Thread(target=self._run, name=f"amqp-{name}", daemon=True)
 
     def start(self) -> None:
-        """Begin to connect. Apart from making the link, so that `on_open` finds it where its owner keeps it."""
+        """Begin to connect. Not done by `__init__`: `on_open` needs the link where its owner keeps it."""
         self._thread.start()
 
     @property
@@ -108,7 +108,7 @@ class Link:
                 self.problems.check_waiting()
 
     def attempt(self, future: Future[T], action: Callable[[], None]) -> None:
-        """In the link's thread: run `action`; what it raises is the future's, so that nobody waits for it in vain."""
+        """In the link's thread: run `action`. An error it raises is set on the future, so that nobody waits in vain."""
         try:
             action()
         except Exception as error:  # whatever it is, the caller waits for the future, and all others for this thread
@@ -140,7 +140,7 @@ class Link:
         future.add_done_callback(guarded)
 
     def why(self) -> str:
-        """What hinders, in brackets, to be appended to what is raised."""
+        """The present problem in brackets, to be appended to an error's text."""
         problem = self.problems.problem
         return f" ({problem})" if problem else ""
 
@@ -174,7 +174,8 @@ class Link:
             wait = min(wait * 2, BACKOFF_SECONDS[1])
 
     def _tell(self, was_open: bool) -> None:
-        """Why the connection is away. While it opens, the driver stumbles over whatever a stranger sends: no trace."""
+        """Say why the connection is away. Without a trace while it opens: the driver fails on whatever a stranger
+        sends."""
         ended = self._ended or ConnectionError("it ended without a reason")
         error = self._explain(ended, was_open)
         slip = was_open and not isinstance(ended, (*self._failures, ConnectionError))

@@ -19,10 +19,10 @@ from common.locks import this_process
 
 log = structlog.get_logger()
 
-#: How long a lock that another connection holds is tried: a predecessor may be closing, or writing its note.
+#: How long to retry a lock that another connection holds: a predecessor may be closing, or writing its note.
 _REFUSAL_SECONDS = 3.0
-#: A note is the newest message of a queue without expiry: publishing is no use of a queue, so that one with an expiry
-#: would be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
+#: A note is the newest message of a queue without expiry: publishing does not count as use, so a queue with one would
+#: be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
 _NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
 
 #: A method of a channel with its arguments, which lacks only the `callback` for the broker's answer.
@@ -85,13 +85,13 @@ class Locks:
         self._leave_note(name, lock.note)
 
     def take_again(self, then: Callable[[], None]) -> None:
-        """In the link's thread, after a reconnect: `then` once every lock is ours again, which is never if another has
-        taken over while the connection was away; its owner is told, and ends."""
+        """In the link's thread, after a reconnect: take every lock again, then call `then`. If another has taken one
+        over while the connection was away, the lock's owner is told instead, and ends."""
         self._lost_at = SYSTEM.monotonic() + self._patience
         self._take_again(list(self._held), then)
 
     def release_notes(self) -> None:
-        """Before the locks are let go, so that no successor's note is removed."""
+        """Remove our notes. To be called before the locks are released, or it could remove a successor's note."""
         if not self._held or not self._link.connected:
             return
 

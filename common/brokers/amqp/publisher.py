@@ -15,11 +15,11 @@ from common.wire.broker import Publication
 
 #: After a reconnect a queue or an exchange that is missing may only not be up yet, for so many seconds.
 _QUEUES_UP_SECONDS = 10.0
-#: So long without a confirm, and a channel is doubted, once a connection.
+#: After this long without a confirm a channel is doubted, once per connection; seconds.
 _DOUBT_SECONDS = 15.0
 #: A channel that the broker closed with nothing published on it is opened again after so many seconds.
 _REOPEN_SECONDS = 1.0
-#: What a slow line is granted beyond that, bytes a second.
+#: A slow line gets more time: at least this many bytes a second are expected of it.
 _SLOW_LINE = 64 * 1024
 
 
@@ -41,12 +41,12 @@ class Batch:
         self._given: dict[int, Publication] = {}
 
     def give(self) -> list[tuple[int, Publication]]:
-        """What is to be published on a channel now."""
+        """The publications to send on a new channel; from now on they count as given to it."""
         self.sent_at, self._given = SYSTEM.monotonic(), dict(self.left)
         return list(self.left.items())
 
     def restart(self) -> None:
-        """What the channel has said of what it was given is not believed."""
+        """Distrust what the channel has confirmed: all that it was given is unconfirmed again."""
         if self._given and not self.done.is_set():
             self.left, self.error = dict(self._given), None
             self.bytes_left = sum(len(each.body) for each in self.left.values())

@@ -290,13 +290,13 @@ class RabbitMQBroker:
 
 
 def _name_of(declarations: Declarations) -> str:
-    """Of what is declared together, the first."""
+    """The name of the first of what is declared together."""
     names = [each.name for each in declarations.queues] + [each.name for each in declarations.exchanges]
     return names[0] if names else "bindings"
 
 
 def _without_queue(declarations: Declarations, name: str) -> Declarations:
-    """The same, but for one queue and its bindings."""
+    """The same declarations without one queue and its bindings."""
     return Declarations(
         declarations.exchanges,
         tuple(queue for queue in declarations.queues if queue.name != name),

@@ -40,10 +40,10 @@ def unpublished(code: int, text: str) -> SharedEncoderError:
 
 
 def not_connected(where: str, user: str, vhost: str, error: BaseException, *, tls: bool) -> SharedEncoderError:
-    """Why no connection came about: AccessRefused, or BrokerUnavailable for all that is no broker's refusal.
+    """Why no connection could be made: AccessRefused if the broker refused us, else BrokerUnavailable.
 
-    `where`: host and port. The driver takes every end of a connection that is being opened for a refusal, also that of
-    a broker that is just being stopped or killed; what was said is in its text.
+    `where`: host and port. The driver reports every connection that ends while it opens as a refusal, even if the
+    broker was just stopped or killed; only its text tells them apart.
     """
     said = repr(error)
     # too many connections are no refusal: those that broke are counted until the broker misses their heartbeats
@@ -62,12 +62,12 @@ def not_connected(where: str, user: str, vhost: str, error: BaseException, *, tl
 
 
 def went_away(error: BaseException) -> BrokerUnavailable:
-    """A connection that was open is lost."""
+    """The error for a connection that was open and is lost."""
     return BrokerUnavailable(f"the broker went away: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
-    """What lies at the bottom of an error, in at most 200 characters of one line."""
+    """The innermost cause of an error, as one line of at most 200 characters."""
     cause = _cause(error)
     return next(iter((str(cause) or repr(cause)).splitlines()))[:200]
 
