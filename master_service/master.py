@@ -260,7 +260,7 @@ class Master:
         """Chunks that do not come are sent again; of an update that does not count they are not missed."""
         while (intake := self._updates.in_vain()) is not None:
             if intake.wanted:
-                then = "later ones" if intake.overtaken else "none for long"
+                then = "later ones" if intake.overtaken else "none for a while"
                 self._ask_again(f"{intake.progress}, and then {then}")
             else:
                 self.recorder.acknowledge(intake.update().deliveries, update=True)

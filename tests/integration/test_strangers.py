@@ -95,7 +95,8 @@ def test_f4_a_peer_that_does_not_speak_amqp_is_one_line_in_time(peer: Peer, sche
             open_broker(f"{scheme}://127.0.0.1:{port}/", client_name="t", dead_letters="d", connect_timeout=1.0)
         assert time.monotonic() - began < 2.0
         assert "\n" not in str(raised.value)
-        assert ("TLS" in str(raised.value)) or scheme == "amqp"
+        # a peer that closes at once may be seen as a reset connection, before anything of TLS was said
+        assert "TLS" in str(raised.value) or scheme == "amqp" or "reset" in str(raised.value)
 
 
 @pytest.mark.parametrize("peer", [silent, web_server, closes], ids=lambda peer: peer.__name__)
