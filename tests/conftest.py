@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from deploy.local_rabbitmq import LocalRabbitMQ
@@ -46,6 +47,13 @@ def pytest_unconfigure() -> None:
     if left:
         print(f"threads that do not end: {', '.join(left)}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_its_own() -> Iterator[None]:
+    """A command that a test runs sets up logging for its process, which is that of the next test too."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session", autouse=True)

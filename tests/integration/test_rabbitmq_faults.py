@@ -233,6 +233,7 @@ def test_an_alarm_stops_publishers_and_lets_consumers_drain(private_rabbitmq: Lo
 def test_a_lock_that_another_took_meanwhile_is_lost(
     private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # what only tests shorten is no setting
     monkeypatch.setattr("common.brokers.amqp.rabbitmq._LOCK_PATIENCE_SECONDS", 2.0)
     first, second = connect(private_rabbitmq.url), connect(private_rabbitmq.url)
     lost, arrived = threading.Event(), threading.Event()
@@ -259,6 +260,7 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
 
 
 def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what only tests shorten is no setting
     monkeypatch.setattr("common.brokers.amqp.locks._REFUSAL_SECONDS", 0.5)
     url = private_rabbitmq.url
     first, second, third = connect(url), connect(url), connect(url)
