@@ -76,7 +76,7 @@ class Updates:
         return self._intake.seconds_left() if self._intake is not None else float("inf")
 
     def in_vain(self) -> Intake | None:
-        """The intake that is of no use any more: its chunks are overdue, or overtaken."""
+        """The intake, if there is no use in waiting for it: its chunks are overdue, or overtaken; else None."""
         intake = self._intake
         return intake if intake is not None and (intake.overtaken or intake.seconds_left() <= 0) else None
 
