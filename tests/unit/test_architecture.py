@@ -310,7 +310,7 @@ def test_the_import_order_is_the_contracts() -> None:
 
 
 def test_what_the_page_names_is_there() -> None:
-    """Files, folders, tests, contracts and protocols."""
+    """Files, folders, tests, contracts, protocols, and whatever else stands in code quotes."""
     for path in re.findall(r"`((?:common|master_service|node_service|deploy|tests)/[\w/.]*)[:`]", PAGE):
         assert (ROOT / path).exists(), path
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
@@ -322,3 +322,8 @@ def test_what_the_page_names_is_there() -> None:
         assert any(re.fullmatch(pattern, name) for name in names), quoted
     for protocol, file in re.findall(r"^\| `(\w+)` \(`([\w/]+\.py)`\) \|", PAGE, re.MULTILINE):
         assert f"class {protocol}(Protocol):" in (ROOT / file).read_text()
+    code = "".join(file.read_text() for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    words = set(re.findall(r"\w+", code))
+    for name in re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", PAGE):
+        there = (ROOT / name).exists() or name.startswith("test_") or set(name.split(".")) <= words
+        assert there, f"nothing in the code is called {name}"
