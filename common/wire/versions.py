@@ -86,6 +86,7 @@ class _Search:
         self.patience = patience
         self._clock = clock
         self._met: set[tuple[int, int, int]] = set()
+        self.from_first = False
         self._deadline = self._heard_at = clock.monotonic()
         self._deadline += timeout
 
@@ -101,7 +102,10 @@ class _Search:
             self._deadline = self._clock.monotonic() + self.timeout
 
     def begin_again(self) -> None:
-        self._heard_at = self._clock.monotonic()
+        """Once more, from the first message: whatever time is over, that much is still tried."""
+        now = self._clock.monotonic()
+        self._heard_at, self._deadline = now, max(self._deadline, now + self.patience)
+        self.from_first, self.patience = True, self.timeout
 
     @property
     def silent(self) -> bool:
@@ -253,17 +257,16 @@ class VersionReader:
         if (found := self._newest) is not None:
             self.close()
             return found
-        if search.over:
+        if search.timeout == float("inf"):
+            if search.silent:
+                self.close()  # a look
+        elif not search.from_first and (search.silent or search.over):
+            # the hint was wrong, or the stream has lost what it pointed at
+            search.begin_again()
+            self._begin(search, "first")
+        elif search.over:
             self.close()
             raise BrokerUnavailable(
                 f"version {search.at_least} of {self._encoder} did not come over the stream in {search.timeout:.0f} s"
             )
-        if search.silent:
-            if search.timeout == float("inf"):
-                self.close()  # a look
-                return None
-            # the hint was wrong, or the stream has lost what it pointed at
-            search.patience = search.timeout
-            search.begin_again()
-            self._begin(search, "first")
         return None
