@@ -13,6 +13,7 @@ import structlog
 from hypothesis import settings
 
 from deploy.local_rabbitmq import LocalRabbitMQ
+from deploy.logging import configure_logging
 
 # The suite says the same of the same code; FAULT_EXAMPLES=20000 (see tests/faults/test_interleavings.py) looks further.
 settings.register_profile("repeatable", derandomize=True)
@@ -51,7 +52,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _logging_of_its_own() -> Iterator[None]:
-    """A command that a test runs sets up logging for its process, which is that of the next test too."""
+    """As in production, with plain tracebacks: structlog's default takes minutes to colour one long line. A command
+    that a test runs sets up logging for its process, which is that of the next test too."""
+    configure_logging(level="debug")
     yield
     structlog.reset_defaults()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import structlog
 
 from deploy.cli import app, guarded
 from tests.unit.master.test_fold import Federation
@@ -17,14 +16,13 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = guarded(lambda: app([str(argument) for argument in arguments], standalone_mode=False))
         return code, *capsys.readouterr()
 
-    yield run
-    structlog.reset_defaults()  # it writes to what this test has captured
+    return run
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +64,7 @@ def made(**changes: Any) -> Report:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Screen]]:
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Screen]:
     """Puts a terminal in the place of stderr, with logging set up for it. To be called in the test: pytest puts a
     stderr of its own there after fixtures are made."""
 
@@ -78,8 +78,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Screen]]:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in {"TERM": "xterm", "COLUMNS": "400", "LINES": "50"}.items():
         monkeypatch.setenv(variable, value)
-    yield made
-    structlog.reset_defaults()
+    return made
 
 
 def node_service(figures: NodeFigures, **status: Any) -> Any:
