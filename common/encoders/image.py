@@ -154,7 +154,7 @@ class ImageModel(EncoderModel):
         return cast(
             Tensor,
             self.network(
-                pixel_values=self._normalised(batch["pixels"]), noise=batch["noise"].to(self.network.device)
+                pixel_values=self.normalised(batch["pixels"]), noise=batch["noise"].to(self.network.device)
             ).loss,
         )
 
@@ -166,7 +166,7 @@ class ImageModel(EncoderModel):
         positions = stem.position_embeddings
         means = []
         for start in range(0, len(encoded), _FEATURE_BATCH):
-            pixels = self._normalised(torch.from_numpy(encoded[start : start + _FEATURE_BATCH]))
+            pixels = self.normalised(torch.from_numpy(encoded[start : start + _FEATURE_BATCH]))
             patches = stem.patch_embeddings(pixels) + positions[:, 1:]
             first = (stem.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
             hidden = torch.cat([first, patches], dim=1)
@@ -194,7 +194,11 @@ class ImageModel(EncoderModel):
         }
         (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2), "utf-8")
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """What the network sees of pixels 0 … 255, (n, channels, height, width): float32, on its device.
+
+        Per channel less the mean and by the deviation of the samples that the private part was fitted to.
+        """
         mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
         return (pixels.to(mean.device).float() - mean) / std
 

@@ -28,7 +28,7 @@ def recorded(directory: Path, preset: str, size: int, messages: int) -> None:
     synced, os.fsync = os.fsync, lambda handle: None
     try:
         run = Federation(directory, preset, size)
-        run.log._db.execute("PRAGMA synchronous=OFF")
+        run.log._db.execute("PRAGMA synchronous=OFF")  # private: no log that counts may be written so
         rule = aggregation_rule(preset)
         run.record(Configured(settings=Settings(rule=rule, stop=StopRule(versions=messages))))
         sequence = 0

@@ -367,7 +367,7 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
 
 
 def test_a_lock_has_one_holder_and_a_refused_one_is_told_who(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.brokers.amqp.locks._REFUSAL_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.amqp.locks.REFUSAL_SECONDS", 0.5)
     first, second, lost = bench.connect(), bench.connect(), threading.Event()
     monkeypatch.setattr("socket.gethostname", lambda: "host-of-the-first")
     first.lock(bench.name("lock"), lost.set)

@@ -233,7 +233,7 @@ class World:
         for wire in self._wires():
             wire.reopen()
         acked, self.acked = self.acked, {}
-        for name, found in self.server._queues.items():
+        for name, found in self.server._queues.items():  # private: what a broker loses when it is killed
             if found.declared.kind == "stream":
                 for _ in range(min(late, len(found.ready))):
                     message = found.ready.pop()
@@ -255,6 +255,7 @@ class World:
     def do_wipe_broker(self) -> None:
         """It is back at once with an empty disk; who is there declares again what is theirs."""
         self.seen["wiped: broker"] += 1
+        # private: what a broker with a new disk has lost
         for name in [each for each in self.server._queues if each.startswith(TOPOLOGY.stream(""))]:
             encoder = name.removeprefix(TOPOLOGY.stream(""))
             self.lost |= {(encoder, chunk.version) for chunk in self.stream(encoder)}

@@ -164,10 +164,12 @@ def ack_before_append(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "record", record)
 
 
+# private: a defect is put where the code would have it
 def settled_updates_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coordinator, "_known_update", lambda self, encoder, manifest: False)
 
 
+# private: a defect is put where the code would have it
 def receipts_before_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Recorder._send_out
 
@@ -181,6 +183,7 @@ def receipts_before_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "_send_out", send_out)
 
 
+# private: a defect is put where the code would have it
 def duplicates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Coordinator._duplicate
 

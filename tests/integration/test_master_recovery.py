@@ -242,6 +242,7 @@ def test_damage_of_what_a_published_version_was_made_of_is_named(server: MemoryS
     master.broker.close()
 
 
+# private: SQLite counts the limit by connection, and it is the master's own that must be full
 @pytest.mark.parametrize("how", ["no room", "sqlite says full"])
 def test_a_full_disk_stops_acceptance_and_goes_on_when_there_is_room(
     server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str

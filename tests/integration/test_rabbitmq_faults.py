@@ -230,11 +230,11 @@ def test_an_alarm_stops_publishers_and_lets_consumers_drain(private_rabbitmq: Lo
     broker.close()
 
 
+# private: no public verb closes one of the two connections, and ctl closes both
 def test_a_lock_that_another_took_meanwhile_is_lost(
     private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # what only tests shorten is no setting
-    monkeypatch.setattr("common.brokers.amqp.rabbitmq._LOCK_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("common.brokers.amqp.rabbitmq.LOCK_PATIENCE_SECONDS", 2.0)
     first, second = connect(private_rabbitmq.url), connect(private_rabbitmq.url)
     lost, arrived = threading.Event(), threading.Event()
     first.declare(DECLARED)
@@ -260,15 +260,14 @@ def test_a_lock_that_another_took_meanwhile_is_lost(
 
 
 def test_who_holds_a_lock_is_only_a_hint(private_rabbitmq: LocalRabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what only tests shorten is no setting
-    monkeypatch.setattr("common.brokers.amqp.locks._REFUSAL_SECONDS", 0.5)
+    monkeypatch.setattr("common.brokers.amqp.locks.REFUSAL_SECONDS", 0.5)
     url = private_rabbitmq.url
     first, second, third = connect(url), connect(url), connect(url)
     first.lock("lock", lambda: None)
     with pytest.raises(LockHeld, match=r"lock is held by another connection \(user guest, process \d+ on "):
         second.lock("lock", lambda: None)
     # only its consuming connection goes, as if it had crashed: a clean `close` takes its note with it
-    first._consumer.close()
+    first._consumer.close()  # private: no public verb closes one of the two connections
     # under an alarm no note can be written; a lock must be taken all the same, and its predecessor not be named
     private_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
     began = time.monotonic()

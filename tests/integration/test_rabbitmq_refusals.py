@@ -156,8 +156,7 @@ def test_f1_a_lost_lock_whose_owner_stumbles_over_the_news_is_told_by_the_status
     def stumble() -> None:
         raise ZeroDivisionError("a slip")
 
-    # what only tests shorten is no setting
-    monkeypatch.setattr("common.brokers.amqp.rabbitmq._LOCK_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("common.brokers.amqp.rabbitmq.LOCK_PATIENCE_SECONDS", 2.0)
     with member.connected(30.0) as first:
         first.lock("contended", stumble)
         monkeypatch.setattr("common.brokers.amqp.link.BACKOFF_SECONDS", (4.0, 4.0))

@@ -20,7 +20,7 @@ from common.locks import this_process
 log = structlog.get_logger()
 
 #: How long to retry a lock that another connection holds: a predecessor may be closing, or writing its note.
-_REFUSAL_SECONDS = 3.0
+REFUSAL_SECONDS = 3.0
 #: A note is the newest message of a queue without expiry: publishing does not count as use, so a queue with one would
 #: be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
 _NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
@@ -70,7 +70,7 @@ class Locks:
             taken.add_done_callback(lambda done: None if done.exception() else self._held.update({name: lock}))
             self._acquire(name, taken)
 
-        deadline = SYSTEM.monotonic() + _REFUSAL_SECONDS
+        deadline = SYSTEM.monotonic() + REFUSAL_SECONDS
         while True:
             try:
                 self._link.call(take)

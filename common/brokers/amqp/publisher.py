@@ -16,7 +16,7 @@ from common.wire.broker import Publication
 #: After a reconnect a queue or an exchange that is missing may only not be up yet, for so many seconds.
 _QUEUES_UP_SECONDS = 10.0
 #: After this long without a confirm a channel is doubted, once per connection; seconds.
-_DOUBT_SECONDS = 15.0
+DOUBT_SECONDS = 15.0
 #: A channel that the broker closed with nothing published on it is opened again after so many seconds.
 _REOPEN_SECONDS = 1.0
 #: A slow line gets more time: at least this many bytes a second are expected of it.
@@ -127,7 +127,7 @@ class Publisher:
                     self._renew(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s{self.link.why()}")
                 silence, on_its_way = now - max(batch.progress_at, batch.sent_at), batch.bytes_left / _SLOW_LINE
-                if silence > _DOUBT_SECONDS + on_its_way and self._doubted < self.link.generation:
+                if silence > DOUBT_SECONDS + on_its_way and self._doubted < self.link.generation:
                     self._renew(self._channel)
         finally:
             with self._guard:

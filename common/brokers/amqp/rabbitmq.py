@@ -45,7 +45,7 @@ _HEARTBEAT_SECONDS = 30
 FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats, which takes it two to three
 #: intervals; until then it is our own ghost.
-_LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
+LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
 #: Between two attempts to connect at the start.
 _AGAIN_SECONDS = 0.3
 #: To make quorum queues and streams takes the broker longer than other answers.
@@ -99,7 +99,7 @@ class RabbitMQBroker:
         )
         properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._parameters.credentials.username)
         self._locks = Locks(
-            self._consumer, self._in_turn, self._short_connection, properties, patience=_LOCK_PATIENCE_SECONDS
+            self._consumer, self._in_turn, self._short_connection, properties, patience=LOCK_PATIENCE_SECONDS
         )
         self._publisher = Publisher(
             partial(_connecting, self._parameters),

@@ -136,7 +136,7 @@ def test_pixels_are_normalised_and_flat_channels_survive(architecture: dict[str,
     samples = stripes(20, 16, 16, 3)
     samples[..., 2] = 9
     model = image.build(architecture, image.fit_private(samples, architecture, SMALL), seed=0)
-    pixels = model._normalised(torch.from_numpy(model.encode(samples)))
+    pixels = model.normalised(torch.from_numpy(model.encode(samples)))
     assert pixels.mean(dim=(0, 2, 3)) == pytest.approx(torch.zeros(3), abs=1e-4)
     assert pixels.std(dim=(0, 2, 3), correction=0) == pytest.approx(torch.tensor([1.0, 1.0, 0.0]), abs=1e-4)
 
@@ -151,10 +151,10 @@ def test_batches_and_loss_follow_from_the_generator(model: ImageModel) -> None:
 
 def test_only_hidden_patches_count(model: ImageModel) -> None:
     batch = model.batch(model.encode(stripes(20, 16, 16, 3)), 8, torch.Generator().manual_seed(0))
-    out = model.network(pixel_values=model._normalised(batch["pixels"]), noise=batch["noise"])
+    out = model.network(pixel_values=model.normalised(batch["pixels"]), noise=batch["noise"])
     hidden = batch["noise"].argsort(dim=1).argsort(dim=1) >= 16
     assert torch.equal(out.mask.bool(), hidden) and hidden.float().mean() == 0.75
-    target = model.network.patchify(model._normalised(batch["pixels"]))
+    target = model.network.patchify(model.normalised(batch["pixels"]))
     expected = ((out.logits - target) ** 2)[hidden].mean()
     assert model.loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -191,7 +191,7 @@ def test_features_are_those_of_the_whole_image(model: ImageModel) -> None:
     assert features.shape == (300, 16) and features.dtype == torch.float32 and not features.requires_grad
     assert torch.allclose(features[7:9], model.features(samples[7:9]), atol=1e-5)
     model.network.config.mask_ratio = 0.0
-    pixels = model._normalised(torch.from_numpy(model.encode(samples[:3])))
+    pixels = model.normalised(torch.from_numpy(model.encode(samples[:3])))
     with torch.no_grad():
         hidden = model.network.vit(pixel_values=pixels).last_hidden_state
     assert torch.allclose(features[:3], hidden[:, 1:].mean(dim=1), atol=1e-5)
@@ -222,13 +222,13 @@ def test_node_export_opens_with_the_auto_classes(tmp_path: Path, model: ImageMod
     samples = stripes(4, 16, 16, 3)
     batch = model.batch(model.encode(samples), 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pixels = model._normalised(batch["pixels"])
+        pixels = model.normalised(batch["pixels"])
         assert torch.equal(opened(pixel_values=pixels, noise=batch["noise"]).loss, model.loss(batch))
     _, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     processed = processor(images=list(samples), return_tensors="pt")["pixel_values"]
-    expected = model._normalised(torch.from_numpy(model.encode(samples)))
+    expected = model.normalised(torch.from_numpy(model.encode(samples)))
     assert torch.allclose(processed, expected, atol=1e-5), "preprocessor_config.json normalises as training did"
 
     _, loaded = image.architecture_of(tmp_path)

@@ -112,7 +112,18 @@ def test_only_whole_versions_come_off_a_stream(written: list[tuple[int, int, boo
                 assert done.payload == b"".join(part.data for part in version_chunks(done.epoch, done.version))
                 found.append((done.epoch, done.version))
     assert list(dict.fromkeys(found)) == whole
-    assert len(assembly._parts) <= 2  # memory does not grow with what was left unfinished
+
+
+def test_only_the_newest_two_unfinished_versions_are_kept() -> None:
+    """Memory does not grow with what writers left unfinished."""
+    assembly = VersionAssembly("text-1", DIGEST)
+    oldest, middle, newest = (version_chunks(1, version) for version in (4, 5, 6))
+    for chunk in (*oldest[:2], middle[0], newest[0]):
+        assert assembly.add(chunk) is None
+    assert assembly.add(oldest[2]) is None, "its first chunks are gone"
+    for chunks in (newest, middle):
+        _, done = (assembly.add(chunk) for chunk in chunks[1:])
+        assert done is not None and done.version == chunks[0].version
 
 
 def test_a_master_that_did_not_know_it_was_replaced_disturbs_nobody() -> None:

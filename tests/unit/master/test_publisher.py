@@ -98,10 +98,12 @@ class FakeBroker:
         self.stored: list[bytes] = []
         self.silent = self.away = False
         self.confirms_after = 0.0
+        #: The words with which it lets nobody in any more.
+        self.refuses = ""
 
     def connect(self, opened: Any, gone: Any) -> Connection:
-        if self.away:
-            raise OSError("nobody listens")
+        if self.away or self.refuses:
+            raise OSError(self.refuses or "nobody listens")
         self.connections.append(connection := Connection(self, len(self.connections) + 1, opened, gone))
         return connection
 
@@ -150,7 +152,7 @@ def test_a_channel_whose_confirm_is_overdue_is_replaced_and_nothing_is_lost(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker, publisher = bench
-    monkeypatch.setattr(common.brokers.amqp.publisher, "_DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr(common.brokers.amqp.publisher, "DOUBT_SECONDS", 0.3)
     chunks = [b"first", b"second", b"third"]
     publisher.publish(tuple(Publication("x", "k", chunk) for chunk in chunks), 20.0)
     publish(publisher, b"next")
@@ -161,7 +163,7 @@ def test_a_channel_is_not_doubted_for_the_time_that_the_broker_was_away(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker, publisher = bench
-    monkeypatch.setattr(common.brokers.amqp.publisher, "_DOUBT_SECONDS", 0.5)
+    monkeypatch.setattr(common.brokers.amqp.publisher, "DOUBT_SECONDS", 0.5)
     broker.away, broker.confirms_after = True, 0.4  # in time, if the time is counted from the reopening
     broker.connections[1].close()
     eventually(lambda: not publisher.link.connected)
@@ -185,7 +187,7 @@ def test_a_confirm_of_an_old_channel_settles_nothing_of_a_new_one(
 ) -> None:
     broker, publisher = bench
     broker.silent = True
-    monkeypatch.setattr(common.brokers.amqp.publisher, "_DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr(common.brokers.amqp.publisher, "DOUBT_SECONDS", 0.3)
     with pytest.raises(BrokerUnavailable, match="confirmed nothing"):
         publish(publisher, b"never", timeout=1.0)
     assert [channel.published for channel in broker.connections[1].channels][:2] == [1, 1]
@@ -215,7 +217,7 @@ def test_the_brokers_own_end_of_a_channel_that_is_given_up_fails_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker, publisher = bench
-    monkeypatch.setattr(common.brokers.amqp.publisher, "_DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr(common.brokers.amqp.publisher, "DOUBT_SECONDS", 0.3)
     channel, close = broker.connections[1].channels[0], Channel.close
     monkeypatch.setattr(Channel, "close", lambda self, reason="": close(self, "NOT_FOUND - no exchange 'x'"))
     publish(publisher, b"kept")
