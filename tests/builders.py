@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
+from common.numbers.layout import Layout
+from common.numbers.slicing import payload_size, slice_count
 from common.wire.messages import UpdateChunk, UpdateManifest
-from common.wire.transfer import update_chunk
+from common.wire.transfer import payload_digest, update_chunk
+
+LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])
+
+
+def update_manifest(
+    node: str, sequence: int, *, of: Layout = LAYOUT, bodies: Sequence[bytes] | None = None, **changes: Any
+) -> UpdateManifest:
+    """An update of the parameters that `of` lays out against version 0 of `text-1`, in int8, but for `changes`.
+
+    Size, chunks and digest are those of `bodies`; without them what the layout demands, and a digest of its own.
+    """
+    encoding = changes.get("encoding", "int8")
+    plain: dict[str, Any] = {
+        "node": node,
+        "incarnation": "first",
+        "encoder": "text-1",
+        "sequence": sequence,
+        "base_version": 0,
+        "steps": 10,
+        "samples": 320,
+        "seconds": 1.0,
+        "loss": 5.0,
+        "encoding": encoding,
+        "layout_digest": of.digest,
+    }
+    if bodies is None:
+        plain |= {"size": payload_size(of.size, encoding), "chunks": slice_count(of.size)}
+        plain["digest"] = hashlib.sha256(f"{node}/{sequence}".encode()).hexdigest()
+    else:
+        plain |= {"size": sum(map(len, bodies)), "chunks": len(bodies), "digest": payload_digest(bodies)}
+    return UpdateManifest(**{**plain, **changes})
 
 
 def update_chunks(manifest: UpdateManifest, bodies: Sequence[bytes]) -> list[UpdateChunk]:

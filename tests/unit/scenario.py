@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from common.numbers.layout import Layout
-from common.numbers.slicing import payload_size
 from common.wire.messages import Get, InstructionAck, Join, Message, Receipt, UpdateManifest
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect, Send, Step
@@ -20,8 +18,8 @@ from master_service.decisions.records import (
     Versioned,
 )
 from master_service.decisions.settings import Settings
+from tests.builders import LAYOUT, update_manifest
 
-LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])
 DIGEST = hashlib.sha256(b"version").hexdigest()
 
 
@@ -72,23 +70,8 @@ class Scenario:
         self, node: str, encoder: str, sequence: int, base: int | None = None, **changes: Any
     ) -> UpdateManifest:
         state = self.coordinator.state.encoders.get(encoder)
-        plain: dict[str, Any] = {
-            "node": node,
-            "incarnation": "first",
-            "encoder": encoder,
-            "sequence": sequence,
-            "base_version": base if base is not None else state.version if state else 0,
-            "steps": 10,
-            "samples": 320,
-            "seconds": 1.0,
-            "loss": 5.0,
-            "encoding": "int8",
-            "layout_digest": LAYOUT.digest,
-            "size": payload_size(LAYOUT.size, "int8"),
-            "chunks": 1,
-            "digest": hashlib.sha256(f"{node}/{sequence}".encode()).hexdigest(),
-        }
-        return UpdateManifest(**{**plain, **changes})
+        version = base if base is not None else state.version if state else 0
+        return update_manifest(node, sequence, encoder=encoder, **{"base_version": version, **changes})
 
     @staticmethod
     def payload(manifest: UpdateManifest, finite: bool = True, norm: float = 1.0) -> tuple[UpdateFacts, str]:

@@ -26,7 +26,8 @@ from master_service.decisions.records import (
 from master_service.decisions.rules.model import PRESETS, aggregation_rule
 from master_service.decisions.settings import LossPlateau, Settings, StopRule
 from master_service.decisions.state import State
-from tests.unit.scenario import DIGEST, LAYOUT, Scenario, receipts, sent
+from tests.builders import LAYOUT
+from tests.unit.scenario import DIGEST, Scenario, receipts, sent
 
 NODE = st.sampled_from(["a", "b", "c"])
 INCARNATION = st.sampled_from(["first"] * 7 + ["second"])

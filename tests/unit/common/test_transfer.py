@@ -24,12 +24,12 @@ from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payl
 from common.wire.versions import VersionReader, publish_version
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
-from tests.builders import update_chunks
+from tests.builders import update_chunks, update_manifest
 from tests.integration.harness import eventually
-from tests.unit.scenario import DIGEST, Scenario
+from tests.unit.scenario import DIGEST
 
 BODIES = [b"first", b"second", b"", b"4"]
-MANIFEST = Scenario().manifest("a", "text-1", 7, attempt=2, chunks=len(BODIES))
+MANIFEST = update_manifest("a", 7, bodies=BODIES, attempt=2)
 
 
 @given(st.data())

@@ -43,7 +43,8 @@ from master_service.decisions.rules.weights import STEPS_BOUND
 from master_service.decisions.settings import LossPlateau, StopRule
 from master_service.decisions.settled import KEPT_INCARNATIONS
 from master_service.decisions.state import Tally
-from tests.unit.scenario import LAYOUT, Scenario, receipts, sent
+from tests.builders import LAYOUT
+from tests.unit.scenario import Scenario, receipts, sent
 
 ARRIVAL = aggregation_rule("fedasync")
 COHORT = aggregation_rule("fedavg")

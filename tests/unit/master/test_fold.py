@@ -13,7 +13,6 @@ from common.errors import Damaged
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.numbers.slicing import payload_size, slice_count
 from common.wire.messages import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
 from master_service.arithmetic.aggregator import Aggregator, Target, measure
@@ -27,6 +26,7 @@ from master_service.history.replay import rebuild, verify
 from master_service.history.snapshot import read_snapshot, write_snapshot
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.payloads import FilePayloads, payload_path
+from tests.builders import update_manifest
 
 
 def checkpoint_wal(log: MessageLog) -> None:
@@ -80,22 +80,9 @@ class Federation:
         finite, norm = measure(payload, self.layout.size, "int8")
         digest = self.log.payloads.write(payload)
         assert digest == payload_digest(bodies)
-        manifest = UpdateManifest(
-            node=node,
-            incarnation="i",
-            encoder=self.encoder,
-            sequence=sequence,
-            base_version=self.state.version,
-            steps=5,
-            samples=50,
-            seconds=1.0,
-            loss=loss,
-            encoding="int8",
-            layout_digest=self.layout.digest,
-            size=payload_size(self.layout.size, "int8"),
-            chunks=slice_count(self.layout.size),
-            digest=digest,
-        )
+        changes = {"incarnation": "i", "encoder": self.encoder, "base_version": self.state.version}
+        changes |= {"steps": 5, "samples": 50, "loss": loss}
+        manifest = update_manifest(node, sequence, of=self.layout, bodies=bodies, **changes)
         self.record(manifest, UpdateFacts(digest=digest, size=len(payload), finite=finite, norm=norm), digest)
 
     @property

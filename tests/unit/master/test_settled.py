@@ -22,7 +22,8 @@ from master_service.decisions.settled import (
 )
 from master_service.decisions.state import EncoderState, Member, State
 from master_service.decisions.verdicts import refused
-from tests.unit.scenario import LAYOUT, Scenario, receipts
+from tests.builders import LAYOUT
+from tests.unit.scenario import Scenario, receipts
 
 MIB = 1 << 20
 ENCODER = EncoderState(encoder="text-1", encoder_type="text", architecture={}, status="running")

@@ -7,7 +7,8 @@ from common.wire.messages import Receipt, UpdateManifest, receipt_hash, verdict
 from master_service.decisions.state import EncoderState, Member
 from master_service.decisions.verdicts import refusal, refused
 from node_service.agent import Agent, Answered
-from tests.unit.scenario import DIGEST, LAYOUT, Scenario
+from tests.builders import LAYOUT
+from tests.unit.scenario import DIGEST, Scenario
 
 ENCODER = EncoderState(
     encoder="text-1", encoder_type="text", architecture={}, status="running", layout=LAYOUT.plain(), size=LAYOUT.size
