@@ -9,13 +9,19 @@ SEED ?=
 # of `make soak`
 MINUTES ?= 30
 
-.PHONY: demo test faults soak lint clean rabbitmq
+.PHONY: demo test test-slow faults soak lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
 
 test: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m pytest $(ARGS)
+
+# What is left out of `make test`, or has a short version in it. No limit of time for the many interleavings.
+test-slow: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m pytest -m slow $(ARGS)
+	FAULT_EXAMPLES=20000 $(BIN)/python -m pytest --timeout 0 tests/faults/test_interleavings.py
+	$(MAKE) faults
 
 faults: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)

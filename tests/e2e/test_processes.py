@@ -9,44 +9,63 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.brokers import open_broker
+from common.errors import Unroutable
+from common.wire.broker import Publication
 from common.wire.topology import Topology
+from deploy.commands.observe import Observer
+from deploy.config import load_config
+from deploy.demo.demo import LATE, SPEEDS
+from deploy.demo.federation import over_rabbitmq
+from master_service.status import EncoderReport
 
 ARCHITECTURE = "{ hidden_size = 16, intermediate_size = 16, num_attention_heads = 2, num_hidden_layers = 1 }"
-NODES = ["a", "b", "c", "d", "e", "f"]
+NODES = ["a", "b", "c", "d", "e"]
+#: The nodes of the demo.
+EVERYBODY = set(SPEEDS)
+
+
+def configuration(directory: Path, url: str, namespace: str, nodes: list[str], **master: str) -> Path:
+    """A file for a master and nodes of a tiny encoder; `master`: lines of the sections encoder and stop."""
+    text = [
+        f'[broker]\nurl = "{url}"\nnamespace = "{namespace}"',
+        f'[master]\nstate_dir = "{directory}/master"\nexport_dir = "{directory}/encoder"',
+        "presence_timeout_seconds = 4.0",
+        f'[encoder]\nget = "text"\narchitecture = {ARCHITECTURE}\n{master["encoder"]}',
+        f"[stop]\n{master['stop']}\n[update]\nwhen = {{ steps = 5 }}",
+    ]
+    for node in nodes:
+        corpus = directory / f"{node}.jsonl"
+        corpus.write_text("\n".join(json.dumps({"text": f"{node} says {i} and {i * i}"}) for i in range(300)))
+        text.append(
+            f'[nodes.{node}]\nstate_dir = "{directory}/{node}"\nalive_every_seconds = 0.5\n'
+            f"exit_when_finished = true\nmax_steps_per_second = 20\nprivate = {{ vocabulary = 300 }}\n"
+            f'corpus = {{ path = "{corpus}" }}'
+        )
+    file = directory / "run.toml"
+    file.write_text("\n".join(text))
+    return file
 
 
 class Run:
-    """A configuration file, and the processes started with it."""
+    """The processes that were started with one configuration file, and an observer of theirs in this process."""
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory = directory
-        self.namespace = f"test-{uuid.uuid4().hex[:8]}"
-        self.url = url
-        self.file = directory / "run.toml"
-        text = [
-            f'[broker]\nurl = "{url}"\nnamespace = "{self.namespace}"',
-            f'[master]\nstate_dir = "{directory}/master"\nexport_dir = "{directory}/encoder"',
-            "presence_timeout_seconds = 4.0",
-            f'[encoder]\nget = "text"\nmin_nodes = 3\narchitecture = {ARCHITECTURE}',
-            "[stop]\nversions = 100000\n[update]\nwhen = { steps = 5 }",
-        ]
-        for node in NODES:
-            corpus = directory / f"{node}.jsonl"
-            corpus.write_text("\n".join(json.dumps({"text": f"{node} says {i} and {i * i}"}) for i in range(300)))
-            text.append(
-                f'[nodes.{node}]\nstate_dir = "{directory}/{node}"\nalive_every_seconds = 0.5\n'
-                f"exit_when_finished = true\nmax_steps_per_second = 20\nprivate = {{ vocabulary = 300 }}\n"
-                f'corpus = {{ path = "{corpus}" }}'
-            )
-        self.file.write_text("\n".join(text))
+        self.topology = Topology(f"test-{uuid.uuid4().hex[:8]}")
+        lines = {"encoder": "min_nodes = 3", "stop": "versions = 100000"}
+        self.file = configuration(directory, url, self.topology.namespace, NODES, **lines)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.broker = open_broker(url, client_name="observer", dead_letters=self.topology.dead_letters)
+        self.broker.declare(self.topology.master())
+        self.observer = Observer(self.broker, self.topology)
+        self.encoders: set[str] = set()
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.directory / f"{arguments[-1]}.log").open("wb") as log:
@@ -61,33 +80,28 @@ class Run:
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
-    def status(self) -> dict[str, Any]:
-        result = shared_encoder("status", "--json", "--config", str(self.file))
-        return dict(json.loads(result.stdout)) if result.returncode == 0 else {"encoders": {}}
-
-    def until(self, condition: Any, seconds: float = 90.0) -> dict[str, Any]:
+    def until(self, condition: Callable[[EncoderReport], bool], seconds: float = 90.0) -> EncoderReport:
         """The encoder's status once `condition` holds for it."""
         deadline = time.monotonic() + seconds
         while True:
-            encoder = next(iter(self.status()["encoders"].values()), None)
+            encoders = self.observer.status(60.0).encoders
+            self.encoders |= set(encoders)
+            encoder = next(iter(encoders.values()), None)
             if encoder is not None and condition(encoder):
-                return dict(encoder)
+                return encoder
             words = {name: self.log(name)[-300:] for name in self.processes}
             assert time.monotonic() < deadline, f"last status {encoder}, {words}"
+            time.sleep(0.2)
 
     def end(self) -> None:
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        topology = Topology(self.namespace)
-        broker = open_broker(self.url, client_name="cleaner", dead_letters=topology.dead_letters)
-        for node in NODES:
-            broker.delete_queue(topology.node_inbox(node))
-            broker.delete_queue(topology.chunk_queue(node))
-        for queue in (topology.master_inbox, topology.master_updates, topology.dead_letters):
-            broker.delete_queue(queue)
-        broker.close()
+        self.observer.close()
+        for queue in self.topology.queue_names(NODES, self.encoders):
+            self.broker.delete_queue(queue)
+        self.broker.close()
 
 
 def shared_encoder(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -110,27 +124,31 @@ def run(tmp_path: Path, amqp_url: str) -> Iterator[Run]:
 @pytest.mark.timeout(300)
 def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path: Path) -> None:
     run.start("master")
-    for node in NODES[:5]:
+    for node in NODES[:4]:
         run.start("node", node)
-    run.until(lambda e: e["version"] >= 3)
-    run.start("node", "f")
-    killed = run.processes["e"]
+    run.until(lambda e: e.version >= 3)
+    run.start("node", "e")
+    killed = run.processes["d"]
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    joined = run.until(lambda e: e["members"].get("f", {}).get("returns", 0) >= 1)
-    assert joined["members"]["f"]["version"] >= 3, "a late node starts from the current version"
-    gone = run.until(lambda e: not e["members"]["e"]["active"])
-    assert gone["status"] == "running"
+    joined = run.until(lambda e: "e" in e.members and e.members["e"].returns >= 1)
+    assert joined.members["e"].version >= 3, "a late node starts from the current version"
+    gone = run.until(lambda e: not e.members["d"].active)
+    assert gone.status == "running"
+    shown = shared_encoder("status", "--json", "--config", str(run.file))
+    assert shown.returncode == 0, shown.stderr
+    [seen] = json.loads(shown.stdout)["encoders"].values()
+    assert seen["status"] == "running" and not seen["members"]["d"]["active"] and seen["members"]["a"]["active"]
     # a clean end in the middle: what the node trained is handed in
-    before = run.processes["d"]
+    before = run.processes["c"]
     before.send_signal(signal.SIGTERM)
     assert before.wait(30) == 0
-    run.until(lambda e: not e["members"]["d"]["active"])
+    run.until(lambda e: not e.members["c"].active)
     stopped = shared_encoder("request", "stop", "--config", str(run.file))
     assert stopped.returncode == 0 and "finished, version" in stopped.stdout, stopped.stderr
-    finished = run.until(lambda e: e["status"] == "finished")
-    assert finished["updates"] == sum(member["returns"] for member in finished["members"].values())
-    for node in "abcf":
+    finished = run.until(lambda e: e.status == "finished")
+    assert finished.updates == sum(member.returns for member in finished.members.values())
+    for node in "abe":
         assert run.processes[node].wait(30) == 0, run.log(node)
     asked = shared_encoder("request", "get", "text", "--config", str(run.file), "--out", str(tmp_path / "asked"))
     assert asked.returncode == 0 and "open it with transformers.AutoModel" in asked.stdout, asked.stderr
@@ -140,10 +158,10 @@ def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path:
     assert "Traceback" not in "".join(run.log(name) for name in run.processes)
     assert list((tmp_path / "master" / "snapshots").iterdir()), "a master that is asked to end writes a snapshot"
 
-    result = shared_encoder("evaluate", "a", "f", "--config", str(run.file), "--out", str(tmp_path / "scores.json"))
+    result = shared_encoder("evaluate", "a", "e", "--config", str(run.file), "--out", str(tmp_path / "scores.json"))
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())["domains"]
-    assert set(scores) == {"a", "f"} and scores["a"]["shared"]["loss"] < scores["a"]["random"]["loss"]
+    assert set(scores) == {"a", "e"} and scores["a"]["shared"]["loss"] < scores["a"]["random"]["loss"]
 
     [name] = [path.name for path in (tmp_path / "a" / "encoders").iterdir()]
     rebuilt = shared_encoder("export", name, "--state", str(tmp_path / "master"), "--out", str(tmp_path / "again"))
@@ -152,37 +170,83 @@ def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path:
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "encoder" / weights).read_bytes()
 
 
+def test_processes_over_rabbitmq_train_and_leave_nothing_at_the_broker(tmp_path: Path, amqp_url: str) -> None:
+    """What the demo does with `--broker`, in short."""
+    namespace = f"test-{uuid.uuid4().hex[:8]}"
+    file = configuration(tmp_path, amqp_url, namespace, ["a", "b"], encoder="min_nodes = 2", stop="updates = 4")
+    config, topology = load_config(file, {}), Topology(namespace)
+    with over_rabbitmq(config, file, tmp_path / "logs") as federation:
+        federation.start_master()
+        for node in config.nodes:
+            federation.start_node(node)
+        deadline = time.monotonic() + 90
+        while True:
+            federation.check()
+            [*encoders] = federation.observer.status(60.0).encoders.items()
+            if encoders and encoders[0][1].status == "finished":
+                break
+            assert time.monotonic() < deadline, encoders
+            time.sleep(0.2)
+        federation.wait_for_nodes()
+    [(name, encoder)] = encoders
+    assert encoder.updates >= 4 and set(encoder.members) == {"a", "b"}
+    assert (tmp_path / "encoder" / "model.safetensors").exists()
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"master.log", "a.log", "b.log"}
+    broker = open_broker(amqp_url, client_name="looks", dead_letters=topology.dead_letters)
+    for exchange, key in (
+        (topology.request, "a.join"),
+        (topology.update, "a.ready"),
+        (topology.update, "a.chunk"),
+        (topology.rule, "a"),
+        (topology.parameter, name),
+        (topology.dead_letters, "invalid"),
+    ):
+        with pytest.raises(Unroutable):  # no queue is there to take it
+            broker.publish(Publication(exchange, key, b""))
+    broker.close()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_quick_demo_over_rabbitmq(tmp_path: Path, amqp_url: str) -> None:
     result = shared_encoder("demo", "--quick", "--broker", amqp_url, "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr + result.stdout
-    check_demo(tmp_path / "out", result.stdout, late_may_miss=True)
+    report = check_demo(tmp_path / "out", result.stdout)
+    assert EVERYBODY - {LATE} <= set(report["domains"]), "only who began late may not get ready before the end"
 
 
 @pytest.mark.timeout(300)
 def test_the_quick_demo_embedded(tmp_path: Path) -> None:
     result = shared_encoder("demo", "--quick", "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr + result.stdout
-    check_demo(tmp_path / "out", result.stdout, late_may_miss=False)
+    report = check_demo(tmp_path / "out", result.stdout)
+    assert set(report["domains"]) == EVERYBODY, "a thread begins at once"
     again = shared_encoder("demo", "--quick", "--out", str(tmp_path))
     assert again.returncode == 2 and "not from a demo" in again.stderr
 
 
-def check_demo(out: Path, printed: str, *, late_may_miss: bool) -> None:
-    """The results that README promises."""
+def check_demo(out: Path, printed: str) -> dict[str, Any]:
+    """What every demo promises, on however busy a machine; gives its report.
+
+    Not that each node has returned: the training ends after so many updates, whoever they are from. In the row of a
+    node without a return nothing is compared, as it has trained nothing.
+    """
     report = json.loads((out / "report.json").read_text())
-    expected = {"networking", "concurrency", "parsing", "numeric"}
-    assert set(report["domains"]) in ([expected, expected - {"numeric"}] if late_may_miss else [expected])
-    for scores in report["domains"].values():
+    assert set(report["domains"]) <= EVERYBODY
+    for name, scores in report["domains"].items():
         for kind in ("random", "alone", "shared"):
             assert scores[kind]["loss"] > 0 and 0 <= scores[kind]["probe"] <= 1
-        assert scores["shared"]["loss"] < scores["random"]["loss"]
+        if report["nodes"][name]["returns"]:
+            assert scores["shared"]["loss"] < scores["random"]["loss"]
     assert report["updates"] >= report["versions"] > 0
     for node in report["nodes"].values():
-        assert node["returns"] > 0 and node["weight"] > 0 and node["bytes_sent"] > 0
-    assert sum(node["returns"] for node in report["nodes"].values()) == report["updates"]
+        assert (node["returns"] > 0) == (node["weight"] > 0)
+        assert node["bytes_sent"] > 0 or node["returns"] == 0
+    returned = [node["returns"] for node in report["nodes"].values() if node["returns"]]
+    assert len(returned) >= 2 and sum(returned) == report["updates"], "one encoder, trained by several"
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "What it does not show" in printed
     from transformers import AutoModel
 
     assert AutoModel.from_pretrained(out / "encoder").config.model_type == "modernbert"
+    return dict(report)
