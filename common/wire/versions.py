@@ -102,9 +102,9 @@ class _Search:
             self._deadline = self._clock.monotonic() + self.timeout
 
     def begin_again(self) -> None:
-        """Once more, from the first message: whatever time is over, that much is still tried."""
-        now = self._clock.monotonic()
-        self._heard_at, self._deadline = now, max(self._deadline, now + self.patience)
+        """Once more, from the first message; if the time is over already, as in a process that slept, for a while."""
+        now = self._heard_at = self._clock.monotonic()
+        self._deadline = now + self.patience if self.over else self._deadline
         self.from_first, self.patience = True, self.timeout
 
     @property
