@@ -21,7 +21,7 @@ from common.wire.topology import Topology
 from common.workers import Worker
 from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
-from master_service.decisions.settings import Settings, settled
+from master_service.decisions.settings import Settings, settings_of_start
 from master_service.history.state_directory import open_journal
 from master_service.master import Master
 from master_service.status import Report
@@ -63,7 +63,7 @@ class MasterService:
         journal = open_journal(self.config, clock=self.clock, background=self._beside)
         self.master = Master(
             self.config,
-            lambda logged: settled(logged, self.settings, self.given, change=self.change),
+            lambda logged: settings_of_start(logged, self.settings, self.given, change=self.change),
             self.broker,
             self.topology,
             journal,

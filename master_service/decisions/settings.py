@@ -72,7 +72,7 @@ class Difference:
         return f"{self.path}: {logged} in the log, {wanted} wanted"
 
 
-def settled(
+def settings_of_start(
     logged: Settings | None, defaults: Settings, given: Mapping[str, Any] | None, *, change: bool = False
 ) -> Settings:
     """The settings that a master starts with.

@@ -182,6 +182,11 @@ def test_a_stream_that_somebody_deleted_is_there_again_with_the_next_version(amq
         read = reader.read(version, 0.0, timeout=20.0, patience=1.0)
         assert read.version == version and decode_vector(read.payload, 3, "float32").tolist() == [version] * 3
         somebody.delete_queue(topology.stream("tiny-1"))
+    # F8: what the master lets go of itself, it makes anew as well
+    master.delete_stream("tiny-1")
+    master.version(Publish("tiny-1", 3, 0.0), 1, layout.digest, encode_vector(torch.full((3,), 3.0), "float32"))
+    assert reader.read(3, 0.0, timeout=20.0, patience=1.0).version == 3
+    master.delete_stream("tiny-1")
     for queue_name in (topology.master_inbox, topology.master_updates):
         somebody.delete_queue(queue_name)
     broker.close()

@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, ValidationError
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
 from deploy.config import load_config
-from master_service.decisions.settings import settled
+from master_service.decisions.settings import settings_of_start
 
 
 class Inner(Section):
@@ -82,4 +82,4 @@ def test_f14_a_first_start_and_a_start_again_with_the_same_configuration_are_the
     file = tmp_path / "run.toml"
     file.write_text('[rule]\npreset = "diloco"\nbuffer = { grace_seconds = 5 }\n[update]\nwhen = { samples = 9 }\n')
     config = load_config(file, {"stop": {"seconds": 5.0}})
-    assert settled(config.settings(), config.settings(), config.given()) == config.settings()
+    assert settings_of_start(config.settings(), config.settings(), config.given()) == config.settings()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import PRESETS, aggregation_rule
-from master_service.decisions.settings import LossPlateau, Settings, StopRule, differences, merged, settled
+from master_service.decisions.settings import LossPlateau, Settings, StopRule, differences, merged, settings_of_start
 
 LOGGED = Settings(
     rule=aggregation_rule("fedbuff", {"outer": {"lr": 2.0}}),
@@ -28,17 +28,17 @@ def lines(given: dict[str, Any], logged: Settings = LOGGED) -> list[str]:
 
 
 def test_f14_what_is_not_given_stands_as_logged() -> None:
-    assert settled(LOGGED, Settings(), {}) == LOGGED, "also what the defaults of this release would be"
-    assert settled(LOGGED, Settings(min_nodes=5), {"min_nodes": 5}) == LOGGED
+    assert settings_of_start(LOGGED, Settings(), {}) == LOGGED, "also what the defaults of this release would be"
+    assert settings_of_start(LOGGED, Settings(min_nodes=5), {"min_nodes": 5}) == LOGGED
 
 
 def test_f14_the_first_start_is_with_what_was_given_and_the_defaults() -> None:
     defaults = Settings(min_nodes=3)
-    assert settled(None, defaults, {"min_nodes": 3}) == defaults
+    assert settings_of_start(None, defaults, {"min_nodes": 3}) == defaults
 
 
 def test_f14_who_composes_a_service_in_code_means_all_of_it() -> None:
-    assert settled(LOGGED, Settings(), None) == Settings()
+    assert settings_of_start(LOGGED, Settings(), None) == Settings()
 
 
 def test_f14_values_equal_to_the_logged_ones_are_fine() -> None:
@@ -48,13 +48,13 @@ def test_f14_values_equal_to_the_logged_ones_are_fine() -> None:
         "update_rule": {"when": {"steps": 10}, "inner": {"lr": 0.001}},
         "architecture": {"hidden_size": 16},
     }
-    assert settled(LOGGED, Settings(), given) == LOGGED
+    assert settings_of_start(LOGGED, Settings(), given) == LOGGED
 
 
 def test_f14_every_difference_is_a_line_with_its_path_and_both_values() -> None:
     given = {"min_nodes": 2, "rule": {"outer": {"lr": 0.5}}, "update_rule": {"inner": {"batch_size": 8}}}
     with pytest.raises(UserError) as refused:
-        settled(LOGGED, Settings(), given)
+        settings_of_start(LOGGED, Settings(), given)
     head, *told = str(refused.value).splitlines()
     assert "--change" in head
     assert told == [
@@ -65,7 +65,7 @@ def test_f14_every_difference_is_a_line_with_its_path_and_both_values() -> None:
 
 
 def test_f14_with_change_the_given_ones_hold_and_no_others() -> None:
-    made = settled(LOGGED, Settings(), {"min_nodes": 2, "rule": {"outer": {"lr": 0.5}}}, change=True)
+    made = settings_of_start(LOGGED, Settings(), {"min_nodes": 2, "rule": {"outer": {"lr": 0.5}}}, change=True)
     rule = aggregation_rule("fedbuff", {"outer": {"lr": 0.5}})
     assert made == LOGGED.model_copy(update={"min_nodes": 2, "rule": rule})
 
@@ -104,7 +104,7 @@ def test_f14_what_is_said_of_new_encoders_is_a_setting_too() -> None:
 
 def test_f14_a_preset_that_is_none_is_named() -> None:
     with pytest.raises(UserError, match="no aggregation rule 'fedprox'; there are: return-count"):
-        settled(LOGGED, Settings(), {"rule": {"preset": "fedprox"}}, change=True)
+        settings_of_start(LOGGED, Settings(), {"rule": {"preset": "fedprox"}}, change=True)
 
 
 _SETTINGS = st.builds(
@@ -124,7 +124,7 @@ def test_f14_settings_given_as_a_whole_come_out_and_without_a_difference_nothing
     logged: Settings, wanted: Settings
 ) -> None:
     given = wanted.model_dump(exclude={"architecture"})
-    made = settled(logged, Settings(), given, change=True)
+    made = settings_of_start(logged, Settings(), given, change=True)
     assert made == wanted.model_copy(update={"architecture": logged.architecture})
     assert (made == logged) == (differences(logged, made) == [])
-    assert settled(made, Settings(), given) == made, "the next start with the same settings needs no --change"
+    assert settings_of_start(made, Settings(), given) == made, "the next start with the same settings needs no --change"

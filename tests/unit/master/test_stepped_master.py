@@ -15,10 +15,24 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE, slice_bytes
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import InstructionAck, Join, Message, Pulse, Receipt, Resend, UpdateManifest
+from common.wire.messages import (
+    Answer,
+    Get,
+    InstructionAck,
+    Join,
+    Message,
+    Pulse,
+    Receipt,
+    Resend,
+    ReturnWhen,
+    UpdateManifest,
+    UpdateRule,
+)
 from common.wire.topology import MIB
 from common.wire.transfer import payload_digest, update_chunk
 from common.wire.versions import publish_version
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import Settings, StopRule
 from node_service.handover.reading import Reading, VersionRead
 from tests.unit.stepped import (
     TOPOLOGY,
@@ -237,6 +251,40 @@ def test_f13_every_step_that_was_trained_while_the_master_was_away_is_counted_on
     assert encoder.members["a"].returns - returns <= 10, "what it trained alone came as one update"
     largest = max(entry.body.steps for entry in master.journal.log.entries() if isinstance(entry.body, UpdateManifest))
     assert largest > 200
+
+
+# --- the end of a stream ----------------------------------------------------------------------------------------------
+
+
+def test_f8_a_stream_goes_when_every_node_has_the_last_version_and_is_made_anew_for_who_comes_later(
+    server: MemoryServer, clock: VirtualClock
+) -> None:
+    settings = Settings(
+        rule=aggregation_rule("fedasync"),
+        update_rule=UpdateRule(when=ReturnWhen(steps=4), encoding="float32"),
+        stop=StopRule(updates=6),
+    )
+    master = SteppedMaster(server, clock, settings=settings).start()
+    node = SteppedNode(server, clock).start()
+    together(20.0, master, node)
+    [encoder] = master.master.state.encoders.values()
+    stream = TOPOLOGY.stream(encoder.encoder)
+    assert encoder.status == "finished" and node.node.finished
+    assert server.find(stream) is not None, "somebody may just be asking for what was published last"
+    together(40.0, master, node)
+    assert server.find(stream) is None
+    # who comes later gets the encoder from the registry, over a fresh stream, which goes after an hour at the latest
+    asker = sent_to(server, "late")
+    connection(server, "late").publish(
+        Publication(TOPOLOGY.request, "late.get", encode(Get(sender="late", encoder_type="text")), message_id="1")
+    )
+    together(5.0, master, node)
+    [answer] = [message for message in asker() if isinstance(message, Answer)]
+    assert answer.status == "finished" and answer.version == encoder.version
+    assert server.find(stream) is not None
+    clock.wait(3600.0)
+    together(5.0, master, node)
+    assert server.find(stream) is None
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
