@@ -39,7 +39,7 @@ from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import Reading, VersionRead
 from node_service.handover.receipt_book import Ledger
-from node_service.training.training import Training
+from node_service.training.training import Training, update_manifest
 
 log = structlog.get_logger()
 
@@ -251,7 +251,10 @@ class Node:
     def _hand_in(self, training: Training, *, wants_version: bool) -> None:
         sequence = self.state.next_sequence()
         incarnation = self.state.identity.incarnation
-        manifest, bodies = training.hand_in(self.name, incarnation, sequence, wants_version=wants_version)
+        since, bodies = training.hand_in(sequence)
+        manifest = update_manifest(
+            training, since, bodies, self.name, incarnation, sequence, wants_version=wants_version
+        )
         self._handover.hand_over(manifest, bodies)
         self._wait_until_version = training.version
         self.figures.handed_in += 1

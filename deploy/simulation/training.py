@@ -17,8 +17,8 @@ from torch import Tensor
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
-from common.wire.transfer import CompleteVersion, payload_digest
+from common.wire.messages import Instruction, Receipt, UpdateRule
+from common.wire.transfer import CompleteVersion
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate
@@ -113,30 +113,11 @@ class ModelledTraining:
         self.since.step(self.rule.inner.batch_size, loss)
         return self._seconds
 
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
+    def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None, "a node trains from a version"
         since, self.since = self.since, self.since.returned()
         bodies = self._trajectory.hand_in(sequence, self._local, self.rule.encoding)
-        manifest = UpdateManifest(
-            node=node,
-            incarnation=incarnation,
-            encoder=self.instruction.encoder,
-            sequence=sequence,
-            base_version=self.version,
-            steps=since.steps,
-            samples=since.samples,
-            seconds=since.seconds,
-            loss=since.mean_loss,
-            wants_version=wants_version,
-            encoding=self.rule.encoding,
-            layout_digest=self.instruction.layout_digest,
-            size=sum(len(body) for body in bodies),
-            chunks=len(bodies),
-            digest=payload_digest(bodies),
-        )
-        return manifest, bodies
+        return since, bodies
 
     def answered(self, receipt: Receipt) -> None:
         trajectory = self._trajectory

@@ -13,8 +13,8 @@ from common.errors import UserError
 from common.exports import TITLE, replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
-from common.wire.transfer import CompleteVersion, payload_digest
+from common.wire.messages import Instruction, Receipt, UpdateRule
+from common.wire.transfer import CompleteVersion
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.private_parts import load_private, load_spec, save_spec
@@ -107,30 +107,11 @@ class Session:
             drift = self._trajectory.drift(self.trainer.shared().vector)
         return must_return(self.rule.when, self.since, drift)
 
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
+    def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None
         since, self.since = self.since, self.since.returned()
         bodies = self._trajectory.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
-        manifest = UpdateManifest(
-            node=node,
-            incarnation=incarnation,
-            encoder=self.instruction.encoder,
-            sequence=sequence,
-            base_version=self.version,
-            steps=since.steps,
-            samples=since.samples,
-            seconds=since.seconds,
-            loss=since.mean_loss,
-            wants_version=wants_version,
-            encoding=self.rule.encoding,
-            layout_digest=self.instruction.layout_digest,
-            size=sum(len(body) for body in bodies),
-            chunks=len(bodies),
-            digest=payload_digest(bodies),
-        )
-        return manifest, bodies
+        return since, bodies
 
     def answered(self, receipt: Receipt) -> None:
         if self._trajectory is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
-from common.wire.transfer import CompleteVersion
+from common.wire.transfer import CompleteVersion, payload_digest
 from node_service.training.update_rule import SinceReturn
 
 
@@ -36,10 +37,11 @@ class Training(Protocol):
         """One training step; gives the seconds that it takes from now on: 0 once it is done. Only a model of training,
         under a virtual clock, gives more."""
 
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
-        """The update of all steps since the last one, and its encoded slices; they are the master's from here on."""
+    def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
+        """Hand in all steps since the last update, as the update of this number; they are the master's from here on.
+
+        Gives what they were, and the encoded slices of their pseudo-gradient.
+        """
 
     def answered(self, receipt: Receipt) -> None:
         """An update was counted, or is refused for good."""
@@ -51,3 +53,33 @@ class Training(Protocol):
         """Take the final version as it is, save the private parts pinned to it and export the whole model into `export`
         (default: beside them); gives where it is. The path ends here. Raises UserError for an export directory that
         holds something else, OSError."""
+
+
+def update_manifest(
+    training: Training,
+    since: SinceReturn,
+    bodies: Sequence[bytes],
+    node: str,
+    incarnation: str,
+    sequence: int,
+    *,
+    wants_version: bool,
+) -> UpdateManifest:
+    """The manifest of what `hand_in` gave."""
+    return UpdateManifest(
+        node=node,
+        incarnation=incarnation,
+        encoder=training.instruction.encoder,
+        sequence=sequence,
+        base_version=training.version,
+        steps=since.steps,
+        samples=since.samples,
+        seconds=since.seconds,
+        loss=since.mean_loss,
+        wants_version=wants_version,
+        encoding=training.rule.encoding,
+        layout_digest=training.instruction.layout_digest,
+        size=sum(map(len, bodies)),
+        chunks=len(bodies),
+        digest=payload_digest(bodies),
+    )

@@ -125,7 +125,6 @@ class World:
         self.acked: dict[str, deque[Any]] = {}
         #: Versions (of an encoder) that a stream has lost, or a part of them.
         self.lost: set[tuple[str, int]] = set()
-        self.newest: UpdateManifest | None = None
         #: What was in the log before a wipe: its answers may be gone.
         self.unanswered_for: set[str] = set()
         self.operator = Wire(self, "operator")
@@ -163,8 +162,8 @@ class World:
         return chunks
 
     def reached(self, label: str) -> None:
-        if label == "node after owe" and self.newest is not None:
-            self.trail[self.newest.digest] = self.newest
+        if label == "node after owe":
+            self.trail |= {m.digest: m for node in self.nodes.values() for m in node.node.state.owed.values()}
         if label == "before append":
             self.rows = self.disk.newest()[0]
         if label == "after append" and self.deadly_next:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common.numbers.layout import Layout
-from common.numbers.slicing import payload_size, slice_count
-from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
-from common.wire.transfer import CompleteVersion, payload_digest
+from common.numbers.slicing import payload_size, slice_bytes
+from common.wire.messages import Instruction, Receipt, UpdateRule
+from common.wire.transfer import CompleteVersion
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.records import Generated
@@ -107,30 +107,11 @@ class TokenTraining:
                 self.since.step(10, 5.0)
         return 0.0
 
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
+    def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         since, self.since = self.since, self.since.returned()
-        token = f"{node}/{sequence}/{next(self._world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
-        manifest = UpdateManifest(
-            node=node,
-            incarnation=incarnation,
-            encoder=self.instruction.encoder,
-            sequence=sequence,
-            base_version=self.version,
-            steps=since.steps,
-            samples=since.samples,
-            seconds=1.0,
-            loss=5.0,
-            wants_version=wants_version,
-            encoding="int8",
-            layout_digest=LAYOUT.digest,
-            size=len(token),
-            chunks=slice_count(LAYOUT.size),
-            digest=payload_digest([token]),
-        )
-        self._world.newest = manifest
-        return manifest, [token]
+        token = f"{sequence}/{next(self._world.tokens)}".encode().ljust(payload_size(LAYOUT.size, "int8"))
+        first = slice_bytes("int8")
+        return since, [token[:first], token[first:]]
 
     def answered(self, receipt: Receipt) -> None:
         """Nothing of it is kept here."""

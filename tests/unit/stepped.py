@@ -33,7 +33,7 @@ from common.wire.messages import (
     UpdateRule,
 )
 from common.wire.topology import Topology
-from common.wire.transfer import CompleteVersion, payload_digest
+from common.wire.transfer import CompleteVersion
 from common.wire.versions import publish_version
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome
@@ -146,29 +146,10 @@ class CountingTraining:
         self.since.step(1, 1.0)
         return self._seconds
 
-    def hand_in(
-        self, node: str, incarnation: str, sequence: int, *, wants_version: bool
-    ) -> tuple[UpdateManifest, list[bytes]]:
+    def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         since, self.since = self.since, self.since.returned()
         bodies = encode_vector(torch.full((LAYOUT.size,), float(since.steps + sequence)), "float32")
-        manifest = UpdateManifest(
-            node=node,
-            incarnation=incarnation,
-            encoder=self.instruction.encoder,
-            sequence=sequence,
-            base_version=self.version,
-            steps=since.steps,
-            samples=since.samples,
-            seconds=since.seconds,
-            loss=since.mean_loss,
-            wants_version=wants_version,
-            encoding="float32",
-            layout_digest=LAYOUT.digest,
-            size=sum(map(len, bodies)),
-            chunks=len(bodies),
-            digest=payload_digest(bodies),
-        )
-        return manifest, bodies
+        return since, bodies
 
     def answered(self, receipt: Receipt) -> None:
         """There is no path of parameters to mend."""

@@ -46,6 +46,7 @@ from node_service.handover.store import DirectoryStore
 from node_service.training import checkpoint
 from node_service.training.private_parts import load_private
 from node_service.training.session import Session
+from node_service.training.training import update_manifest
 
 DIGEST = "0" * 64
 SIZE = 48
@@ -126,6 +127,12 @@ def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Se
 
 def private_of(state: LocalState, encoder: str = "fake-1") -> Path:
     return DIRECTORIES[id(state)] / "encoders" / encoder
+
+
+def handed_in(training: Session, state: LocalState, sequence: int) -> tuple[UpdateManifest, list[bytes]]:
+    since, bodies = training.hand_in(sequence)
+    incarnation = state.identity.incarnation
+    return update_manifest(training, since, bodies, "n", incarnation, sequence, wants_version=True), bodies
 
 
 def save(training: Session, state: LocalState) -> None:
@@ -213,7 +220,7 @@ class Life:
         if not self.since:
             return
         sequence = self.state.next_sequence()
-        made, bodies = self.training.hand_in("n", self.state.identity.incarnation, sequence, wants_version=True)
+        made, bodies = handed_in(self.training, self.state, sequence)
         if kill_before_owe:
             self.kill()
             return
@@ -299,7 +306,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
         for _ in range(5):
             training.step()
         assert state.next_sequence() == sequence
-        made, bodies = training.hand_in("n", state.identity.incarnation, sequence, wants_version=True)
+        made, bodies = handed_in(training, state, sequence)
         state.owe(made, b"".join(bodies))
     training.step()
     training.trainer.progress = 0.25
@@ -312,7 +319,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for each in (training, again):
         each.step()
         each.answered(receipt(1, state.identity.incarnation, "stale"))  # takes back what its encoding left
-    mine, theirs = (each.hand_in("n", "i", 2, wants_version=True) for each in (training, again))
+    mine, theirs = (handed_in(each, state, 2) for each in (training, again))
     assert mine[1] == theirs[1] and mine[0].steps == theirs[0].steps == 2
     state.close()
 
@@ -323,7 +330,7 @@ def test_an_update_that_was_found_not_finite_meanwhile_starts_the_path_again(tmp
     training.adopt(version(0, torch.ones(SIZE)))
     training.step()
     number = state.next_sequence()
-    made, bodies = training.hand_in("n", state.identity.incarnation, number, wants_version=True)
+    made, bodies = handed_in(training, state, number)
     state.owe(made, b"".join(bodies))
     training.step()
     save(training, state)
@@ -366,7 +373,7 @@ def test_a_backup_of_two_moments_restores_no_path(tmp_path: Path) -> None:
     training = training_of(state)
     training.adopt(version(0, torch.zeros(SIZE)))
     training.step()
-    made, bodies = training.hand_in("n", state.identity.incarnation, state.next_sequence(), wants_version=True)
+    made, bodies = handed_in(training, state, state.next_sequence())
     state.owe(made, b"".join(bodies))
     save(training, state)
     assert training_of(state).version == 0
