@@ -106,18 +106,6 @@ def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     result = shared_encoder("export", "text-1", "--state", str(tmp_path / "none"))
     assert result.returncode == 2 and "no message log in" in result.stderr
-    for command in (
-        ["replay"],
-        ["log", "list"],
-        ["log", "verify"],
-        ["log", "prune", "--keep", "1GiB"],
-        ["log", "repair"],
-    ):
-        result = shared_encoder(*command, "--state", str(tmp_path / "none"))
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert "no message log in" in result.stderr and "--state" in result.stderr
-    result = shared_encoder("evaluate")
-    assert result.returncode == 2 and "give --config FILE" in result.stderr
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import deploy.cli
 from common.errors import AccessRefused, BrokerUnavailable, Damaged, LockHeld, StorageFull, UserError
 from deploy.cli import guarded
+from tests.unit.deploy.conftest import Command
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,21 @@ def test_a_bug_is_loud(error: Exception) -> None:
     with pytest.raises(type(error)) as loud:
         guarded(action)
     assert loud.value is error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["replay"], ["log", "list"], ["log", "verify"], ["log", "prune", "--keep", "1GiB"], ["log", "repair"]],
+    ids=" ".join,
+)
+def test_a_command_that_finds_no_message_log_says_where_it_looked(
+    command: Command, tmp_path: Path, arguments: list[str]
+) -> None:
+    code, _, said = command(*arguments, "--state", tmp_path / "none")
+    assert (code, said.count("\n")) == (2, 1), said
+    assert f"no message log in {tmp_path / 'none'}" in said and "--state" in said
+
+
+def test_evaluate_without_a_configuration_says_what_to_give(command: Command) -> None:
+    code, _, said = command("evaluate")
+    assert (code, said.count("\n")) == (2, 1) and "give --config FILE" in said, said

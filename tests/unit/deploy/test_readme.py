@@ -59,6 +59,12 @@ def test_commands_and_flags_exist() -> None:
         assert f"`{preset}`" in README
 
 
+def test_every_target_that_is_named_is_in_the_makefile() -> None:
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:^|`)make ([a-z-]+)", README + (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert {"demo", "test", "test-slow", "faults", "lint"} <= set(named) <= made
+
+
 def test_every_row_of_the_table_of_deaths_is_a_test() -> None:
     rows = README.split("## What happens when … dies")[1].split("\n## ")[0].splitlines()
     named = [re.search(r"`(test_\w+)` \|$", row) for row in rows if row.startswith("| ")][1:]
