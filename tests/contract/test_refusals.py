@@ -32,8 +32,11 @@ DECLARED = Declarations(
 
 @dataclass
 class Bench:
-    """`connect(user, patience)` as `admin`, who may do everything, or as `member`, whose permissions `permit` sets."""
+    """`connect(user, patience)` as `admin`, who may do everything, or as `member`, whose permissions `permit` sets.
 
+    `tries_every`: seconds after which what was refused is tried again."""
+
+    tries_every: float
     connect: Callable[[str, float], Broker]
     permit: Callable[[Permissions], Any]
 
@@ -56,7 +59,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
             brokers.append(MemoryBroker(memory, user=user, dead_letters="dead", refusal_patience=patience))
             return brokers[-1]
 
-        made = Bench(connect, lambda permissions: memory.permit("member", permissions))
+        made = Bench(0.2, connect, lambda permissions: memory.permit("member", permissions))
     else:
         running: LocalRabbitMQ = request.getfixturevalue("server")
         urls = {"admin": running.url, "member": running.url.replace("guest:guest", "member:secret")}
@@ -66,6 +69,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
             return brokers[-1]
 
         made = Bench(
+            1.0,
             connect,
             lambda p: running.ctl("set_permissions", "member", p.configure or "^$", p.write or "^$", p.read or "^$"),
         )
@@ -121,7 +125,7 @@ def test_f2_a_refused_consumer_is_warned_of_once_shown_and_goes_on_once_it_may(b
             broker.read_stream(name, arrived.put, start="first")
         eventually(lambda: "refused for user 'member'" in broker.status().problem)
         broker.publish(Publication("x", f"{name}.k", b"waits"))
-        assert not threading.Event().wait(2.5) and arrived.empty()
+        assert not threading.Event().wait(2.5 * bench.tries_every) and arrived.empty()
     warnings = [each for each in logs if each["log_level"] == "warning"]
     assert [f"'{name}'" in each["problem"] and "ACCESS_REFUSED" in each["problem"] for each in warnings] == [True]
     status = broker.status()
@@ -150,7 +154,7 @@ def test_f2_a_queue_that_is_not_there_is_shown_and_waited_for_however_long(bench
     broker, arrived = bench.connect("admin", 0.5), queue.SimpleQueue[Delivery]()
     broker.consume("late", arrived.put, prefetch=1)
     eventually(lambda: "no queue" in broker.status().problem)
-    assert not threading.Event().wait(2.0) and broker.status().refused == ""
+    assert not threading.Event().wait(0.5 + bench.tries_every) and broker.status().refused == ""
     broker.declare(Declarations(queues=(Queue("late"),), bindings=(Binding("x", "late", "late"),)))
     broker.publish(Publication("x", "late", b"here"))
     assert arrived.get(timeout=10.0).body == b"here" and broker.status().problem == ""

@@ -65,7 +65,7 @@ def test_f18_a_refusal_names_the_kind_of_error_and_none_of_its_words(
     monkeypatch.setattr(TinyModel, "encode", secret)
     with running_master(server, tmp_path / "m", decided(architecture={}), get="tiny"):
         party = ThreadParty("clinic", node.run)
-        [ack] = eventually(lambda: said(node, InstructionAck))
+        ack, *_ = eventually(lambda: said(node, InstructionAck))  # it is asked again when it has joined
         eventually(lambda: any("refused" in alive.note for alive in said(node, Alive)))
         party.stop()
         assert party.wait(30.0)
