@@ -94,6 +94,8 @@ class Node:
         self._heard_at = self._master_at = clock.monotonic()
         self._alive_at = self._saved_at = self._looked_at = clock.monotonic()
         self._was_ready = False
+        #: A throttled node takes no step before, whatever wakes it.
+        self._next_step_at = clock.monotonic()
         self._connection = BrokerWatch(clock, node=name)
 
     # --- what drives it ----------------------------------------------------------------------------------------------
@@ -156,7 +158,11 @@ class Node:
         ready = self.ready
         self._account(training, now, ready)
         self._connection.look(self._broker.status())
-        wait = self._train(training) if ready and training is not None else IDLE_SECONDS
+        wait = IDLE_SECONDS
+        if training is not None and ready:
+            if now >= self._next_step_at:
+                self._next_step_at = now + self._train(training)
+            wait = max(0.0, self._next_step_at - self._clock.monotonic())
         self._keep_in_touch(now, ready)
         if training is not None and now - self._saved_at >= self.config.checkpoint_every_seconds:
             self._saved_at = now
@@ -206,16 +212,16 @@ class Node:
         return len(owed) < most and behind < most + _SPARE_ANSWERS
 
     def _train(self, training: Training) -> float:
+        """Hand in if an update is due, and take a step; the seconds from its beginning to that of the next."""
         if training.must_return and self._may_hand_in(training):
             self._hand_in(training, wants_version=True)
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
-        left = training.step()
-        took = self._clock.monotonic() - before + left
+        took = training.step() + self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
         most = self.config.max_steps_per_second
-        return left if most is None else max(left, left + 1.0 / most - took)
+        return took if most is None else max(took, 1.0 / most)
 
     def _account(self, training: Training | None, now: float, ready: bool) -> None:
         """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.

@@ -377,3 +377,16 @@ def test_f1_what_may_not_be_published_is_said_by_the_outbox_and_stays_owed(
     with pytest.raises(AccessRefused, match=r"ACCESS_REFUSED - write access to 'stepped\.update' refused for user 'a'"):
         node.run(STEPS * 0.5 + 0.5)
     assert not node.node.outbox.empty and list(node.node.state.owed) == [0]
+
+
+def test_a_throttled_node_takes_no_step_early_whatever_wakes_it(server: MemoryServer, clock: VirtualClock) -> None:
+    master = HandMaster(server, clock)
+    node = SteppedNode(server, clock, max_steps_per_second=2.0).start()
+    master.let_in(UpdateRule(when=ReturnWhen(steps=1000)))
+    node.run(5.0)
+    steps, until = node.training.steps, clock.monotonic() + 10.0
+    while clock.monotonic() < until:
+        master.pulse()  # something is heard of ten times a step
+        node.turn()
+        clock.wait(0.05)
+    assert 19 <= node.training.steps - steps <= 21
