@@ -8,10 +8,11 @@ answering. Without the log nothing is written: the payloads stay in memory and a
 
 from __future__ import annotations
 
-import hashlib
+import sqlite3
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from common.wire.messages import Instruction, UpdateManifest
 from master_service.decisions.records import Entry, UpdateFacts
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.history import state_directory
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import MessageLog, open_log
+from master_service.log.payloads import MemoryPayloads
 from tests.builders import update_chunks
 from tests.integration.harness import HandNode, decided, eventually, running_master
 
@@ -36,31 +38,12 @@ _NODES = 4
 _REPEATS = 3
 
 
-class _MemoryPayloads:
-    """A payload store that keeps nothing when the process ends."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, bytes] = {}
-
-    def write(self, payload: bytes) -> str:
-        digest = hashlib.sha256(payload).hexdigest()
-        self._held[digest] = payload
-        return digest
-
-    def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
-        payload = self._held[digest]
-        return payload[start:] if length < 0 else payload[start : start + length]
-
-    def damage(self, digest: str) -> str | None:
-        return None if digest in self._held else "missing"
-
-
 class Unlogged(MessageLog):
     """Numbers entries and forgets them."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.payloads: Any = _MemoryPayloads()
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        super().__init__(db, MemoryPayloads(), directory)
         self._ids: set[str] = set()
 
     def append(self, body: Any, *, message_id: str, at: float, **rest: Any) -> Entry | None:
@@ -73,12 +56,14 @@ class Unlogged(MessageLog):
         return entry
 
     def write_payload(self, payload: bytes) -> str:
-        return str(self.payloads.write(payload))
+        return self.payloads.write(payload)
 
 
-def updates_per_second(directory: Path, log_type: type[MessageLog], hidden: int, layers: int, updates: int) -> float:
+def updates_per_second(
+    directory: Path, opened: Callable[[Path], MessageLog], hidden: int, layers: int, updates: int
+) -> float:
     """Hand in all updates while the master is away, then time how long it takes to answer them."""
-    state_directory.MessageLog = log_type  # type: ignore[misc]
+    state_directory.open_log = opened  # type: ignore[assignment]
     server = MemoryServer()
     architecture = {
         "hidden_size": hidden,
@@ -112,13 +97,12 @@ def main() -> None:
     table = Table(title=f"updates per second, {_NODES} nodes, int8, median of {_REPEATS}", title_justify="left")
     for heading in ("shared parameters", "update", "log off", "log on", "on / off"):
         table.add_column(heading, justify="right")
-    kind = MessageLog
     for hidden, layers, updates in _SIZES:
         rates: dict[str, list[float]] = {"off": [], "on": []}
         for _ in range(_REPEATS):
-            for name, log_type in (("off", Unlogged), ("on", kind)):
+            for name, opened in (("off", Unlogged), ("on", open_log)):
                 with tempfile.TemporaryDirectory() as directory:
-                    rates[name].append(updates_per_second(Path(directory), log_type, hidden, layers, updates))
+                    rates[name].append(updates_per_second(Path(directory), opened, hidden, layers, updates))
         off, on = statistics.median(rates["off"]), statistics.median(rates["on"])
         size = _parameters(hidden, layers)
         kib = size * 260 / 256 / 1024

@@ -195,8 +195,8 @@ class Arena:
             step = "anywhere" if anywhere or plan is None else plan[0]
             self.by_step[step] = self.by_step.get(step, 0) + 1
             return f"{role} killed: {step}"
-        if process.exitcode == EXIT_BROKER and time.monotonic() - self._broker_since < _AWAY_SECONDS:
-            return f"{role} found no broker"  # it was restarted while this one began; a supervisor starts it again
+        if self._found_no_broker(process):
+            return f"{role} found no broker"  # a supervisor starts it again
         words = (self.directory / f"{role}.log").read_text(errors="replace")[-3000:]
         raise AssertionError(f"{role} ended by itself with {process.exitcode}:\n{words}")
 
@@ -244,9 +244,13 @@ class Arena:
         process.join(40.0)
         if process.exitcode == -9:
             self.kills += 1
-        elif process.exitcode not in (0, -15):  # -15: it had not begun to listen for signals
+        elif process.exitcode not in (0, -15) and not self._found_no_broker(process):  # -15: it did not listen yet
             words = (self.directory / f"{role}.log").read_text(errors="replace")[-3000:]
             raise AssertionError(f"{role} did not end cleanly ({process.exitcode}):\n{words}")
+
+    def _found_no_broker(self, process: ForkServerProcess) -> bool:
+        """Whether it ended because the broker was being restarted while it began, or while it was asked to end."""
+        return process.exitcode == EXIT_BROKER and time.monotonic() - self._broker_since < _AWAY_SECONDS
 
     def _wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
