@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest
+from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest, update_id
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Publish, Send
 from master_service.decisions.records import Entry, Generated, GenerationFailed, Presence, Started, Versioned
 
@@ -69,5 +69,4 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
 
 
 def _update(message: UpdateManifest | Receipt) -> dict[str, Any]:
-    update = f"{message.encoder}/{message.node}/{message.incarnation}/{message.sequence}"
-    return {"node": message.node, "encoder": message.encoder, "update": update}
+    return {"node": message.node, "encoder": message.encoder, "update": update_id(message)}

@@ -16,7 +16,7 @@ from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import decode
-from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule
+from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -423,8 +423,8 @@ class Node:
         figures, training = self.figures, self.training
         if training is not None and training.instruction.encoder == receipt.encoder:
             training.answered(receipt)
-        update = f"{receipt.encoder}/{receipt.node}/{receipt.incarnation}/{receipt.sequence}"
-        facts = {"node": self.name, "encoder": receipt.encoder, "update": update, "version": receipt.version}
+        about = {"node": self.name, "encoder": receipt.encoder, "update": update_id(receipt)}
+        facts = {**about, "version": receipt.version}
         if receipt.accepted:
             figures.accepted += 1
             figures.last_weight, figures.staleness = receipt.weight, receipt.staleness

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+import torch
 from hypothesis import settings
 
 from deploy.local_rabbitmq import LocalRabbitMQ
@@ -37,6 +38,15 @@ def private_rabbitmq(tmp_path: Path) -> Iterator[LocalRabbitMQ]:
     """A server of one test's own, to be killed, restarted and alarmed."""
     with LocalRabbitMQ(tmp_path / "rabbitmq") as server:
         yield server
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Small models are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_unconfigure() -> None:

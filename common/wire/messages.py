@@ -191,7 +191,7 @@ class UpdateManifest(NodeMessage):
 
     @property
     def update_id(self) -> str:
-        return f"{self.encoder}/{self.node}/{self.incarnation}/{self.sequence}"
+        return update_id(self)
 
 
 class UpdateChunk(NodeMessage):
@@ -359,6 +359,11 @@ class Resend(Message):
     attempt: Count
     detail: Text = ""
     beyond: Count = 0
+
+
+def update_id(of: UpdateManifest | Receipt | Resend) -> str:
+    """The name of an update, whichever message is about it."""
+    return f"{of.encoder}/{of.node}/{of.incarnation}/{of.sequence}"
 
 
 class Notice(Message):

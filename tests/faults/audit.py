@@ -11,11 +11,9 @@ from common.wire.messages import Receipt, UpdateManifest, receipt_hash
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
+from master_service.history.audit import UpdateId
 from master_service.history.replay import Refold, origin, verify
 from master_service.log.message_log import MessageLog, open_log
-
-#: encoder, node, incarnation, sequence
-UpdateId = tuple[str, str, str, int]
 
 
 @dataclass

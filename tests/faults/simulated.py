@@ -29,7 +29,7 @@ from common.clock import VirtualClock
 from common.errors import BrokerUnavailable
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode
-from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest
+from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, update_id
 from common.wire.topology import Declarations, Topology
 from master_service.config import MasterConfig
 from master_service.decisions.effects import Effect
@@ -132,8 +132,7 @@ class Wire(MemoryBroker):
                     logged = self.world.disk.has_version(receipt.encoder, receipt.version)
                     demand(logged, "a receipt leaves before its version is in the log")
                 case Resend() as again:
-                    update = f"{again.encoder}/{again.node}/{again.incarnation}/{again.sequence}"
-                    self.world.asked_again.add(f"{update}/{again.attempt - 1}")
+                    self.world.asked_again.add(f"{update_id(again)}/{again.attempt - 1}")
                 case ParameterChunk() as chunk if chunk.version > 0:
                     logged = self.world.disk.has_version(chunk.encoder, chunk.version)
                     demand(logged, "a version leaves before its digest is in the log")

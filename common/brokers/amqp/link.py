@@ -160,10 +160,9 @@ class Link:
             before, self._ended = self.generation, None
             try:
                 self._serve()
-            except self._failures as error:
-                self._ended = error
             except Exception as error:
-                # a slip of the driver's or of a callback; without this thread the party would be cut off for ever
+                # a failure of the connection, or a slip of the driver's or of a callback (`_tell` knows which); without
+                # this thread the party would be cut off for ever
                 self._ended = error
             if self.closing.is_set():
                 return
