@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# of `make test`: processes that run tests side by side, each with a broker of its own
+WORKERS ?= 2
 # of `make faults`: how many faults, and the seed of the random choices (the time if not given)
 N ?= 100
 SEED ?=
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
 
 test: $(VENV)/.installed-dev rabbitmq
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What is left out of `make test`, or has a short version in it. No limit of time for the many interleavings.
 test-slow: $(VENV)/.installed-dev rabbitmq
