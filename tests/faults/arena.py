@@ -137,7 +137,7 @@ class Arena:
         observer.say(Stop(sender=observer.name))
         exports = self.directory / "master" / "encoders"
         self._wait(lambda: bool(list(exports.glob("*/model.safetensors"))), seconds, "the export")
-        self._wait(lambda: not any(self._owed()), seconds, "an answer to every update")
+        self._wait(lambda: not any(self._unsettled()), seconds, "the end, and an answer to every update, at each node")
         for role in [*self.nodes, "master"]:
             self._end(role)
         observer.close()
@@ -268,5 +268,8 @@ class Arena:
     def _states(self) -> list[str]:
         return sorted(path.name for path in (self.directory / "nodes").iterdir())
 
-    def _owed(self) -> list[Path]:
-        return [path for role in self.nodes for path in (self.directory / "nodes" / role / "owed").glob("*.json")]
+    def _unsettled(self) -> list[Path]:
+        """What a node trains still (it may hand in once more as it ends), and the updates that have no answer."""
+        states = [self.directory / "nodes" / role for role in self.nodes]
+        training = [path for state in states for path in state.glob("current.json")]
+        return training + [path for state in states for path in (state / "owed").glob("*.json")]
