@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from common.wire.messages import Stop
 from common.wire.topology import Topology
 from deploy.commands.observe import Observer
 from deploy.local_rabbitmq import LocalRabbitMQ
+from master_service.log.message_log import open_log
 from tests.faults.audit import Findings, examine
 from tests.faults.victim import Victim, live
 
@@ -122,14 +124,18 @@ class Arena:
             if self.random.random() < 0.0015 and time.monotonic() - self._broker_since > _SETTLED_SECONDS:
                 on_fault(self, self.mistreat_broker())
 
-    def finish(self, seconds: float = 60.0) -> Findings:
-        """No more faults: everybody is there, the training ends, what is owed is answered; then all is examined."""
+    def finish(self, seconds: float = 60.0, *, updates: int = 0) -> Findings:
+        """No more faults: everybody is there, the training ends, what is owed is answered; then all is examined.
+
+        `updates`: so many are accepted first; how many came through between the faults is the machine's speed.
+        """
         for role in ["master", *self.nodes]:
             self._end(role)
         self._start("master", self.random.choice([None, ("before export", 1)]))
         for role in self.nodes:
             self._start(role, None)
         time.sleep(2.0)
+        self._wait(lambda: self.logged("update") >= updates, seconds, f"{updates} accepted updates")
         broker = open_broker(
             self.rabbitmq.url, client_name="arena", dead_letters=self.topology.dead_letters, connect_timeout=30.0
         )
@@ -168,6 +174,13 @@ class Arena:
 
     def pid(self, role: str) -> int:
         return self._processes[role].pid or 0
+
+    def logged(self, kind: str) -> int:
+        """How many entries of a kind the master's log has."""
+        if not any((self.directory / "master" / "payloads").glob("??/*")):
+            return 0  # the ledger is being made
+        with closing(open_log(self.directory / "master", read_only=True)) as log:
+            return log.count(kind)
 
     # --- processes ---------------------------------------------------------------------------------------------------
 

@@ -137,12 +137,16 @@ def test_a_broker_that_restarts_again_and_again(private_rabbitmq: LocalRabbitMQ)
     private_rabbitmq.ctl("delete_queue", "vanished")
     time.sleep(3.0)  # RabbitMQ 3 writes a fresh queue's declaration to disk a moment later
     for end in (private_rabbitmq.stop, private_rabbitmq.kill, private_rabbitmq.stop):
-        before = len(confirmed)
         end()
         eventually(lambda: not publisher.status().connected and not consumer.status().connected)
+        # counted now that it is down: to end takes it seconds, in which much was published still
+        before = [len(numbers) for numbers in (confirmed, *seen.values())]
         private_rabbitmq.start()
         eventually(
-            lambda before=before: len(confirmed) > before + 50 and min(map(len, seen.values())) > before + 50, 60
+            lambda before=before: all(
+                len(numbers) > former + 50 for numbers, former in zip((confirmed, *seen.values()), before, strict=True)
+            ),
+            60,
         )
     stop.set()
     for worker in workers:
