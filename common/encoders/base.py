@@ -19,6 +19,9 @@ from torch import Tensor, nn
 #: Everything that the shared encoder's parameters depend on, as plain JSON; it travels in the instruction.
 Architecture = dict[str, Any]
 
+#: What nodes need of an encoder beside its architecture, by name (a tokenizer): bytes that travel once.
+Assets = Mapping[str, bytes]
+
 #: What the private parts depend on besides tensors (a vocabulary, an image shape), as plain JSON; it never travels.
 PrivateSpec = dict[str, Any]
 
@@ -76,16 +79,28 @@ class EncoderType(Protocol):
     def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
         """Architecture and shared tensors of an export or a Hugging Face directory, to continue from it."""
 
+    def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
+        """What nodes need beside the architecture, made from what the operator named (`sources`: paths and words, by
+        name), and the architecture completed by what that says. Raises UserError for a source that does not serve."""
+
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         """The shared encoder's float32 tensors at version 0, in layout order; the same for the same seed."""
 
-    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
-        """Fit what the private parts need besides tensors, from the owner's samples (a vocabulary, a shape)."""
+    def fit_private(
+        self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
+    ) -> PrivateSpec:
+        """Fit what the private parts need besides tensors, from the owner's samples (a vocabulary, a shape), or take it
+        from what came with the instruction. Raises UserError for assets that are not what this type made."""
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
         """The whole model with freshly initialised private parts. `seed` need not be equal across nodes."""
 
     def export_shared(
-        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+        self,
+        directory: Path,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        card: str,
+        assets: Assets,
     ) -> None:
         """Write the shared encoder so that `AutoModel.from_pretrained(directory)` opens it; `card` is its README."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from common.encoders import hugging_face
-from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
+from common.encoders.base import Architecture, Assets, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.image_settings import ImageArchitecture, ImagePrivate
 from common.encoders.settings import checked
 from common.errors import UserError
@@ -58,13 +58,19 @@ class ImageEncoderType:
         architecture["mask_ratio"] = getattr(config, _TRAINED_MASK_RATIO, config.mask_ratio)
         return self.architecture(architecture), {name: tensor.detach() for name, tensor in shared.items()}
 
+    def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
+        """None: the architecture says it all."""
+        return architecture, {}
+
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         """The encoder's float32 tensors at version 0, in layout order; the same for the same seed."""
         with hugging_face.seeded(seed):
             model = ViTMAEModel(_config(architecture, _PLACEHOLDER))
         return {name: parameter.detach() for name, parameter in _shared(model).items()}
 
-    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
+    def fit_private(
+        self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
+    ) -> PrivateSpec:
         """Measure the images' size, and their mean and spread per channel. Settings: `ImagePrivate`.
 
         Raises UserError for samples that are not uint8 images and for a wrong setting.
@@ -88,7 +94,12 @@ class ImageEncoderType:
             return ImageModel(architecture, private)
 
     def export_shared(
-        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+        self,
+        directory: Path,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        card: str,
+        assets: Assets,
     ) -> None:
         """Write the encoder as a ViTMAEModel whose patch stem is an untrained placeholder: the reader's to bring.
 

@@ -19,12 +19,12 @@ from common.errors import OwnersCodeError, SharedEncoderError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.encoders.base import Architecture, EncoderModel, EncoderType, PrivateSpec, Samples
+    from common.encoders.base import Architecture, Assets, EncoderModel, EncoderType, PrivateSpec, Samples
 
 log = structlog.get_logger()
 
 #: What an encoder type must have, besides its name.
-TYPE_METHODS = ("architecture", "architecture_of", "initial", "fit_private", "build", "export_shared")
+TYPE_METHODS = ("architecture", "architecture_of", "assets", "initial", "fit_private", "build", "export_shared")
 
 #: The methods of a model that run its owner's code.
 MODEL_METHODS = (
@@ -91,14 +91,23 @@ class OwnersEncoderType:
             architecture, tensors = self._inner.architecture_of(directory)
         return self._plain("architecture_of", architecture), self._tensors("architecture_of", tensors)
 
+    def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
+        with owners_code(self._whose, "assets"):
+            completed, found = self._inner.assets(architecture, sources)
+        if not (isinstance(found, dict) and all(isinstance(each, bytes) for each in found.values())):
+            raise UserError(f"{self._whose}: its assets gave {_kind(found)}, not bytes by name; mend it")
+        return self._plain("assets", completed), found
+
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         with owners_code(self._whose, "initial"):
             found = self._inner.initial(architecture, seed)
         return self._tensors("initial", found)
 
-    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
+    def fit_private(
+        self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
+    ) -> PrivateSpec:
         with owners_code(self._whose, "fit_private"):
-            found = self._inner.fit_private(samples, architecture, settings)
+            found = self._inner.fit_private(samples, architecture, settings, assets)
         return self._plain("fit_private", found)
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
@@ -117,10 +126,15 @@ class OwnersEncoderType:
         return model
 
     def export_shared(
-        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+        self,
+        directory: Path,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        card: str,
+        assets: Assets,
     ) -> None:
         with owners_code(self._whose, "export_shared"):
-            self._inner.export_shared(directory, architecture, tensors, card)
+            self._inner.export_shared(directory, architecture, tensors, card, assets)
 
     def _plain(self, method: str, found: Any) -> dict[str, Any]:
         """A value as it will be read back, since it is logged, sent and kept as JSON: a tuple becomes a list."""

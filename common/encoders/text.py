@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel, PreTrainedTokenizerFast
 
 from common.encoders import hugging_face, vocabulary
-from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
+from common.encoders.base import Architecture, Assets, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.settings import checked
 from common.encoders.text_settings import TextArchitecture, TextPrivate
 from common.errors import UserError
@@ -63,13 +63,19 @@ class TextEncoderType:
         hugging_face.require(directory, shared, missing)
         return self.architecture(architecture), {name: tensor.detach() for name, tensor in shared.items()}
 
+    def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
+        """None: the architecture says it all."""
+        return architecture, {}
+
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         """The trunk's float32 tensors at version 0, in layout order; the same for the same seed."""
         with hugging_face.seeded(seed):
             model = ModernBertModel(_config(architecture, entries=1))
         return {name: parameter.detach() for name, parameter in _shared(model).items()}
 
-    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
+    def fit_private(
+        self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
+    ) -> PrivateSpec:
         """Train the vocabulary on the owner's texts. Settings: `TextPrivate`; raises UserError for a wrong one."""
         own = checked(TextPrivate, "private settings of type text", settings)
         return {
@@ -83,7 +89,12 @@ class TextEncoderType:
             return TextModel(architecture, private)
 
     def export_shared(
-        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+        self,
+        directory: Path,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        card: str,
+        assets: Assets,
     ) -> None:
         """Write the trunk as a ModernBertModel whose vocabulary is one unused entry: the reader's to bring."""
         with hugging_face.seeded(0):  # the placeholders too: the same encoder is the same file

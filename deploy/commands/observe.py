@@ -209,7 +209,8 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
     card = f"{TITLE}{answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
     with replacing(out, card) as beside:
-        get_encoder_type(answer.encoder_type).export_shared(beside, answer.architecture, parameters.tensors(), card)
+        encoder_type = get_encoder_type(answer.encoder_type)
+        encoder_type.export_shared(beside, answer.architecture, parameters.tensors(), card, {})
 
 
 def _print_report(report: Report, as_json: bool) -> None:

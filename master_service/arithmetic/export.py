@@ -21,7 +21,7 @@ def export_encoder(directory: Path, encoder: EncoderState, parameters: Parameter
     facts = card(encoder, note)
     with replacing(directory, facts) as beside:
         encoder_type = get_encoder_type(encoder.encoder_type)
-        encoder_type.export_shared(beside, encoder.architecture, parameters.tensors(), facts)
+        encoder_type.export_shared(beside, encoder.architecture, parameters.tensors(), facts, {})
     return directory.resolve()
 
 

@@ -59,6 +59,7 @@ def _generate(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
         architecture, tensors = encoder_type.architecture_of(Path(effect.source))
     else:
         architecture = encoder_type.architecture(effect.architecture)
+        architecture, _ = encoder_type.assets(architecture, {})
         tensors = encoder_type.initial(architecture, effect.seed)
     return architecture, ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})
 

@@ -51,7 +51,7 @@ class Session:
         encoder_type = get_encoder_type(instruction.encoder_type)
         spec = load_spec(directory)
         if spec is None:
-            spec = encoder_type.fit_private(samples, instruction.architecture, private)
+            spec = encoder_type.fit_private(samples, instruction.architecture, private, {})
             save_spec(directory, spec)
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
+from common.encoders.base import Architecture, Assets, Batch, EncoderModel, PrivateSpec, Samples
 
 #: Numbers of one sample, and of the shared encoder's input and output.
 VALUES = 4
@@ -72,11 +72,17 @@ class TinyEncoderType:
     def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
         return json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
 
+    def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
+        """None: the architecture says it all."""
+        return architecture, {}
+
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         return {name: p.detach() for name, p in TinyModel(architecture["width"]).shared_parameters().items()}
 
-    def fit_private(self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any]) -> PrivateSpec:
+    def fit_private(
+        self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
+    ) -> PrivateSpec:
         return {"values": VALUES}
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
@@ -84,7 +90,12 @@ class TinyEncoderType:
         return TinyModel(architecture["width"])
 
     def export_shared(
-        self, directory: Path, architecture: Architecture, tensors: Mapping[str, Tensor], card: str
+        self,
+        directory: Path,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        card: str,
+        assets: Assets,
     ) -> None:
         (directory / "config.json").write_text(json.dumps(architecture))
         (directory / "README.md").write_text(card)

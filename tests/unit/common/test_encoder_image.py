@@ -45,7 +45,7 @@ def architecture() -> dict[str, Any]:
 
 @pytest.fixture
 def model(architecture: dict[str, Any]) -> ImageModel:
-    return image.build(architecture, image.fit_private(stripes(20, 16, 16, 3), architecture, SMALL), seed=1)
+    return image.build(architecture, image.fit_private(stripes(20, 16, 16, 3), architecture, SMALL, {}), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_wrong_architecture(overrides: dict[str, Any], said: str) -> None:
 
 def test_wrong_private_settings(architecture: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="private settings of type image: decoder_hidden_size 18 must be"):
-        image.fit_private(stripes(4, 8, 8), architecture, {"decoder_hidden_size": 18})
+        image.fit_private(stripes(4, 8, 8), architecture, {"decoder_hidden_size": 18}, {})
 
 
 @pytest.mark.parametrize("samples", [["a", "b"], np.zeros((4, 8), np.uint8), np.zeros((4, 8, 8)), [], [[1], [1, 2]]])
 def test_samples_that_are_no_images(architecture: dict[str, Any], samples: Any) -> None:
     with pytest.raises(UserError, match="images must come as one uint8 array"):
-        image.fit_private(samples, architecture, {})
+        image.fit_private(samples, architecture, {}, {})
 
 
 def test_shared_parameters_are_those_of_initial(architecture: dict[str, Any], model: ImageModel) -> None:
@@ -102,7 +102,7 @@ def test_any_size_and_any_number_of_channels(
     architecture: dict[str, Any], shape: tuple[int, ...], patch: int, side: int, channels: int
 ) -> None:
     samples = stripes(6, *shape)
-    private = image.fit_private(samples, architecture, SMALL)
+    private = image.fit_private(samples, architecture, SMALL, {})
     assert json.loads(json.dumps(private)) == private
     assert (private["patch_size"], private["image_size"], private["num_channels"]) == (patch, side, channels)
     model = image.build(architecture, private, seed=0)
@@ -116,7 +116,7 @@ def test_any_size_and_any_number_of_channels(
 
 
 def test_patch_size_is_settable(architecture: dict[str, Any]) -> None:
-    private = image.fit_private(stripes(4, 28, 28), architecture, {"patch_size": 7})
+    private = image.fit_private(stripes(4, 28, 28), architecture, {"patch_size": 7}, {})
     assert (private["patch_size"], private["image_size"]) == (7, 28)
 
 
@@ -129,7 +129,7 @@ def test_images_that_do_not_fit_the_stem(model: ImageModel) -> None:
 def test_pixels_are_normalised_and_flat_channels_survive(architecture: dict[str, Any]) -> None:
     samples = stripes(20, 16, 16, 3)
     samples[..., 2] = 9
-    model = image.build(architecture, image.fit_private(samples, architecture, SMALL), seed=0)
+    model = image.build(architecture, image.fit_private(samples, architecture, SMALL, {}), seed=0)
     pixels = model.normalised(torch.from_numpy(model.encode(samples)))
     assert pixels.mean(dim=(0, 2, 3)) == pytest.approx(torch.zeros(3), abs=1e-4)
     assert pixels.std(dim=(0, 2, 3), correction=0) == pytest.approx(torch.tensor([1.0, 1.0, 0.0]), abs=1e-4)
@@ -193,7 +193,7 @@ def test_features_are_those_of_the_whole_image(model: ImageModel) -> None:
 
 def test_shared_export_opens_with_auto_model(tmp_path: Path, architecture: dict[str, Any], model: ImageModel) -> None:
     tensors = {name: parameter.detach() for name, parameter in model.shared_parameters().items()}
-    image.export_shared(tmp_path, architecture, tensors, "# card")
+    image.export_shared(tmp_path, architecture, tensors, "# card", {})
     assert (tmp_path / "README.md").read_text() == "# card"
     opened, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(opened).__name__ == "ViTMAEModel"
@@ -205,7 +205,7 @@ def test_shared_export_opens_with_auto_model(tmp_path: Path, architecture: dict[
     assert found == architecture, "with the ratio that it was trained with"
     assert list(loaded) == list(tensors) and all(torch.equal(loaded[n], t) for n, t in tensors.items())
     with pytest.raises(ValueError, match="were expected"):
-        image.export_shared(tmp_path, architecture, {}, "")
+        image.export_shared(tmp_path, architecture, {}, "", {})
 
 
 def test_node_export_opens_with_the_auto_classes(tmp_path: Path, model: ImageModel) -> None:

@@ -55,9 +55,11 @@ class Odd(TinyEncoderType):
         return {"sizes": (1, 2)} if not overrides else {"set": {1}}
     def architecture_of(self, directory):
         return None, {}
+    def assets(self, architecture, sources):
+        return architecture, {"words": "not bytes"}
     def initial(self, architecture, seed):
         return {"weight": [1.0]}
-    def fit_private(self, samples, architecture, settings):
+    def fit_private(self, samples, architecture, settings, assets):
         return None
     def build(self, architecture, private, seed):
         return object()
@@ -113,8 +115,11 @@ def test_a_good_type_works_behind_its_proxy_and_a_built_in_one_has_none() -> Non
     assert type(get_encoder_type("text")).__name__ == "TextEncoderType", "a built-in name cannot be taken"
     assert set(ENTRIES) < {*encoder_type_names()}
     architecture = good.architecture({"width": 8})
-    spec = good.fit_private(samples(0), architecture, {})
-    assert (architecture, spec) == (plain.architecture({"width": 8}), plain.fit_private(samples(0), architecture, {}))
+    spec = good.fit_private(samples(0), architecture, {}, {})
+    assert (architecture, spec) == (
+        plain.architecture({"width": 8}),
+        plain.fit_private(samples(0), architecture, {}, {}),
+    )
     model = good.build(architecture, spec, seed=3)
     same = plain.build(architecture, spec, seed=3)
     assert isinstance(model, TinyModel) and list(model.state_dict()) == list(same.state_dict())
@@ -143,7 +148,10 @@ def test_a_guarded_model_is_copied_and_pickled_like_another() -> None:
         ("dying", "'broken_import:Type' does not load, it raised RuntimeError: the licence server is away"),
         ("exiting", "'broken_exit:Type' does not load, it raised SystemExit: usage: ..."),
         ("demanding", "'other_types:Demanding' does not load, it raised TypeError: "),
-        ("half", "a Half, not an encoder type: it lacks architecture_of, initial, fit_private, build, export_shared"),
+        (
+            "half",
+            "a Half, not an encoder type: it lacks architecture_of, assets, initial, fit_private, build, export_shared",
+        ),
         ("number", "an int, not an encoder type: it lacks name, architecture, "),
     ],
 )
@@ -155,10 +163,11 @@ def test_f18_a_type_that_does_not_load_names_package_entry_point_and_exception(n
 CALLS: dict[str, Callable[[EncoderType], Any]] = {
     "architecture": lambda kind: kind.architecture({"a": 1}),
     "architecture_of": lambda kind: kind.architecture_of(Path()),
+    "assets": lambda kind: kind.assets({}, {}),
     "initial": lambda kind: kind.initial({}, 0),
-    "fit_private": lambda kind: kind.fit_private([1], {}, {}),
+    "fit_private": lambda kind: kind.fit_private([1], {}, {}, {}),
     "build": lambda kind: kind.build({}, {}, 0),
-    "export_shared": lambda kind: kind.export_shared(Path(), {}, {}, ""),
+    "export_shared": lambda kind: kind.export_shared(Path(), {}, {}, "", {}),
 }
 
 
@@ -173,7 +182,7 @@ def test_f18_whatever_a_type_raises_is_said_as_its_own(method: str) -> None:
     assert error.public == f"encoder type 'failing' (package other-sounds) raised ValueError in its {method}"
 
 
-@pytest.mark.parametrize("method", ["architecture", "architecture_of", "initial", "fit_private", "build"])
+@pytest.mark.parametrize("method", ["architecture", "architecture_of", "assets", "initial", "fit_private", "build"])
 def test_f18_what_a_type_gives_in_error_is_said_as_its_own(method: str) -> None:
     line = str(refusal(lambda: CALLS[method](get_encoder_type("odd"))))
     assert line.startswith(f"encoder type 'odd' (package other-sounds): its {method} gave ")

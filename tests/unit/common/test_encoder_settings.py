@@ -26,8 +26,8 @@ Case = tuple[type[EncoderSettings], str, Callable[[Mapping[str, Any]], dict[str,
 CASES: list[Case] = [
     (TextArchitecture, "architecture of type text", text.architecture),
     (ImageArchitecture, "architecture of type image", image.architecture),
-    (TextPrivate, "private settings of type text", lambda given: text.fit_private(["a text"], {}, given)),
-    (ImagePrivate, "private settings of type image", lambda given: image.fit_private(IMAGES, {}, given)),
+    (TextPrivate, "private settings of type text", lambda given: text.fit_private(["a text"], {}, given, {})),
+    (ImagePrivate, "private settings of type image", lambda given: image.fit_private(IMAGES, {}, given, {})),
 ]
 FIELDS = [(case, key) for case in CASES for key in case[0].model_fields]
 
@@ -82,7 +82,7 @@ def test_a_key_like_no_other_lists_those_that_there_are(case: Case) -> None:
         (text.architecture, {"norm_bias": 1}, "norm_bias: input should be a valid boolean"),
         (image.architecture, {"mask_ratio": float("nan")}, "mask_ratio: input should be a finite number"),
         (
-            lambda given: text.fit_private(["a text"], {}, given),
+            lambda given: text.fit_private(["a text"], {}, given, {}),
             {"vocabulary": "words"},
             f'vocabulary: input should be a whole number from {SMALLEST} to 1,048,576, or "bytes"',
         ),
@@ -113,12 +113,12 @@ def test_the_dictionaries_that_travel_are_what_they_always_were() -> None:
         '"hidden_act": "gelu", "initializer_range": 1.0, "layer_norm_eps": 1e-06, "qkv_bias": false, '
         '"mask_ratio": 0.75, "norm_pix_loss": false}'
     )
-    assert json.dumps(image.fit_private(IMAGES, {}, {"decoder_hidden_size": 16})) == (
+    assert json.dumps(image.fit_private(IMAGES, {}, {"decoder_hidden_size": 16}, {})) == (
         '{"patch_size": 4, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, '
         '"decoder_num_attention_heads": 4, "decoder_intermediate_size": 128, "image_size": 32, "num_channels": 1, '
         '"mean": [0.0], "std": [1.0]}'
     )
-    assert list(text.fit_private(["a text"], {}, {"vocabulary": "bytes"})) == ["tokenizer", "feature_tokens"]
+    assert list(text.fit_private(["a text"], {}, {"vocabulary": "bytes"}, {})) == ["tokenizer", "feature_tokens"]
 
 
 def test_settings_do_not_change_after_they_were_checked() -> None:

@@ -35,7 +35,7 @@ def architecture() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def private(architecture: dict[str, Any]) -> dict[str, Any]:
-    return text.fit_private(TEXTS, architecture, {"vocabulary": 300})
+    return text.fit_private(TEXTS, architecture, {"vocabulary": 300}, {})
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_architecture_is_plain_json_and_complete(architecture: dict[str, Any]) -
 
 def test_no_text(architecture: dict[str, Any], model: TextModel) -> None:
     with pytest.raises(UserError, match="every document of the corpus is empty"):
-        text.fit_private(["", ""], architecture, {})
+        text.fit_private(["", ""], architecture, {}, {})
     with pytest.raises(UserError, match="the corpus is empty"):
         model.encode([])
 
@@ -118,11 +118,11 @@ def test_private_parts_follow_from_the_seed(architecture: dict[str, Any], privat
 
 def test_private_spec_is_plain_json_and_repeatable(architecture: dict[str, Any], private: dict[str, Any]) -> None:
     assert json.loads(json.dumps(private)) == private
-    assert text.fit_private(TEXTS, architecture, {"vocabulary": 300}) == private
+    assert text.fit_private(TEXTS, architecture, {"vocabulary": 300}, {}) == private
 
 
 def test_bytes_vocabulary_knows_every_text(architecture: dict[str, Any]) -> None:
-    model = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": "bytes"}), seed=0)
+    model = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": "bytes"}, {}), seed=0)
     assert model.entries == SMALLEST
     odd = "naïve 東京 🙂 \x00"
     (ids,) = tokenise(model.tokenizer, [odd])
@@ -220,7 +220,7 @@ def test_features_do_not_depend_on_the_company(model: TextModel) -> None:
 
 
 def test_features_see_as_much_of_a_long_text_as_is_set(architecture: dict[str, Any]) -> None:
-    private = text.fit_private(TEXTS, architecture, {"vocabulary": "bytes", "feature_tokens": 40})
+    private = text.fit_private(TEXTS, architecture, {"vocabulary": "bytes", "feature_tokens": 40}, {})
     model = text.build(architecture, private, seed=0)
     same = model.features(["a" * 40 + "b" * 100, "a" * 40 + "c" * 100])
     assert torch.allclose(same[0], same[1], atol=1e-6)
@@ -230,7 +230,7 @@ def test_features_see_as_much_of_a_long_text_as_is_set(architecture: dict[str, A
 
 def test_shared_export_opens_with_auto_model(tmp_path: Path, architecture: dict[str, Any]) -> None:
     tensors = text.initial(architecture, 7)
-    text.export_shared(tmp_path, architecture, tensors, "# card")
+    text.export_shared(tmp_path, architecture, tensors, "# card", {})
     assert (tmp_path / "README.md").read_text() == "# card"
     opened, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(opened).__name__ == "ModernBertModel"
@@ -250,7 +250,7 @@ def test_trunk_computes_the_same_after_the_export(
     tmp_path: Path, architecture: dict[str, Any], model: TextModel
 ) -> None:
     tensors = {name: p.detach() for name, p in model.shared_parameters().items()}
-    text.export_shared(tmp_path, architecture, tensors, "")
+    text.export_shared(tmp_path, architecture, tensors, "", {})
     ids = draw(model, 2)["input_ids"]
     embedded = model.network.model.embeddings.tok_embeddings(ids)
     opened = AutoModel.from_pretrained(tmp_path)
@@ -262,9 +262,9 @@ def test_trunk_computes_the_same_after_the_export(
 def test_export_refuses_tensors_of_another_architecture(tmp_path: Path, architecture: dict[str, Any]) -> None:
     other = text.initial({**architecture, "intermediate_size": 32}, 7)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.Wi\.weight"):
-        text.export_shared(tmp_path, architecture, other, "")
+        text.export_shared(tmp_path, architecture, other, "", {})
     with pytest.raises(ValueError, match="were expected"):
-        text.export_shared(tmp_path, architecture, {}, "")
+        text.export_shared(tmp_path, architecture, {}, "", {})
 
 
 def test_node_export_opens_with_the_auto_classes(tmp_path: Path, model: TextModel) -> None:
@@ -299,7 +299,7 @@ def test_continue_from_any_modernbert(tmp_path: Path) -> None:
     architecture, tensors = text.architecture_of(tmp_path)
     assert architecture["attention_bias"] and architecture["local_attention"] == 8
     assert architecture["max_position_embeddings"] == 8192 and architecture["sequence_length"] == 32
-    ours = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": 300}), seed=0)
+    ours = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": 300}, {}), seed=0)
     for name, parameter in ours.shared_parameters().items():
         parameter.data.copy_(tensors[name])
     x = torch.randn(1, 30, 24)
@@ -325,7 +325,7 @@ def test_directories_that_are_no_modernbert(tmp_path: Path) -> None:
 def test_a_directory_that_lacks_a_shared_tensor(tmp_path: Path, architecture: dict[str, Any]) -> None:
     from safetensors.torch import load_file, save_file
 
-    text.export_shared(tmp_path, architecture, text.initial(architecture, 7), "")
+    text.export_shared(tmp_path, architecture, text.initial(architecture, 7), "", {})
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["layers.1.mlp.Wo.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

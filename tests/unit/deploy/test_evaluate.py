@@ -29,7 +29,7 @@ def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     text = get_encoder_type("text")
     architecture = text.architecture(SMALL)
-    spec = text.fit_private(texts, architecture, {"vocabulary": 300})
+    spec = text.fit_private(texts, architecture, {"vocabulary": 300}, {})
     save_spec(private, spec)
     parts = text.build(architecture, spec, 0).private_parameters()
     facts = Facts(encoder="text-1", version=1, steps=2, type=type_, architecture=architecture)
@@ -45,7 +45,7 @@ def encoder(directory: Path, **overrides: int) -> Path:
     architecture = text.architecture({**SMALL, **overrides})
     directory.mkdir()
     tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
-    text.export_shared(directory, architecture, tensors, "# card")
+    text.export_shared(directory, architecture, tensors, "# card", {})
     return directory
 
 

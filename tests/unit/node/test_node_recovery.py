@@ -87,7 +87,7 @@ class FakeModel(EncoderModel):
 
 
 class FakeType:
-    def fit_private(self, samples: Any, architecture: Any, settings: Any) -> dict[str, Any]:
+    def fit_private(self, samples: Any, architecture: Any, settings: Any, assets: Any) -> dict[str, Any]:
         return {}
 
     def build(self, architecture: Any, private: Any, seed: int) -> EncoderModel:
