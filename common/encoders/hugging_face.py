@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 from transformers.utils import logging
 
 from common.errors import UserError
@@ -50,8 +50,9 @@ def save(model: nn.Module, directory: Path) -> None:
         model.save_pretrained(directory)  # type: ignore[operator]
 
 
-def read_config(directory: Path, model_type: str) -> dict[str, Any]:
+def read_config(directory: Path, *model_types: str) -> dict[str, Any]:
     """config.json of a Hugging Face directory as plain JSON. Raises UserError if it is missing or of another model."""
+    model_type = " or ".join(model_types)
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -62,19 +63,26 @@ def read_config(directory: Path, model_type: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}); export the encoder again") from error
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found != model_type:
-        raise UserError(f"{path} describes a {found!r} model; this encoder type continues from a {model_type!r} model")
+    if found not in model_types:
+        raise UserError(f"{path} describes a {found!r} model; this encoder type continues from {model_type}")
     return dict(config)
 
 
 def load_base_model(directory: Path) -> tuple[nn.Module, set[str]]:
-    """The bare encoder of a Hugging Face directory in float32, and the names of weights that the files do not hold.
+    """`load_model` for the bare encoder."""
+    return load_model(directory, masked=False)
+
+
+def load_model(directory: Path, *, masked: bool) -> tuple[nn.Module, set[str]]:
+    """The encoder of a Hugging Face directory in float32, with its head for masked tokens or bare, and the names of
+    weights that the files do not hold; those begin anew, the same at every call.
 
     Raises UserError if the files do not make a model.
     """
+    factory = AutoModelForMaskedLM if masked else AutoModel
     try:
-        with quiet():
-            model, report = AutoModel.from_pretrained(
+        with quiet(), seeded(0):
+            model, report = factory.from_pretrained(
                 directory, local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:

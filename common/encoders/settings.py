@@ -19,6 +19,9 @@ LARGEST = 1 << 20
 #: A width, a length, a depth, a number of heads.
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 
+#: The rank of a low-rank correction; 0 for none.
+Rank = Annotated[int, Field(ge=0, le=LARGEST)]
+
 #: A spread or a small constant of the arithmetic.
 Positive = Annotated[float, Field(gt=0)]
 

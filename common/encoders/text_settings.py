@@ -1,4 +1,4 @@
-"""Encoder type `text`: what can be set about the shared trunk, and about a node's private parts."""
+"""Encoder type `text`: what can be set about the shared encoder, and about a node's private parts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,47 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from common.encoders.settings import LARGEST, Activation, EncoderSettings, Positive, Share, Size
+from common.encoders.settings import LARGEST, Activation, EncoderSettings, Positive, Rank, Share, Size
 from common.encoders.vocabulary import SMALLEST
 
+#: Whose the vocabulary is: one that everybody uses, or each node's own.
+Vocabulary = Literal["shared", "private"]
 
-class TextArchitecture(EncoderSettings):
-    """ModernBertConfig's own names, then the two of the task (at the end)."""
+#: What travels: embeddings, trunk and head, or the trunk alone.
+Travels = Literal["all", "trunk"]
+
+
+class TextTask(EncoderSettings):
+    """What is set whatever the model is. `entries` is the most that a vocabulary which is trained may have; `shared` is
+    "all" where nothing is said, and "trunk" with private vocabularies."""
+
+    model_type: Literal["modernbert", "bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2"] = (
+        "modernbert"
+    )
+    vocabulary: Vocabulary = "shared"
+    entries: Size = 2048
+    shared: Travels | None = None
+    sequence_length: Size = 32  # tokens of a training window
+    mask_rate: Share = 0.25  # share of a window's tokens that are to be predicted; BERT has 0.15
+
+    @model_validator(mode="after")
+    def _travels(self) -> TextTask:
+        if self.vocabulary == "private" and self.shared not in (None, "trunk"):
+            raise ValueError(
+                f'vocabulary "private" shares the trunk alone, and shared says {self.shared!r}; leave shared out, or '
+                'take vocabulary = "shared"'
+            )
+        if self.entries < SMALLEST:
+            raise ValueError(f"entries: input should be a whole number from {SMALLEST} to {LARGEST:,}")
+        return self
+
+    @property
+    def travels(self) -> Travels:
+        return self.shared or ("all" if self.vocabulary == "shared" else "trunk")
+
+
+class TextArchitecture(TextTask):
+    """The task's settings with ModernBertConfig's own names, at small sizes."""
 
     hidden_size: Size = 64
     num_hidden_layers: Size = 2
@@ -30,8 +65,6 @@ class TextArchitecture(EncoderSettings):
     norm_bias: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    sequence_length: Size = 32  # tokens of a training window
-    mask_rate: Share = 0.25  # share of a window's tokens that are to be predicted; BERT has 0.15
 
     @model_validator(mode="after")
     def _sizes_go_together(self) -> TextArchitecture:
@@ -49,10 +82,15 @@ class TextArchitecture(EncoderSettings):
 
 
 class TextPrivate(EncoderSettings):
-    """A node's own: entries of its vocabulary, and how many tokens of a long text its features see."""
+    """A node's own: entries of its vocabulary where each node has its own, and how many tokens of a long text its
+    features see. Where the vocabulary is shared: the rank of its adapters (0: none), the share of its batches that are
+    trained without them, and whether the rows of the embeddings may travel."""
 
     vocabulary: int | Literal["bytes"] = 1024  # "bytes": no merges
     feature_tokens: Size = 512
+    adapter_rank: Rank = 4
+    adapter_rest: Share = 0.5
+    share_embeddings: bool = True
 
     @field_validator("vocabulary", mode="plain")
     @classmethod

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from common import text_files
 from common.errors import UserError
-from node_service.corpus import image_files, text_files
+from node_service.corpus import image_files
 from node_service.corpus.entry_point import call_entry_point
 
 #: The file suffixes of the types that are read from files; other types come through an entry point.

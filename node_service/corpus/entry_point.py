@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from common.config import suggestion
 from common.encoders.owners_code import owners_code
 from common.errors import UserError
+from common.text_files import check_unicode
 from node_service.corpus.image_files import as_images
-from node_service.corpus.text_files import check_unicode
 
 log = structlog.get_logger()
 

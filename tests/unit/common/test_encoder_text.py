@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernB
 from common.encoders import encoder_type_names, get_encoder_type
 from common.encoders.base import Batch
 from common.encoders.text import TextEncoderType, TextModel
-from common.encoders.vocabulary import MASK_ID, SEPARATOR_ID, SMALLEST, SPECIAL, tokenise
+from common.encoders.vocabulary import MASK_ID, SEPARATOR_ID, SMALLEST, SPECIAL
 from common.errors import UserError
 
 SENTENCE = "the node trains and sends an update to the master which counts it once"
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 @pytest.fixture(scope="module")
 def architecture() -> dict[str, Any]:
-    return text.architecture({**TINY, "sequence_length": 16})
+    return text.architecture({**TINY, "sequence_length": 16, "vocabulary": "private"})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_bytes_vocabulary_knows_every_text(architecture: dict[str, Any]) -> None
     model = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": "bytes"}, {}), seed=0)
     assert model.entries == SMALLEST
     odd = "naïve 東京 🙂 \x00"
-    (ids,) = tokenise(model.tokenizer, [odd])
+    (ids,) = model.vocabulary.tokenise([odd])
     assert len(ids) == len(odd.encode()) + 1
     assert model.tokenizer.decode(ids[:-1].tolist()) == odd
 
@@ -140,7 +140,7 @@ def test_encode_packs_texts_with_separators(model: TextModel) -> None:
 @pytest.mark.parametrize("between", [" ", "-", ""])
 def test_long_texts_in_pieces_are_the_same_text(model: TextModel, between: str) -> None:
     long = between.join(WORDS * 3000)
-    ids, empty = tokenise(model.tokenizer, [long, ""])
+    ids, empty = model.vocabulary.tokenise([long, ""])
     assert model.tokenizer.decode(ids[:-1].tolist()) == long and list(empty) == [SEPARATOR_ID]
     if between == " ":
         assert ids.tolist() == model.tokenizer.encode(long).ids, "a cut before a space changes no token"
@@ -274,7 +274,7 @@ def test_node_export_opens_with_the_auto_classes(tmp_path: Path, model: TextMode
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id) == (MASK_ID, 0, SEPARATOR_ID)
     inputs = tokenizer(TEXTS[0], return_tensors="pt")
-    (ids,) = tokenise(model.tokenizer, TEXTS[:1])
+    (ids,) = model.vocabulary.tokenise(TEXTS[:1])
     assert inputs["input_ids"][0].tolist() == ids.tolist(), "the exported tokenizer separates as training did"
     with torch.no_grad():
         before = model.network(input_ids=inputs["input_ids"]).logits
@@ -297,25 +297,21 @@ def test_continue_from_any_modernbert(tmp_path: Path) -> None:
     theirs = ModernBertForMaskedLM(config)
     theirs.save_pretrained(tmp_path)
     architecture, tensors = text.architecture_of(tmp_path)
+    assert (architecture["vocabulary"], architecture["shared"], architecture["vocab_size"]) == ("shared", "all", 50)
+    assert set(tensors) == {name for name, _ in theirs.named_parameters()} - {"decoder.bias"}
+    assert all(torch.equal(tensors[name], theirs.state_dict()[name]) for name in tensors)
     assert architecture["attention_bias"] and architecture["local_attention"] == 8
     assert architecture["max_position_embeddings"] == 8192 and architecture["sequence_length"] == 32
-    ours = text.build(architecture, text.fit_private(TEXTS, architecture, {"vocabulary": 300}, {}), seed=0)
-    for name, parameter in ours.shared_parameters().items():
-        parameter.data.copy_(tensors[name])
-    x = torch.randn(1, 30, 24)
-    assert torch.equal(
-        ours.network.model(inputs_embeds=x).last_hidden_state, theirs.model(inputs_embeds=x).last_hidden_state
-    )
 
 
-def test_directories_that_are_no_modernbert(tmp_path: Path) -> None:
+def test_directories_that_are_no_model_of_this_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         text.architecture_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not readable as JSON"):
         text.architecture_of(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="describes a 'bert' model"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="describes a 'gpt2' model; this encoder type continues from modernbert or "):
         text.architecture_of(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "modernbert"}')
     with pytest.raises(UserError, match="does not open as a model"):

@@ -28,7 +28,7 @@ def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text"
     corpus, private = directory / f"{name}.jsonl", directory / name / "encoders" / "text-1"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     text = get_encoder_type("text")
-    architecture = text.architecture(SMALL)
+    architecture = text.architecture({**SMALL, "vocabulary": "private"})
     spec = text.fit_private(texts, architecture, {"vocabulary": 300}, {})
     save_spec(private, spec)
     parts = text.build(architecture, spec, 0).private_parameters()
@@ -42,7 +42,7 @@ def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text"
 
 def encoder(directory: Path, **overrides: int) -> Path:
     text = get_encoder_type("text")
-    architecture = text.architecture({**SMALL, **overrides})
+    architecture = text.architecture({**SMALL, "vocabulary": "private", **overrides})
     directory.mkdir()
     tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
     text.export_shared(directory, architecture, tensors, "# card", {})

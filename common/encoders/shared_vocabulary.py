@@ -1,0 +1,86 @@
+"""The vocabulary that everybody uses: a tokenizer of the operator's, one trained on a text that the operator has, plain
+bytes, or the one that lies here. It travels once, as an asset of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from common.encoders import hugging_face
+from common.encoders.vocabulary import OWN_TOKENS, SMALLEST, Vocabulary, train_vocabulary
+from common.errors import UserError
+from common.text_files import SUFFIXES, read_texts
+
+#: The asset's name.
+TOKENIZER = "tokenizer.json"
+#: Trained on the sources and documentation of free Python packages; see docs/learning.md for the command.
+_SHIPPED = "vocabulary.json"
+
+
+def make(sources: Mapping[str, str], entries: int) -> Vocabulary:
+    """The vocabulary that `sources` names: `tokenizer` is a directory or file of one, or "bytes"; `reference` a file or
+    folder of texts on which one of at most `entries` entries is trained. Where neither is named, the shipped one.
+
+    Raises UserError if both are named, and for a source that is none.
+    """
+    if "tokenizer" in sources and "reference" in sources:
+        raise UserError("encoder.tokenizer and encoder.reference name a vocabulary each; leave one of them out")
+    if "reference" in sources:
+        return Vocabulary(train_vocabulary(_texts(Path(sources["reference"])), entries), OWN_TOKENS)
+    if "tokenizer" not in sources:
+        shipped = files("common.encoders").joinpath(_SHIPPED).read_text("utf-8")
+        return Vocabulary(shipped, OWN_TOKENS)
+    if sources["tokenizer"] == "bytes":
+        return Vocabulary(train_vocabulary([" "], SMALLEST), OWN_TOKENS)
+    return read(Path(sources["tokenizer"]))
+
+
+def read(place: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, or of a directory that transformers opens (no code in it is run).
+
+    Raises UserError if it is neither, or has no mask token.
+    """
+    if not place.exists():
+        raise UserError(
+            f"{place} does not exist; set encoder.tokenizer to a tokenizer.json, a directory with one, or bytes"
+        )
+    if place.is_file():
+        try:
+            return Vocabulary.guessed(place.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{place} is not readable as a tokenizer.json ({error}); name another file") from None
+    try:
+        with hugging_face.quiet():
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the loader raises whatever a file that is no tokenizer leads it to
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{place} does not open as a tokenizer ({words}); name a directory with a tokenizer.json"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.mask_token is None:
+        raise UserError(f"{place} is no fast tokenizer with a mask token; take that of a masked language model")
+    separator = tokenizer.sep_token or tokenizer.eos_token
+    tokens = {
+        "pad": tokenizer.pad_token or separator,
+        "mask": tokenizer.mask_token,
+        "separator": separator,
+        "classifier": tokenizer.cls_token,
+    }
+    return Vocabulary(tokenizer.backend_tokenizer.to_str(), tokens)
+
+
+def _texts(place: Path) -> list[str]:
+    """Every text of a file, or of a folder's files of kinds that are read."""
+    if not place.exists():
+        raise UserError(f"{place} does not exist; set encoder.reference to a file or folder of texts")
+    if place.is_file():
+        found = [place]
+    else:
+        found = sorted(path for path in place.rglob("*") if path.is_file() and SUFFIXES & set(path.suffixes))
+    if not found:
+        raise UserError(f"{place} holds no texts; encoder.reference takes {', '.join(sorted(SUFFIXES))}")
+    texts, _ = read_texts(found, "text", None, "auto")
+    return texts
