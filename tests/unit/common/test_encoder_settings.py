@@ -111,7 +111,8 @@ def test_the_dictionaries_that_travel_are_what_they_always_were() -> None:
         '"mask_rate": 0.25, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, '
         '"intermediate_size": 128, "max_position_embeddings": 512, "local_attention": 128, '
         '"global_attn_every_n_layers": 3, "global_rope_theta": 100.0, "local_rope_theta": 7.0, '
-        '"hidden_activation": "gelu", "initializer_range": 0.1, "norm_eps": 1e-05, "norm_bias": false, "attention_bias": false, "mlp_bias": false}'
+        '"hidden_activation": "gelu", "initializer_range": 0.1, "norm_eps": 1e-05, "norm_bias": false, '
+        '"attention_bias": false, "mlp_bias": false}'
     )
     assert json.dumps(image.architecture({"qkv_bias": False, "initializer_range": 1})) == (
         '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, '
