@@ -7,18 +7,20 @@ The same steps give the same bits: fixed order of contributions, elementwise ker
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.numbers.encodings import decode_slice, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
 from master_service.arithmetic.export import export_encoder
 from master_service.arithmetic.generation import fingerprint, generated
 from master_service.arithmetic.outer import new_momentum, outer_step
@@ -50,7 +52,7 @@ class Aggregator:
             raise PayloadsLost({digest: problem})
         self.targets[encoder] = Target(ParameterSet.from_bytes(layout, self._payloads.read(digest)))
 
-    def step(self, step: Step) -> str:
+    def step(self, step: Step) -> Stepped:
         target = self.targets[step.encoder]
         size = target.parameters.layout.size
         problems = {each.payload: self._payloads.damage(each.payload) for each in step.contributions}
@@ -58,7 +60,7 @@ class Aggregator:
             raise PayloadsLost(lost)
         if target.momentum is None:
             target.momentum = new_momentum(size, step.outer)
-        positions = [0] * len(step.contributions)
+        positions, total = [0] * len(step.contributions), 0.0
         for start, stop in slices(size):
             gradient = torch.zeros(stop - start)
             for index, contribution in enumerate(step.contributions):
@@ -66,9 +68,11 @@ class Aggregator:
                 body = self._payloads.read(contribution.payload, positions[index], length)
                 positions[index] += length
                 gradient.add_(decode_slice(body, stop - start, contribution.encoding).mul_(contribution.coefficient))
+            for squares in _squares(gradient.numpy()):
+                total += squares
             momentum = None if target.momentum is None else target.momentum[start:stop]
             outer_step(target.parameters.vector[start:stop], gradient, momentum, step.outer)
-        return target.parameters.digest()
+        return Stepped(target.parameters.digest(), math.sqrt(total))
 
     def digest(self, encoder: str) -> str:
         return self.targets[encoder].parameters.digest()
@@ -99,7 +103,13 @@ def measure(payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, fl
         except ValueError:
             return False, 0.0
         position += length
-        for block in range(0, len(values), _NORM_BLOCK):
-            total += float(np.square(values[block : block + _NORM_BLOCK], dtype=np.float64).sum())
+        for squares in _squares(values):
+            total += squares
     finite = math.isfinite(total) and position == len(payload)
     return finite, math.sqrt(total) if finite else 0.0
+
+
+def _squares(values: NDArray[np.float32]) -> Iterator[float]:
+    """The sums of squares of fixed blocks, to be added in order: the same whatever the number of threads."""
+    for start in range(0, len(values), _NORM_BLOCK):
+        yield float(np.square(values[start : start + _NORM_BLOCK], dtype=np.float64).sum())

@@ -24,6 +24,15 @@ class PayloadsLost(SharedEncoderError):
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """A version that was computed: sha256 of its float32 bytes, hexadecimal, and the L2 norm of the weighted sum of its
+    updates."""
+
+    digest: str
+    norm: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes."""
 
@@ -37,8 +46,8 @@ class Arithmetic(Protocol):
     def begin(self, encoder: str, layout: Layout, digest: str) -> None:
         """Take version 0 from its payload. Raises PayloadsLost."""
 
-    def step(self, step: Step) -> str:
-        """Compute the next version; gives its digest. Raises PayloadsLost before anything is changed."""
+    def step(self, step: Step) -> Stepped:
+        """Compute the next version. Raises PayloadsLost before anything is changed."""
 
     def digest(self, encoder: str) -> str:
         """sha256 of the current version's float32 bytes, hexadecimal."""

@@ -45,6 +45,7 @@ from master_service.decisions.records import (
     Versioned,
 )
 from master_service.decisions.rules.buffer import is_ready
+from master_service.decisions.rules.rate import mean_cosine, rate, smoothed
 from master_service.decisions.settled import is_settled, settle, stored
 from master_service.decisions.state import Buffered, EncoderState, State
 from master_service.decisions.stopping import observe_loss, stop_reason
@@ -270,7 +271,9 @@ class Coordinator:
             Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
             for weighed in encoder.stepping
         )
-        return Step(encoder.encoder, encoder.version + 1, contributions, rule.outer)
+        step_rate = rate(rule.outer, [weighed.coefficient for weighed in encoder.stepping], encoder.agreement)
+        outer = rule.outer.model_copy(update={"lr": step_rate})
+        return Step(encoder.encoder, encoder.version + 1, contributions, outer)
 
     def _versioned(self, body: Versioned, at: float) -> list[Effect]:
         """A version is computed: its updates are answered, who waits is told, and it may have been the last."""
@@ -286,6 +289,9 @@ class Coordinator:
             tally.no_longer_pending(encoder, item)
             settle(member, receipt)
             effects.append(Send(item.node, receipt))
+        if body.norm is not None:
+            coefficients, norms = zip(*((each.coefficient, each.item.norm) for each in counted), strict=True)
+            encoder.agreement = smoothed(encoder.agreement, mean_cosine(body.norm, coefficients, norms))
         observe_norms(encoder, [weighed.item for weighed in counted])
         observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)
         ending = stop_reason(encoder, self.state.settings.stop, at)

@@ -63,12 +63,14 @@ class GenerationFailed(Message):
 
 
 class Versioned(Message):
-    """A version was computed; its digest is here before its first chunk leaves."""
+    """A version was computed; its digest is here before its first chunk leaves. `norm` is the L2 norm of the weighted
+    sum of its updates (Σ coefficient·Δ), before the outer optimiser."""
 
     kind: Literal["versioned"] = "versioned"
     encoder: Id
     version: int
     digest: Digest
+    norm: float | None = None
 
 
 class StepFailed(Message):

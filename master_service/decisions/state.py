@@ -139,6 +139,7 @@ class EncoderState(_State):
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
     `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
     newest counted updates: the norm for a single step, and the steps.
+    `agreement`: the running mean cosine between two updates of a version.
     `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
     somebody who does not say so may be reading it too.
@@ -174,6 +175,7 @@ class EncoderState(_State):
     stop_requested: str = ""
     norms: list[float] = Field(default_factory=list)
     steps: list[int] = Field(default_factory=list)
+    agreement: float | None = None
     best_loss: float | None = None
     versions_without_gain: int = 0
     askers: list[str] = Field(default_factory=list)

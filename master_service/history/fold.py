@@ -66,10 +66,12 @@ class Fold(Generic[A]):
         step = self.pending[encoder]
         if encoder not in self._computed:
             try:
-                digest = self.arithmetic.step(step)
+                made = self.arithmetic.step(step)
             except PayloadsLost as error:
                 return StepFailed(encoder=encoder, version=step.version, lost=error.lost)
-            self._computed[encoder] = Versioned(encoder=encoder, version=step.version, digest=digest)
+            self._computed[encoder] = Versioned(
+                encoder=encoder, version=step.version, digest=made.digest, norm=made.norm
+            )
         return self._computed[encoder]
 
     def check(self, body: Versioned) -> Check:

@@ -12,7 +12,7 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_bytes
 from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
+from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.records import Generated
 from node_service.training.update_rule import SinceReturn
@@ -46,7 +46,7 @@ class Tokens:
         demand(digest in self._payloads, "version 0 is generated without its payload")
         self.targets[encoder] = SimpleNamespace(digest=digest, steps=(), digests={0: digest})
 
-    def step(self, step: Step) -> str:
+    def step(self, step: Step) -> Stepped:
         lost = [each.payload for each in step.contributions if each.payload not in self._payloads]
         if lost:
             raise PayloadsLost(dict.fromkeys(lost, "missing"))
@@ -54,7 +54,7 @@ class Tokens:
         plain = (target.digest, step.version, [(c.payload, c.coefficient) for c in step.contributions])
         target.digest = target.digests[step.version] = hashlib.sha256(repr(plain).encode()).hexdigest()
         target.steps += (step,)
-        return str(target.digest)
+        return Stepped(str(target.digest), 1.0)
 
     def digest(self, encoder: str) -> str:
         return str(self.targets[encoder].digest)

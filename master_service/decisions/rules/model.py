@@ -36,10 +36,14 @@ class BufferRule(_Part):
 
 
 class OuterOptimizer(_Part):
-    """How the weighted mean of pseudo-gradients moves the target parameter set; see `outer`."""
+    """How the weighted mean of pseudo-gradients moves the target parameter set; see `outer`.
+
+    `lr` is the step's rate, and with `rho` its least: then the rate is such that each direction in which updates move
+    is moved by that share of what the nodes moved; see `rate`."""
 
     optimizer: Literal["sgd", "nesterov"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 1.0
+    rho: Annotated[float, Field(gt=0, le=2)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

@@ -186,12 +186,13 @@ def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half
             torch.set_num_threads(count)
             aggregator = Aggregator(store)
             aggregator.targets["e"] = Target(ParameterSet(Layout([("w", (size,))]), start.clone()))
-            digests.append(aggregator.step(step))
+            digests.append(aggregator.step(step))  # with the norm of the sum
     finally:
         torch.set_num_threads(threads)
     assert digests[0] == digests[1]
     mean = sum(update.double() * weight for update, weight in zip(updates, weights, strict=True))
     assert torch.allclose(aggregator.targets["e"].parameters.vector.double(), start.double() - 0.7 * mean, atol=1e-6)
+    assert digests[0].norm == pytest.approx(float(mean.norm()), rel=1e-6)
     before = aggregator.targets["e"].parameters.digest()
     gone = Step("e", 2, (contributions[0], Contribution("f" * 64, "float32", 0.5)), OuterOptimizer())
     with pytest.raises(PayloadsLost, match="f" * 64):

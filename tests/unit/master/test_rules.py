@@ -14,6 +14,7 @@ from common.errors import UserError
 from master_service.arithmetic.outer import new_momentum, outer_step
 from master_service.decisions.rules.buffer import Turnout, is_ready
 from master_service.decisions.rules.model import BufferRule, OuterOptimizer, WeightRule, aggregation_rule, warnings
+from master_service.decisions.rules.rate import mean_cosine, rate, smoothed
 from master_service.decisions.rules.weights import (
     STEPS_BOUND,
     Totals,
@@ -135,3 +136,52 @@ def test_presets_and_what_is_warned_of() -> None:
         aggregation_rule("fedprox")
     assert warnings(aggregation_rule("fedasync", {"outer": {"momentum": 0.9}}))
     assert not warnings(aggregation_rule("diloco"))
+
+
+VECTORS = st.lists(
+    st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)), min_size=3, max_size=3),
+    min_size=2,
+    max_size=6,
+)
+
+
+@given(VECTORS, st.data())
+def test_the_mean_cosine_follows_from_norms_alone(vectors: list[list[float]], data: st.DataObject) -> None:
+    coefficients = data.draw(st.lists(st.floats(0.05, 2), min_size=len(vectors), max_size=len(vectors)))
+    moved = [torch.tensor(each, dtype=torch.float64) for each in vectors]
+    norms = [float(each.norm()) for each in moved]
+    total = sum((c * each for c, each in zip(coefficients, moved, strict=True)), torch.zeros(3, dtype=torch.float64))
+    found = mean_cosine(float(total.norm()), coefficients, norms)
+    pairs = [
+        (coefficients[i] * coefficients[j] * norms[i] * norms[j], float(moved[i] @ moved[j]))
+        for i, j in itertools.combinations(range(len(moved)), 2)
+    ]
+    weight = sum(each for each, _ in pairs)
+    if found is None:
+        assert weight < 1e-6
+    elif weight > 1e-3:
+        dots = sum(coefficients[i] * coefficients[j] * float(moved[i] @ moved[j])
+                   for i, j in itertools.combinations(range(len(moved)), 2))  # fmt: skip
+        assert found == pytest.approx(max(-1.0, min(1.0, dots / weight)), abs=1e-6)
+
+
+def test_the_rate_gives_a_share_of_what_each_moved() -> None:
+    rule = OuterOptimizer(rho=0.67)
+    third = [1 / 3] * 3
+    assert rate(rule, third, 0.0) == pytest.approx(2.01), "three that have nothing in common"
+    assert rate(rule, third, 1.0) == 1.0, "all alike: the plain mean"
+    assert rate(rule, [0.1] * 10, 0.3) == pytest.approx(0.67 / 0.37)
+    assert rate(rule, third, None) == 1.0 and rate(OuterOptimizer(lr=0.7), third, 0.0) == 0.7
+    assert rate(rule, [1.0], 0.0) == 1.0, "one update alone is taken whole"
+    stale = [each * 0.5 for each in third]
+    assert rate(rule, stale, 0.0) == rate(rule, third, 0.0), "what staleness takes away stays away"
+    assert mean_cosine(1.0, [1.0], [1.0]) is None and mean_cosine(0.0, third, [0.0] * 3) is None
+    assert smoothed(None, 0.5) == 0.5 and smoothed(0.5, None) == 0.5 and smoothed(0.0, 1.0) == pytest.approx(0.2)
+
+
+@given(st.lists(st.floats(0.01, 4), min_size=1, max_size=20), st.floats(-1, 1), st.floats(0.1, 2), st.floats(0.1, 2))
+def test_the_rate_is_bounded_by_the_number_of_updates(
+    coefficients: list[float], agreement: float, rho: float, lr: float
+) -> None:
+    found = rate(OuterOptimizer(rho=rho, lr=lr), coefficients, agreement)
+    assert lr <= found <= max(lr, rho * len(coefficients)) * (1 + 1e-9)
