@@ -186,7 +186,7 @@ def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half
             torch.set_num_threads(count)
             aggregator = Aggregator(store)
             aggregator.targets["e"] = Target(ParameterSet(Layout([("w", (size,))]), start.clone()))
-            digests.append(aggregator.step(step))  # with the norm of the sum
+            digests.append(aggregator.step(step))
     finally:
         torch.set_num_threads(threads)
     assert digests[0] == digests[1]
