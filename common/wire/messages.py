@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeGuard, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
+from common.wire.topology import MIB
 
 SCHEMA_VERSION = 1
 
@@ -50,6 +51,29 @@ def _plain(value: Any, depth: int = 16) -> Any:
 
 #: What an encoder type makes a model from: plain values, because the state that they get into is kept as JSON.
 Architecture = Annotated[dict[str, Any], BeforeValidator(_plain)]
+
+#: Assets become files in exports: a file name without a folder.
+AssetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+#: The largest asset, bytes, and how many an encoder may have.
+MAX_ASSET_BYTES = 16 * MIB
+MAX_ASSETS = 8
+AssetSize = Annotated[int, Field(ge=0, le=MAX_ASSET_BYTES)]
+#: Bytes of an asset in one chunk; the last has what is left.
+ASSET_CHUNK_BYTES = MIB
+
+
+class AssetEntry(BaseModel):
+    """What nodes need of an encoder beside its architecture, such as a tokenizer, by name. `digest` is the sha256 of
+    its `size` bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: AssetName
+    digest: Digest
+    size: AssetSize
+
+
+AssetEntries = Annotated[list[AssetEntry], Field(max_length=MAX_ASSETS, fail_fast=True)]
 
 
 class Message(BaseModel):
@@ -104,6 +128,14 @@ class Fetch(NodeMessage):
     encoder: Id
     have_version: int = Field(ge=-1)
     sought: int | None = Field(default=None, ge=0)
+
+
+class FetchAssets(NodeMessage):
+    """A node was told of assets of an encoder, and their stream does not hold them, as after a broker that lost what it
+    had confirmed."""
+
+    kind: Literal["request.assets"] = "request.assets"
+    encoder: Id
 
 
 class Finished(NodeMessage):
@@ -211,7 +243,8 @@ class UpdateChunk(NodeMessage):
 
 
 class Instruction(Message):
-    """We train this encoder, of this type, with this architecture; `layout` is what travels of it."""
+    """We train this encoder, of this type, with this architecture; `layout` is what travels of it. `assets` are on a
+    stream of their own, in any order and perhaps more than once."""
 
     kind: Literal["instruction"] = "instruction"
     encoder: Id
@@ -219,6 +252,7 @@ class Instruction(Message):
     architecture: Architecture
     layout: LayoutEntries
     layout_digest: Digest
+    assets: AssetEntries = Field(default_factory=list)
 
 
 class ReturnWhen(BaseModel):
@@ -410,6 +444,7 @@ class Answer(Message):
     layout: LayoutEntries | None = None
     published_at: Seconds = 0.0
     detail: Text = ""
+    assets: AssetEntries = Field(default_factory=list)
 
 
 class Pulse(Message):
@@ -445,11 +480,27 @@ class ParameterChunk(Message):
     data: bytes
 
 
+class AssetChunk(Message):
+    """A slice of an asset on the stream: that of this index of `ASSET_CHUNK_BYTES` each. `digest` and `size` are those
+    of the whole; `checksum` is xxh3-64 of `data`, hexadecimal."""
+
+    kind: Literal["asset"] = "asset"
+    encoder: Id
+    name: AssetName
+    digest: Digest
+    size: AssetSize
+    index: Count
+    chunks: ChunkCount
+    checksum: str
+    data: Annotated[bytes, Field(max_length=ASSET_CHUNK_BYTES)]
+
+
 ToMaster = (
     Join
     | Get
     | Continue
     | Fetch
+    | FetchAssets
     | Finished
     | Leave
     | Alive
@@ -460,6 +511,17 @@ ToMaster = (
     | UpdateChunk
 )
 ToNode = (
-    Instruction | Rule | Receipt | Resend | Notice | Finish | Introduce | Answer | Pulse | StatusReport | ParameterChunk
+    Instruction
+    | Rule
+    | Receipt
+    | Resend
+    | Notice
+    | Finish
+    | Introduce
+    | Answer
+    | Pulse
+    | StatusReport
+    | ParameterChunk
+    | AssetChunk
 )
 AnyMessage = Annotated[ToMaster | ToNode, Field(discriminator="kind")]

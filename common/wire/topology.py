@@ -75,10 +75,11 @@ class Topology:
     request: str = field(init=False)
     update: str = field(init=False)
     parameter: str = field(init=False)
+    asset: str = field(init=False)
     dead_letters: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter"):
+        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter", "asset"):
             object.__setattr__(self, exchange, f"{self.namespace}.{exchange}")
         object.__setattr__(self, "dead_letters", f"{self.namespace}.dead-letters")
 
@@ -116,18 +117,26 @@ class Topology:
     def stream(self, encoder: str) -> str:
         return f"{self.namespace}.parameters.{encoder}"
 
+    def asset_stream(self, encoder: str) -> str:
+        return f"{self.namespace}.assets.{encoder}"
+
+    def streams(self, encoders: Iterable[str]) -> list[str]:
+        """The streams of encoders: of their parameters, and of what nodes need beside those."""
+        return [name for encoder in encoders for name in (self.stream(encoder), self.asset_stream(encoder))]
+
     def queue_names(self, nodes: Iterable[str], encoders: Iterable[str]) -> list[str]:
         """Every queue of this namespace: the master's, those of nodes, and the streams of encoders."""
         names = [self.master_inbox, self.master_updates, self.dead_letters]
         for node in nodes:
             names += [self.node_inbox(node), self.pulse_queue(node), self.chunk_queue(node)]
-        return names + [self.stream(encoder) for encoder in encoders]
+        return names + self.streams(encoders)
 
     def exchanges(self) -> Declarations:
         """The exchanges and the dead letters, which every party may declare."""
-        names = (self.instruction, self.rule, self.receipt, self.ack, self.request, self.update, self.parameter)
+        names = (self.instruction, self.rule, self.receipt, self.ack, self.request, self.update)
+        streamed = (self.parameter, self.asset)
         return Declarations(
-            exchanges=(*(Exchange(name) for name in names), Exchange(self.dead_letters)),
+            exchanges=(*(Exchange(name) for name in (*names, *streamed)), Exchange(self.dead_letters)),
             queues=(Queue(self.dead_letters, "classic", max_bytes=self.dead_letter_bytes, overflow="drop-head"),),
             bindings=(Binding(self.dead_letters, self.dead_letters, "#"),),
         )
@@ -180,4 +189,15 @@ class Topology:
         return Declarations(
             queues=(Queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
             bindings=(Binding(self.parameter, stream, encoder),),
+        )
+
+    def assets(self, encoder: str, asset_bytes: int) -> Declarations:
+        """The stream of what nodes need of one encoder beside its parameters, `asset_bytes` in all. It is written once
+        and not trimmed: whoever joins late reads it from its beginning. Its limit is for copies that nodes ask for,
+        however many: the newest few are always whole."""
+        segment = max(16 * MIB, asset_bytes)
+        stream = self.asset_stream(encoder)
+        return Declarations(
+            queues=(Queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
+            bindings=(Binding(self.asset, stream, encoder),),
         )

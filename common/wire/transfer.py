@@ -13,7 +13,7 @@ import xxhash
 
 from common.errors import Poison
 from common.numbers.slicing import slice_bytes
-from common.wire.messages import ParameterChunk, UpdateChunk, UpdateManifest
+from common.wire.messages import AssetChunk, ParameterChunk, UpdateChunk, UpdateManifest
 
 
 def checksum(data: bytes) -> str:
@@ -29,7 +29,7 @@ def payload_digest(bodies: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def verify(chunk: UpdateChunk | ParameterChunk) -> None:
+def verify(chunk: UpdateChunk | ParameterChunk | AssetChunk) -> None:
     """Raises Poison if the payload is not what was sent."""
     if checksum(chunk.data) != chunk.checksum:
         raise Poison("checksum", f"chunk {chunk.index} of {chunk.encoder} does not match its checksum")

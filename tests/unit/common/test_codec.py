@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from common.errors import Poison
 from common.wire.codec import decode, encode
-from common.wire.messages import Alive, Join, Message, ToMaster, ToNode
+from common.wire.messages import MAX_ASSET_BYTES, Alive, Join, Message, ToMaster, ToNode
 from common.wire.topology import MAX_BODY_BYTES
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]
 ID = st.from_regex(r"[a-z][a-z0-9-]{0,10}", fullmatch=True)
 DIGEST = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+NAME = st.from_regex(r"[a-z][a-z0-9._-]{0,10}", fullmatch=True)
+SIZE = st.integers(0, MAX_ASSET_BYTES)
 LAYOUT = st.lists(st.tuples(st.text(max_size=8), st.lists(st.integers(0, 9), max_size=3)), max_size=3)
 BY_NAME = {
     "node": ID,
@@ -44,13 +46,18 @@ BY_NAME = {
     "chunks": st.integers(1, 9),
     "update_rule": st.just({}),
     "report": st.just({"a": [1, 2.5, None]}),
+    "name": NAME,
+    "size": SIZE,
+    "assets": st.lists(st.fixed_dictionaries({"name": NAME, "digest": DIGEST, "size": SIZE}), max_size=3),
 }
+#: Filled in although they have a default.
+ALSO = ("assets",)
 
 
 def instances(kind: type[Message]) -> st.SearchStrategy[Message]:
     fields = {}
     for name, field in kind.model_fields.items():
-        if name in BY_NAME and field.is_required():
+        if name in BY_NAME and (field.is_required() or name in ALSO):
             fields[name] = BY_NAME[name]
         elif field.is_required():
             fields[name] = {bool: st.booleans(), str: st.text(max_size=8)}.get(field.annotation, st.integers(0, 2**40))

@@ -32,6 +32,7 @@ def test_who_gets_what() -> None:
     }
     assert bound(TOPOLOGY.observer("o")) - dead == {("ns.receipt", "o", "ns.node.o.inbox")}
     assert bound(TOPOLOGY.parameters("text-1", 5)) == {("ns.parameter", "text-1", "ns.parameters.text-1")}
+    assert bound(TOPOLOGY.assets("text-1", 5)) == {("ns.asset", "text-1", "ns.assets.text-1")}
     assert {exchange.kind for exchange in TOPOLOGY.exchanges().exchanges} == {"topic"}
     everything = (TOPOLOGY.master(), TOPOLOGY.node("n", ("text",)), TOPOLOGY.observer("o"))
     for declarations in everything:  # nobody binds what it has not declared
