@@ -81,6 +81,13 @@ def master(
         Path | None, typer.Option(metavar="DIR", help="finished encoder", show_default="STATE/encoders/ID")
     ] = None,
     get: Annotated[str | None, typer.Option(metavar="TYPE", help="make an encoder of this type at the start")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="of the shared vocabulary: a directory, a file, or the word bytes"),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="text to train the shared vocabulary on; stays here")
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +122,7 @@ def master(
             "exit_when_finished": once or None,
             "threads": threads,
         },
-        "encoder": {"get": get, "min_nodes": min_nodes},
+        "encoder": {"get": get, "tokenizer": tokenizer, "reference": reference, "min_nodes": min_nodes},
         "rule": {"preset": rule},
         "stop": stop,
     }
@@ -328,7 +335,7 @@ def broker_clean(
     broker: BrokerUrl = None,
     namespace: Namespace = None,
 ) -> None:
-    """Delete the parameter streams that ended runs have left at the broker. Not while a master serves the namespace."""
+    """Delete the streams that ended runs have left at the broker. Not while a master serves the namespace."""
     from deploy.commands.broker import clean
 
     clean(_broker_flags(broker, namespace), config, state, everything=everything)

@@ -39,13 +39,17 @@ class EncoderConfig(Section):
     """The encoder that this master makes when it starts (`get`), and how encoders are generated.
 
     `generation`: fresh (from the type's architecture and `seed`) or continue (from `source`: an export or a Hugging
-    Face directory). `min_nodes`: training starts once that many nodes have accepted.
+    Face directory). `tokenizer`: where a shared vocabulary comes from, a directory, a file, or the word `bytes`;
+    `reference`: text that the operator has, to train one on. Both are for the encoder type to read. `min_nodes`:
+    training starts once that many nodes have accepted.
     """
 
     get: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     generation: Literal["fresh", "continue"] = "fresh"
     source: Path | None = None
+    tokenizer: str | None = None
+    reference: Path | None = None
     seed: int = 0
     min_nodes: Annotated[int, Field(ge=1)] = 1
 
@@ -70,6 +74,8 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         min_nodes=encoder.min_nodes,
         generation=encoder.generation,
         source=str(encoder.source) if encoder.source else None,
+        tokenizer=encoder.tokenizer,
+        reference=str(encoder.reference) if encoder.reference else None,
         architecture=encoder.architecture,
         seed=encoder.seed,
     )
@@ -79,8 +85,8 @@ def given(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: St
     """What of `settings` was said explicitly, shaped as a Settings: the fields that the sections were made with."""
     found = {"rule": _explicit(rule), "update_rule": _explicit(update), "stop": _explicit(stop)}
     own = {name: value for name, value in _explicit(encoder).items() if name in Settings.model_fields}
-    if "source" in own:
-        own["source"] = str(encoder.source) if encoder.source else None
+    for path in own.keys() & {"source", "reference"}:
+        own[path] = str(own[path]) if own[path] else None
     return {name: value for name, value in found.items() if value} | own
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest, update_id
-from master_service.decisions.effects import Conclude, DeleteStream, Effect, Publish, Send
+from master_service.decisions.effects import Conclude, DeleteStream, Effect, Provide, Publish, Send
 from master_service.decisions.records import Entry, Generated, GenerationFailed, Presence, Started, Versioned
 
 #: A few fixed words, and the facts by name.
@@ -62,6 +62,8 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
                 yield "update refused", _update(receipt) | facts
             case Publish():
                 yield "version published", {"encoder": effect.encoder, "version": effect.version}
+            case Provide():
+                yield "assets published", {"encoder": effect.encoder}
             case Conclude():
                 yield "training ended", {"encoder": effect.encoder, "version": effect.version}
             case DeleteStream():

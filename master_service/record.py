@@ -26,6 +26,7 @@ from master_service.decisions.effects import (
     DeleteStream,
     Effect,
     Generate,
+    Provide,
     Publish,
     Refused,
     Send,
@@ -125,7 +126,8 @@ class Recorder:
         journal.carried_out = fold.offset
         with journal.attempts.at(_row(fold.offset)):
             outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
-            outcomes += [fold.arithmetic.generated(effect) for effect in self._coordinator.unmade()]
+            for effect in self._coordinator.unmade():
+                outcomes += fold.arithmetic.generated(effect)
         for outcome in outcomes:
             self.record(Todo(outcome.body, payload=outcome.payload))
         # before the epoch: a first start that dies in between is a first start again
@@ -202,12 +204,12 @@ class Recorder:
         with journal.attempts.at(_row(entry.offset), work):
             effects = fold.apply(entry)
             reached("during fold")
-            outcomes = []
+            outcomes: list[Outcome] = []
             for effect in effects:
                 if isinstance(effect, Step):
                     outcomes.append(Outcome(fold.compute(effect.encoder)))
                 elif isinstance(effect, Generate):
-                    outcomes.append(fold.arithmetic.generated(effect))
+                    outcomes += fold.arithmetic.generated(effect)
         self._send_out(effects)
         journal.carried_out = entry.offset
         for what, facts in events(entry, effects):
@@ -227,8 +229,11 @@ class Recorder:
                     self._publisher.broadcast(effect.encoder_type, effect.message)
                 case Publish():
                     self._publish(effect)
+                case Provide():
+                    encoder = self.state.encoders[effect.encoder]
+                    self._publisher.provide(effect.encoder, encoder.assets, self.journal.log.payloads)
                 case DeleteStream():
-                    self._publisher.delete_stream(effect.encoder)
+                    self._publisher.delete_stream(effect.encoder, assets=effect.assets)
                 case Conclude():
                     self._export(effect)
                 case Refused():

@@ -17,7 +17,7 @@ from master_service.log.jsonl import opened
 def clean(flags: dict[str, Any], file: Path | None, state: Path, *, everything: bool) -> None:
     """Delete what ended runs have left at the broker, by the log of the master that ran them, and say what that was.
 
-    The parameter streams of encoders that have ended; with `everything` all queues of the namespace that the log knows
+    The streams of encoders that have ended; with `everything` all queues of the namespace that the log knows
     of. Raises LockHeld while a master serves the namespace: that one cleans up by itself. UserError, BrokerUnavailable.
     """
     config = load_config(file, flags)
@@ -29,7 +29,7 @@ def clean(flags: dict[str, Any], file: Path | None, state: Path, *, everything: 
     topology = Topology(config.broker.namespace)
     encoders = coordinator.state.encoders
     ended = [name for name, encoder in encoders.items() if encoder.status in ("finished", "failed")]
-    names = topology.queue_names(coordinator.state.nodes, encoders) if everything else map(topology.stream, ended)
+    names = topology.queue_names(coordinator.state.nodes, encoders) if everything else topology.streams(ended)
     broker = connect(config, topology, "clean")
     try:
         broker.lock(topology.master_lock, lambda: None)

@@ -79,6 +79,8 @@ def gist(row: Row) -> str:
             )
         case "versioned":
             return f"version {body['version']}  {body['digest'][:16]}"
+        case "provided":
+            return f"{body['name']}  {body['digest'][:16]}, {size(body['size'])}"
         case "generated":
             return f"version 0  {body['digest'][:16]}, {len(body['layout'])} tensors"
         case "ack":

@@ -195,22 +195,27 @@ def _answer(observer: Observer, timeout: float) -> Answer:
 
 
 def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path) -> None:
-    """Read the finished version from its stream, where the answer to a get put it, and export it."""
+    """Read the finished version and the assets from their streams, where the answer to a get put them, and export it.
+
+    Raises BrokerUnavailable if they do not come.
+    """
     from common.encoders import get_encoder_type
     from common.numbers.encodings import decode_vector
     from common.numbers.layout import Layout
     from common.numbers.parameters import ParameterSet
+    from common.wire.assets import read_assets
     from common.wire.versions import VersionReader
 
     assert answer.encoder and answer.encoder_type and answer.layout and answer.architecture
     layout = Layout(answer.layout)
     reader = VersionReader(broker, topology, answer.encoder, layout.digest)
     read = reader.read(answer.version, answer.published_at)
+    assets = read_assets(broker, topology, answer.encoder, answer.assets)
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
     card = f"{TITLE}{answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
     with replacing(out, card) as beside:
         encoder_type = get_encoder_type(answer.encoder_type)
-        encoder_type.export_shared(beside, answer.architecture, parameters.tensors(), card, {})
+        encoder_type.export_shared(beside, answer.architecture, parameters.tensors(), card, assets)
 
 
 def _print_report(report: Report, as_json: bool) -> None:

@@ -62,7 +62,7 @@ def run_replay(
         if change is None and not without:
             fold = _verified(log, encoder, version, every=every)
             if out is not None:
-                _write(fold, encoder, version, out)
+                _write(log, fold, encoder, version, out)
             return
         _decide_anew(log, change, without, encoder=encoder, out=out, how=_how(rule, changes, without))
 
@@ -159,12 +159,12 @@ def _difference(log: MessageLog, check: Check, offset: int) -> str:
     )
 
 
-def _write(fold: Fold[Any], encoder: str | None, version: int | None, out: Path) -> None:
+def _write(log: MessageLog, fold: Fold[Any], encoder: str | None, version: int | None, out: Path) -> None:
     """Write the version that the fold has reached."""
     state = _chosen(fold, encoder)
     if version not in (None, state.version):
         raise UserError(f"version {version} of {state.encoder} is not in the log, its newest is {state.version}")
-    _export(state, fold.arithmetic.targets[state.encoder].parameters, out)
+    _export(log, state, fold.arithmetic.targets[state.encoder].parameters, out)
 
 
 def _chosen(fold: Fold[Any], encoder: str | None) -> EncoderState:
@@ -178,11 +178,11 @@ def _chosen(fold: Fold[Any], encoder: str | None) -> EncoderState:
     return made[encoder]
 
 
-def _export(state: EncoderState, parameters: ParameterSet, out: Path, note: str = "") -> None:
+def _export(log: MessageLog, state: EncoderState, parameters: ParameterSet, out: Path, note: str = "") -> None:
     with saying("loading transformers"):
         from master_service.arithmetic.export import export_encoder
 
-        export_encoder(out, state, parameters, note)
+        export_encoder(out, state, parameters, log.payloads, note)
     print(
         f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters {parameters.digest()}"
     )
@@ -257,7 +257,7 @@ def _decide_anew(
     console().print(note, highlight=False)
     if out is not None:
         state = _chosen(refold.fold, encoder)
-        _export(state, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
+        _export(log, state, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
 
 
 def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, how: str) -> None:

@@ -176,7 +176,7 @@ def optimum(size: int, seed: int, index: int) -> np.ndarray[Any, np.dtype[np.flo
 class SimulatedAggregator(Aggregator):
     """The real arithmetic, so that a replay proves it; version 0 comes from the seed, and there is no model."""
 
-    def generated(self, effect: Generate) -> Outcome:
+    def generated(self, effect: Generate) -> list[Outcome]:
         size = int(effect.architecture["parameters"])
         random = torch.Generator().manual_seed(effect.seed & 0xFFFF_FFFF_FFFF_FFFF)
         parameters = ParameterSet(Layout([("parameters", (size,))]), torch.randn(size, generator=random))
@@ -187,7 +187,7 @@ class SimulatedAggregator(Aggregator):
             layout_digest=parameters.layout.digest,
             digest=parameters.digest(),
         )
-        return Outcome(body, parameters.to_bytes())
+        return [Outcome(body, parameters.to_bytes())]
 
     def export(self, directory: Path, encoder: EncoderState) -> None:
         """Nothing that transformers could open."""

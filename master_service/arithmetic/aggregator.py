@@ -80,14 +80,14 @@ class Aggregator:
     def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
         return measure(payload, size, encoding)
 
-    def generated(self, effect: Generate) -> Outcome:
+    def generated(self, effect: Generate) -> list[Outcome]:
         return generated(effect)
 
     def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
         return encode_vector(self.targets[encoder].parameters.vector, encoding)
 
     def export(self, directory: Path, encoder: EncoderState) -> None:
-        export_encoder(directory, encoder, self.targets[encoder.encoder].parameters)
+        export_encoder(directory, encoder, self.targets[encoder.encoder].parameters, self._payloads)
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint()

@@ -11,7 +11,7 @@ from common.errors import SharedEncoderError
 from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName
 from master_service.decisions.effects import Generate, Step
-from master_service.decisions.records import Generated, GenerationFailed, StepFailed, Versioned
+from master_service.decisions.records import Generated, GenerationFailed, Provided, StepFailed, Versioned
 from master_service.decisions.state import EncoderState
 
 
@@ -34,9 +34,10 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes."""
+    """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes, an asset
+    with its own."""
 
-    body: Versioned | StepFailed | Generated | GenerationFailed
+    body: Versioned | StepFailed | Provided | Generated | GenerationFailed
     payload: bytes | None = None
 
 
@@ -55,8 +56,8 @@ class Arithmetic(Protocol):
     def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
         """(finite, L2 norm) of an encoded vector of `size` elements; (False, 0) if its length does not fit."""
 
-    def generated(self, effect: Generate) -> Outcome:
-        """Make version 0 of an encoder."""
+    def generated(self, effect: Generate) -> list[Outcome]:
+        """Make version 0 of an encoder: its assets first, then the encoder itself; or why it cannot be made."""
 
     def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
         """The current version, slice by slice, as it is published."""

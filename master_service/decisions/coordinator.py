@@ -9,6 +9,7 @@ from __future__ import annotations
 from common.wire.messages import (
     Continue,
     Fetch,
+    FetchAssets,
     Finished,
     Get,
     InstructionAck,
@@ -37,6 +38,7 @@ from master_service.decisions.records import (
     Generated,
     GenerationFailed,
     Presence,
+    Provided,
     Repaired,
     Skipped,
     Started,
@@ -84,6 +86,8 @@ class Coordinator:
                 return membership.join(self.state, body)
             case Fetch():
                 return membership.fetch(self.state, body, at)
+            case FetchAssets():
+                return membership.fetch_assets(self.state, body, at)
             case Finished():
                 return streams.finished(self.state, body, at)
             case Leave():
@@ -94,6 +98,8 @@ class Coordinator:
                 return requests.get(self.state, entry, body)
             case Continue():
                 return requests.go_on(self.state, body, at)
+            case Provided():
+                return requests.provided(self.state, body)
             case Generated():
                 told = requests.generated(self.state, body, at)
                 return told + self._advance(self.state.encoders[body.encoder], at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.numbers.slicing import EncodingName
@@ -28,7 +28,8 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Make version 0 of an encoder; answered by a Generated or GenerationFailed entry."""
+    """Make version 0 of an encoder, and its assets; answered by a Provided entry for each asset and a Generated one, or
+    by a GenerationFailed entry. `sources`: what the operator named for the assets, by name; paths and words."""
 
     encoder: str
     encoder_type: str
@@ -36,6 +37,7 @@ class Generate:
     generation: str
     source: str | None
     seed: int
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,17 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Provide:
+    """Write the encoder's assets to their stream, before any message that follows it here. Twice does no harm: readers
+    take the first whole one."""
+
+    encoder: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteStream:
-    """Delete the encoder's parameter stream at the broker, with everything on it: everybody has its last version.
+    """Delete the encoder's parameter stream at the broker, with everything on it: everybody has its last version. With
+    `assets`, the stream of its assets too.
 
     The shell deletes the queue `Topology.stream(encoder)`; one that is not there (this is carried out again after a
     crash) is no error. It forgets what it knew of the stream (that it is declared, what was written last, the time from
@@ -78,6 +89,7 @@ class DeleteStream:
     """
 
     encoder: str
+    assets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +114,4 @@ class SetAside:
     offset: int
 
 
-Effect = Send | Broadcast | Generate | Step | Publish | DeleteStream | Conclude | Refused | SetAside
+Effect = Send | Broadcast | Generate | Step | Publish | Provide | DeleteStream | Conclude | Refused | SetAside

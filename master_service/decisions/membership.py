@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.wire.messages import Fetch, InstructionAck, Introduce, Join, Leave, Rule
+from common.wire.messages import Fetch, FetchAssets, InstructionAck, Introduce, Join, Leave, Rule
 from master_service.decisions import streams
 from master_service.decisions.effects import Effect, Send
-from master_service.decisions.messages_out import instruction, notify, publish, publish_again
+from master_service.decisions.messages_out import instruction, notify, provide_again, publish, publish_again
 from master_service.decisions.records import Presence
 from master_service.decisions.settled import remember
 from master_service.decisions.state import EncoderState, Member, NodeState, State
@@ -107,6 +107,19 @@ def fetch(state: State, body: Fetch, at: float) -> list[Effect]:
         return []
     again = publish_again(state.settings, encoder, body.sought, at)
     return [*again, *notify(state.settings, encoder, [body.node], at)]
+
+
+def fetch_assets(state: State, body: FetchAssets, at: float) -> list[Effect]:
+    """A node did not find the assets of an encoder on their stream: they are written again, for all who miss them."""
+    known = state.nodes.get(body.node)
+    if known is None or known.incarnation != body.incarnation:
+        return [Send(body.node, Introduce(node=body.node))]
+    encoder = state.encoders.get(body.encoder)
+    if encoder is None or not (encoder.layout and encoder.assets):
+        return []
+    # of an encoder that has ended, for a node that was away; it does not say when it has read them
+    encoder.observed |= encoder.status == "finished"
+    return provide_again(encoder, at)
 
 
 def _begin(state: State, encoder: EncoderState, at: float) -> list[Effect]:

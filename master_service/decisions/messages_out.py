@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from common.wire.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
-from master_service.decisions.effects import Effect, Publish, Send
+from master_service.decisions.effects import Effect, Provide, Publish, Send
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import Buffered, EncoderState
 from master_service.decisions.stopping import progress
@@ -21,6 +21,7 @@ def instruction(encoder: EncoderState) -> Instruction:
         architecture=encoder.architecture,
         layout=encoder.layout,
         layout_digest=encoder.layout_digest,
+        assets=encoder.assets,
     )
 
 
@@ -46,6 +47,7 @@ def answer(encoder: EncoderState) -> Answer:
         architecture=encoder.architecture,
         layout=encoder.layout,
         detail=encoder.reason,
+        assets=encoder.assets,
     )
 
 
@@ -79,6 +81,23 @@ def publish_again(settings: Settings, encoder: EncoderState, sought: int | None,
     if not lost or at - encoder.published_at < PUBLISH_AGAIN_SECONDS:
         return []
     return [replace(publish(settings, encoder, at), again=True)]
+
+
+def provide(encoder: EncoderState, at: float) -> list[Effect]:
+    """The order to write the encoder's assets to their stream, if it has any and they are not there."""
+    if not encoder.assets or encoder.has_assets:
+        return []
+    encoder.provided_at, encoder.has_assets = at, True
+    return [Provide(encoder.encoder)]
+
+
+def provide_again(encoder: EncoderState, at: float) -> list[Effect]:
+    """Write the assets once more for somebody who did not find them; once in a while is enough for all, as with a
+    version."""
+    if encoder.has_assets and at - encoder.provided_at < PUBLISH_AGAIN_SECONDS:
+        return []
+    encoder.has_assets = False
+    return provide(encoder, at)
 
 
 def notify(settings: Settings, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:

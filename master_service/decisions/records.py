@@ -11,9 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from common.wire.messages import (
+    MAX_ASSETS,
+    AssetEntry,
+    AssetName,
+    AssetSize,
     Continue,
     Digest,
     Fetch,
+    FetchAssets,
     Finished,
     Get,
     Id,
@@ -43,8 +48,25 @@ class Started(Message):
     fingerprint: dict[str, str]
 
 
+class Provided(Message):
+    """An asset of an encoder that is being made; its bytes are the payload of this entry. Comes before the encoder's
+    Generated, and again if the master died before that."""
+
+    kind: Literal["provided"] = "provided"
+    encoder: Id
+    name: AssetName
+    digest: Digest
+    size: AssetSize
+
+    @property
+    def entry(self) -> AssetEntry:
+        """As nodes are told of it."""
+        return AssetEntry(name=self.name, digest=self.digest, size=self.size)
+
+
 class Generated(Message):
-    """Version 0 of an encoder, whose parameters are the payload of this entry."""
+    """Version 0 of an encoder, whose parameters are the payload of this entry. `assets`: the names of what it has, out
+    of what was provided before."""
 
     kind: Literal["generated"] = "generated"
     encoder: Id
@@ -52,6 +74,7 @@ class Generated(Message):
     layout: LayoutEntries
     layout_digest: Digest
     digest: Digest
+    assets: list[AssetName] = Field(default_factory=list, max_length=MAX_ASSETS)
 
 
 class GenerationFailed(Message):
@@ -117,10 +140,20 @@ class Tick(Message):
 
 
 Record = (
-    Configured | Started | Generated | GenerationFailed | Versioned | StepFailed | Skipped | Repaired | Presence | Tick
+    Configured
+    | Started
+    | Provided
+    | Generated
+    | GenerationFailed
+    | Versioned
+    | StepFailed
+    | Skipped
+    | Repaired
+    | Presence
+    | Tick
 )
 #: What nodes and observers say that is decided upon.
-Said = Join | Get | Continue | Fetch | Finished | Leave | Stop | InstructionAck | UpdateManifest
+Said = Join | Get | Continue | Fetch | FetchAssets | Finished | Leave | Stop | InstructionAck | UpdateManifest
 Loggable = Said | Record
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 

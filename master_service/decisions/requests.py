@@ -7,8 +7,9 @@ import hashlib
 from common.numbers.layout import Layout
 from common.wire.messages import Answer, Continue, Get
 from master_service.decisions.effects import Broadcast, Effect, Generate, Send
-from master_service.decisions.messages_out import answer, instruction, publish
-from master_service.decisions.records import Entry, Generated, GenerationFailed
+from master_service.decisions.messages_out import answer, instruction, provide, provide_again, publish
+from master_service.decisions.records import Entry, Generated, GenerationFailed, Provided
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState, State
 from master_service.decisions.tally import changing
 from master_service.decisions.verdicts import shortened
@@ -31,7 +32,8 @@ def get(state: State, entry: Entry, request: Get) -> list[Effect]:
         return [Send(request.sender, answer(running))]
     if same and not request.fresh:
         same[-1].observed = True
-        return [publish(state.settings, same[-1], entry.at), Send(request.sender, answer(same[-1]))]
+        written = [publish(state.settings, same[-1], entry.at), *provide_again(same[-1], entry.at)]
+        return [*written, Send(request.sender, answer(same[-1]))]
     # an id has at most 64 characters, whatever the type is called
     name = f"{request.encoder_type[:57]}-{hashlib.sha256(entry.message_id.encode()).hexdigest()[:6]}"
     encoder = EncoderState(
@@ -60,6 +62,7 @@ def go_on(state: State, request: Continue, at: float) -> list[Effect]:
             member.accepted = False
     return [
         publish(state.settings, encoder, at),
+        *provide(encoder, at),
         Broadcast(encoder.encoder_type, instruction(encoder)),
         Send(request.sender, answer(encoder)),
     ]
@@ -75,7 +78,23 @@ def generate(state: State, encoder: EncoderState) -> Generate:
         settings.generation,
         settings.source,
         settings.seed,
+        sources(settings),
     )
+
+
+def sources(settings: Settings) -> dict[str, str]:
+    """What an encoder type may make its assets of, by name. Who goes on from a directory and names no tokenizer means
+    the one in it."""
+    going_on = settings.source if settings.generation == "continue" else None
+    named = {"tokenizer": settings.tokenizer or going_on, "reference": settings.reference}
+    return {name: source for name, source in named.items() if source is not None}
+
+
+def provided(state: State, body: Provided) -> list[Effect]:
+    """An asset is durable. The one before of this name was of an attempt that the master did not live to end."""
+    encoder = state.encoders[body.encoder]
+    encoder.assets = [*(entry for entry in encoder.assets if entry.name != body.name), body.entry]
+    return []
 
 
 def generated(state: State, body: Generated, at: float) -> list[Effect]:
@@ -84,9 +103,11 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
     encoder.status = "running"
     encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
     encoder.size, encoder.digest = Layout(body.layout).size, body.digest
+    encoder.assets = [entry for entry in encoder.assets if entry.name in body.assets]
     askers, encoder.askers = encoder.askers, []
     return [
         publish(state.settings, encoder, at),
+        *provide(encoder, at),
         Broadcast(encoder.encoder_type, instruction(encoder)),
         *(Send(asker, answer(encoder)) for asker in askers),
     ]

@@ -38,7 +38,10 @@ class StopRule(BaseModel):
 
 
 class Settings(BaseModel):
-    """The settings that the coordinator decides by; in the log, so that replay decides alike."""
+    """The settings that the coordinator decides by; in the log, so that replay decides alike.
+
+    `tokenizer` and `reference`: what the operator named for the encoder type to make its assets of, None if nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,13 +52,16 @@ class Settings(BaseModel):
     publish_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     generation: Literal["fresh", "continue"] = "fresh"
     source: str | None = None
+    tokenizer: str | None = None
+    reference: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
 
 
 #: Where a setting stands in the configuration, if not under its own name.
 _CONFIGURED_AS = {"update_rule": "update"} | {
-    name: f"encoder.{name}" for name in ("min_nodes", "generation", "source", "architecture", "seed")
+    name: f"encoder.{name}"
+    for name in ("min_nodes", "generation", "source", "tokenizer", "reference", "architecture", "seed")
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
-from common.wire.messages import LayoutEntries
+from common.wire.messages import AssetEntries, LayoutEntries
 from master_service.decisions.settings import Settings
 
 Status = Literal["generating", "running", "finished", "failed"]
@@ -142,7 +142,8 @@ class EncoderState(_State):
     `agreement`: the running mean cosine between two updates of a version.
     `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
-    somebody who does not say so may be reading it too.
+    somebody who does not say so may be reading it too. `assets`: what nodes need beside the architecture; they were
+    written to their stream at `provided_at`, and stay there while `has_assets`.
     """
 
     encoder: str
@@ -169,6 +170,9 @@ class EncoderState(_State):
     has_stream: bool = False
     readers: dict[str, None] = Field(default_factory=dict)
     observed: bool = False
+    assets: AssetEntries = Field(default_factory=list)
+    provided_at: float = 0.0
+    has_assets: bool = False
     run_started_at: float = 0.0
     run_first_version: int = 0
     run_first_update: int = 0

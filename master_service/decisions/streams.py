@@ -1,7 +1,7 @@
-"""The end of an encoder's parameter stream: it is deleted once everybody who needs the last version has read it.
+"""The end of an encoder's streams: they are deleted once everybody who needs the last version has read it.
 
 Nodes say when they have the last version (`Finished`); observers do not, so for them the stream is kept for an hour.
-For whoever comes later the last version is published again, over a new stream with a new hour.
+For whoever comes later the last version is published again, over a new stream with a new hour; the assets too.
 """
 
 from __future__ import annotations
@@ -56,17 +56,19 @@ def release(encoder: EncoderState, at: float) -> list[Effect]:
     due = release_at(encoder)
     if due is None or at < due:
         return []
-    encoder.has_stream, encoder.observed, encoder.readers = False, False, {}
-    return [DeleteStream(encoder.encoder)]
+    assets = encoder.has_assets
+    encoder.has_stream, encoder.has_assets, encoder.observed, encoder.readers = False, False, False, {}
+    return [DeleteStream(encoder.encoder, assets)]
 
 
 def release_at(encoder: EncoderState) -> float | None:
-    """When the stream of a finished encoder is to be deleted, in `at` seconds; None if it has none.
+    """When the streams of a finished encoder are to be deleted, in `at` seconds; None if it has none.
 
     Not sooner after a publication than it may be published again: however nodes come, ask and go, the last version is
     not written more often than that.
     """
-    if encoder.status != "finished" or not encoder.has_stream:
+    if encoder.status != "finished" or not (encoder.has_stream or encoder.has_assets):
         return None
     awaited = encoder.readers or encoder.observed
-    return encoder.published_at + (STREAM_SECONDS if awaited else PUBLISH_AGAIN_SECONDS)
+    written_at = max(encoder.published_at, encoder.provided_at)
+    return written_at + (STREAM_SECONDS if awaited else PUBLISH_AGAIN_SECONDS)

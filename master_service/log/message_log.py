@@ -331,10 +331,13 @@ class MessageLog:
         return int(self._db.execute("SELECT count(DISTINCT payload) FROM entries").fetchone()[0])
 
     def update_payloads(self, up_to: int) -> list[str]:
-        """The payloads of updates in rows up to `up_to` that have not been dropped, oldest first."""
+        """The payloads of updates in rows up to `up_to` that have not been dropped, oldest first. Not one that is also
+        a version 0 or an asset: a start, a node and an export need those for good."""
         rows = self._db.execute(
             "SELECT payload FROM entries WHERE kind = 'update' AND payload IS NOT NULL AND offset <= ? "
-            "AND payload NOT IN (SELECT payload FROM dropped) GROUP BY payload ORDER BY max(offset)",
+            "AND payload NOT IN (SELECT payload FROM dropped) "
+            "AND payload NOT IN (SELECT payload FROM entries WHERE kind IN ('generated', 'provided') "
+            "AND payload IS NOT NULL) GROUP BY payload ORDER BY max(offset)",
             (up_to,),
         )
         return [payload for (payload,) in rows]

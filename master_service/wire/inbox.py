@@ -16,6 +16,7 @@ _INBOX = (
     "request.get",
     "request.update",
     "request.fetch",
+    "request.assets",
     "request.finished",
     "request.leave",
     "request.stop",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -10,13 +11,15 @@ from common.clock import Clock, Signal
 from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
 from common.numbers.slicing import EncodingName
+from common.wire.assets import publish_asset
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, Finish, Message, Notice, Pulse, Rule
+from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule
 from common.wire.topology import Topology
 from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
+from master_service.log.payloads import Payloads
 
 log = structlog.get_logger()
 
@@ -100,9 +103,39 @@ class Publisher:
         self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
         reached("after publish")
 
-    def delete_stream(self, encoder: str) -> None:
-        """Delete an encoder's stream; the next version is written to a new one."""
+    def provide(self, encoder: str, assets: Sequence[AssetEntry], payloads: Payloads) -> None:
+        """Write the assets of an encoder to their stream, one after the other. One that is not whole on disk is left
+        out: whoever needs it goes on asking for it."""
+        size = sum(entry.size for entry in assets)
+
+        def write(entry: AssetEntry, content: bytes) -> None:
+            # each time: it is done seldom, and somebody may have deleted the stream
+            self._broker.declare(self._topology.assets(encoder, size))
+            try:
+                publish_asset(self._broker, self._topology, encoder, entry, content)
+            except Unroutable as error:
+                raise BrokerUnavailable(str(error)) from None
+
+        for entry in assets:
+            if problem := payloads.damage(entry.digest):
+                log.error(
+                    "nodes do not get an asset; restore its payload from a backup of the state directory",
+                    encoder=encoder,
+                    asset=entry.name,
+                    payload=entry.digest,
+                    problem=problem,
+                )
+                continue
+            reached("before provide")
+            self._persist(partial(write, entry, payloads.read(entry.digest)))
+            self.bytes_out += entry.size
+            reached("after provide")
+
+    def delete_stream(self, encoder: str, *, assets: bool = False) -> None:
+        """Delete an encoder's stream; the next version is written to a new one. `assets`: the stream of those too."""
         self._persist(lambda: self._broker.delete_queue(self._topology.stream(encoder)))
+        if assets:
+            self._persist(lambda: self._broker.delete_queue(self._topology.asset_stream(encoder)))
         self._streams.discard(encoder)
         self._hints.pop(encoder, None)
         self._written.pop(encoder, None)

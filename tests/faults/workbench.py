@@ -62,10 +62,10 @@ class Tokens:
     def measure(self, payload: bytes, size: int, encoding: str) -> tuple[bool, float]:
         return True, 1.0
 
-    def generated(self, effect: Generate) -> Outcome:
+    def generated(self, effect: Generate) -> list[Outcome]:
         digest = hashlib.sha256(b"fresh").hexdigest()
         plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
-        return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")
+        return [Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
 
     def encoded(self, encoder: str, encoding: str) -> list[bytes]:
         digest = self.digest(encoder)

@@ -16,6 +16,7 @@ from master_service.decisions.records import (
     Generated,
     GenerationFailed,
     Presence,
+    Provided,
     Record,
     Repaired,
     Said,
@@ -45,6 +46,7 @@ RECORDS: list[Any] = [
         )
     ),
     Started(epoch=3, fingerprint={"torch": "2"}),
+    Provided(encoder="e", name="tokenizer.json", digest=DIGEST, size=3),
     Generated(encoder="e", architecture={"a": None}, layout=LAYOUT.plain(), layout_digest=LAYOUT.digest, digest=DIGEST),
     GenerationFailed(encoder="e", reason="x" * 5000),
     Versioned(encoder="e", version=4, digest=DIGEST),
