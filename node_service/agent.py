@@ -10,6 +10,7 @@ from typing import assert_never
 
 from common.wire.messages import (
     Fetch,
+    FetchAssets,
     Finish,
     Finished,
     Instruction,
@@ -38,6 +39,19 @@ class CheckSamples:
     """Look for samples of the instruction's type and build the model; answered by `samples_checked`."""
 
     instruction: Instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Read those of the instruction's assets that are not here yet; answered by `gathered` once all of them are, or by
+    `gathering_failed`."""
+
+    instruction: Instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with what was trained last: what was lacking for that is here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,7 @@ class Reincarnate:
     """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
 
 
-Action = Say | CheckSamples | Train | Read | Look | Drop | Answered | Republish | Reincarnate
+Action = Say | CheckSamples | Gather | Resume | Train | Read | Look | Drop | Answered | Republish | Reincarnate
 
 
 @dataclass
@@ -104,7 +118,8 @@ class Agent:
     """What the node knows of the protocol's state.
 
     Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
-    only the one that it names is read, because the stream may hold two of one number.
+    only the one that it names is read, because the stream may hold two of one number. `gathering`: the instruction
+    whose assets are being read; until they are here its encoder is not built, and its rule and versions are not for us.
     """
 
     node: str
@@ -118,6 +133,7 @@ class Agent:
     finishing: Finish | None = None
     unknown: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
+    gathering: Instruction | None = None
 
     def join(self) -> list[Action]:
         """Introduce this node; the master answers with the running instructions."""
@@ -149,9 +165,9 @@ class Agent:
                 return [Republish(message.sequence, message.attempt, message.detail, message.beyond)]
             case Finish():
                 return self._finish(message)
-            case Rule() if self._is_current(message.encoder):
+            case Rule() if self._is_built(message.encoder):
                 return self._ruled(message)
-            case Notice() if self._is_current(message.encoder):
+            case Notice() if self._is_built(message.encoder):
                 return self._read(message.version, message.published_at)
         return []
 
@@ -164,6 +180,34 @@ class Agent:
         if refusal and self._is_current(instruction.encoder):
             self.current = None
         return [self._acknowledge(instruction, samples, refusal), *([] if self.current else self._next())]
+
+    def lacks_assets(self, instruction: Instruction) -> list[Action]:
+        """The answer to CheckSamples, or to what is to be resumed, if assets are not here: they are read first."""
+        if self.gathering == instruction:
+            return []  # the instruction came twice
+        self.gathering = instruction
+        return [Gather(instruction)]
+
+    def gathered(self) -> list[Action]:
+        """All assets are here: go on with what they were read for."""
+        gathering, self.gathering = self.gathering, None
+        if gathering is None:
+            return []
+        if self.current is None:
+            return [Resume()]
+        return [CheckSamples(gathering)] if self._is_current(gathering.encoder) else []
+
+    def gathering_failed(self, encoder: str, *, ask: bool = True) -> list[Action]:
+        """The assets did not come over the stream: `ask` the master for them, and read again; meanwhile another encoder
+        has its turn, if one waits."""
+        gathering = self.gathering
+        if gathering is None or gathering.encoder != encoder or not (self.current is None or self._is_current(encoder)):
+            return []
+        fetch = Say(FetchAssets(node=self.node, incarnation=self.incarnation, encoder=encoder))
+        asked: list[Action] = [fetch] if ask else []
+        if self.current is not None and self.waiting:
+            return [*asked, *self._put_off(self.current)]
+        return [*asked, Gather(gathering)]
 
     def version_read(self, encoder: str, version: int) -> list[Action]:
         """A version that `adopts` or `finishes` is here; after the last one, which the master is told of, the next
@@ -199,15 +243,14 @@ class Agent:
 
         Without a rule the instruction, the ack or the rule may be what got lost, and joining again brings them; or the
         encoder has ended long since and its instruction came twice, and what answers the fetch is its end. If another
-        one waits, it has its turn: this one may never begin, and its master is told not to count on this node.
+        one waits, it has its turn: this one may never begin, and its master is told not to count on this node. But not
+        while this one's assets are being read, however long that takes: it ends, or fails.
         """
         if self.rule is not None:
             return self._fetch()
-        if self.current is None or not self.waiting:
+        if self.current is None or not self.waiting or self._is_gathered(self.current.encoder):
             return [*self.join(), *self._fetch()]
-        put_off, self.current = self.current, None
-        self.waiting[put_off.encoder] = put_off
-        return [self._acknowledge(put_off, 0, "another encoder has its turn"), *self.join(), *self._next()]
+        return self._put_off(self.current)
 
     def look(self) -> list[Action]:
         """Nothing was heard for long: the master may be away, and what it published last is on the stream."""
@@ -250,6 +293,19 @@ class Agent:
 
     def _is_current(self, encoder: str) -> bool:
         return self.current is not None and self.current.encoder == encoder
+
+    def _is_gathered(self, encoder: str) -> bool:
+        return self.gathering is not None and self.gathering.encoder == encoder
+
+    def _is_built(self, encoder: str) -> bool:
+        """Whether it is the current encoder, and lacks nothing."""
+        return self._is_current(encoder) and not self._is_gathered(encoder)
+
+    def _put_off(self, instruction: Instruction) -> list[Action]:
+        """The current encoder waits at the end of the line."""
+        self.current = self.gathering = None
+        self.waiting[instruction.encoder] = instruction
+        return [self._acknowledge(instruction, 0, "another encoder has its turn"), *self.join(), *self._next()]
 
     def _instructed(self, instruction: Instruction) -> list[Action]:
         if instruction.encoder_type not in self.types:
@@ -312,7 +368,7 @@ class Agent:
 
     def _turn(self) -> list[Action]:
         """The current encoder is done with: turn to the next."""
-        self.current, self.rule, self.finishing = None, None, None
+        self.current, self.rule, self.finishing, self.gathering = None, None, None, None
         self.version = self.wanted = self.lost = -1
         return self._next()
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
 import structlog
@@ -16,7 +16,7 @@ from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import decode
-from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
+from common.wire.messages import Answer, AssetEntry, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -24,10 +24,12 @@ from node_service.agent import (
     Answered,
     CheckSamples,
     Drop,
+    Gather,
     Look,
     Read,
     Reincarnate,
     Republish,
+    Resume,
     Say,
     Train,
 )
@@ -37,7 +39,7 @@ from node_service.figures import NodeFigures
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
-from node_service.handover.reading import Reading, VersionRead
+from node_service.handover.reading import AssetRead, Reading, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.training.training import Training, update_manifest
 
@@ -49,13 +51,13 @@ IDLE_SECONDS = 0.2
 #: How many answers beyond `max_unanswered` the master keeps at least.
 _SPARE_ANSWERS = 8
 
-#: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates. Raises
-#: UserError if this node cannot.
-Build = Callable[[Instruction, Corpus, Ledger], Training]
+#: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates, and the
+#: instruction's assets come by name. Raises UserError if this node cannot.
+Build = Callable[[Instruction, Corpus, Ledger, Mapping[str, bytes]], Training]
 
 
 class Node:
-    """`start`, then `hear`, `version_read` and `work` as things come and time passes, and `goodbye` at a clean end.
+    """`start`, then `hear`, `was_read` and `work` as things come and time passes, and `goodbye` at a clean end.
 
     After an error nothing more may be asked of it: what is on disk is whole, and what is in memory may be half done.
     `outbox` and `reading` are to be flushed and read by whoever drives it.
@@ -131,8 +133,15 @@ class Node:
         self._broker.ack(delivery)
         reached("node after ack")
 
-    def version_read(self, read: VersionRead) -> None:
+    def was_read(self, read: VersionRead | AssetRead) -> None:
         """Handle what `reading` gave."""
+        if isinstance(read, AssetRead):
+            self._asset_read(read)
+        else:
+            self.version_read(read)
+
+    def version_read(self, read: VersionRead) -> None:
+        """Handle a version, or that it could not be read."""
         training = self.training
         self._heard_at = self._clock.monotonic()
         if read.version is None:
@@ -303,6 +312,10 @@ class Node:
                     self._say(action.message)
                 case CheckSamples():
                     self._check_samples(action.instruction)
+                case Gather():
+                    self._gather(action.instruction)
+                case Resume():
+                    self._resume()
                 case Train():
                     self._go_on(action.rule)
                 case Read():
@@ -362,10 +375,14 @@ class Node:
         corpus = self._corpora.get(current.instruction.encoder_type) if current is not None else None
         if current is None or corpus is None or len(corpus.train) == 0:
             return
+        encoder = current.instruction.encoder
+        if (assets := self.state.assets.read(current.instruction.assets)) is None:
+            log.warning("assets of the encoder are gone from the disk, reading them", node=self.name, encoder=encoder)
+            self._perform(self._agent.lacks_assets(current.instruction))
+            return
         try:
-            training = self._begin(current.instruction, corpus)
+            training = self._begin(current.instruction, corpus, assets)
         except UserError as error:
-            encoder = current.instruction.encoder
             log.error("cannot go on with the encoder", node=self.name, encoder=encoder, problem=str(error))
             return
         self._perform(self._agent.resume(current.instruction, current.rule, training.version))
@@ -377,8 +394,13 @@ class Node:
             self._refuse(instruction, f"no samples of type {instruction.encoder_type} here")
             return
         if self.training is None or self.training.instruction != instruction:
+            needed = [instruction, *self._agent.waiting.values()]
+            self.state.assets.keep_only(entry for each in needed for entry in each.assets)
+            if (assets := self.state.assets.read(instruction.assets)) is None:
+                self._perform(self._agent.lacks_assets(instruction))
+                return
             try:
-                self._begin(instruction, corpus)
+                self._begin(instruction, corpus, assets)
             except UserError as error:
                 log.error("refusing the instruction", node=self.name, encoder=instruction.encoder, problem=str(error))
                 self.figures.note = f"refused {instruction.encoder}: {error.public}"
@@ -394,13 +416,33 @@ class Node:
         happened("instruction refused", node=self.name, encoder=instruction.encoder, reason=why)
         self._perform(self._agent.samples_checked(instruction, 0, why))
 
-    def _begin(self, instruction: Instruction, corpus: Corpus) -> Training:
+    def _gather(self, instruction: Instruction) -> None:
+        """Read what is lacking."""
+        lacking = self.state.assets.lacking(instruction.assets)
+        self.figures.note = f"reading the {_shown(lacking)}"
+        self.reading.gather(instruction.encoder, lacking)
+
+    def _asset_read(self, read: AssetRead) -> None:
+        """Keep an asset, and go on once none is lacking; or ask for those that did not come."""
+        self._heard_at = self._clock.monotonic()
+        if read.entry is None:
+            log.warning("assets could not be read, asking for them", node=self.name, problem=read.problem)
+            # while nothing leaves, more of the same need not wait to leave
+            self._perform(self._agent.gathering_failed(read.encoder, ask=not self.outbox.problem))
+            return
+        self.state.assets.keep(read.entry, read.content)
+        happened("asset read", node=self.name, encoder=read.encoder, asset=read.entry.name, bytes=read.entry.size)
+        gathering = self._agent.gathering
+        if gathering is not None and not self.state.assets.lacking(gathering.assets):
+            self._perform(self._agent.gathered())
+
+    def _begin(self, instruction: Instruction, corpus: Corpus, assets: Mapping[str, bytes]) -> Training:
         """Raises UserError if this node cannot."""
         self.figures.begin(instruction.encoder, self._broker.status().bytes_out)
         self.figures.note = "building the model"
         ledger = self.state.ledger(instruction.encoder)
         self._wait_until_version = ledger.wait_until_version
-        self.training = self._build(instruction, corpus, ledger)
+        self.training = self._build(instruction, corpus, ledger, assets)
         self.figures.steps = self.training.steps
         # to build it takes a while, in which nothing could be heard, and the master was not waited for
         self._heard_at = self._looked_at = self._clock.monotonic()
@@ -456,3 +498,8 @@ class Node:
         self._agent = self._new_agent()
         self.training, self._wait_until_version = None, -1
         self._perform(self._agent.join())
+
+
+def _shown(assets: Sequence[AssetEntry]) -> str:
+    """Assets for people: a tokenizer is one, whatever its files are called."""
+    return ", ".join(dict.fromkeys("tokenizer" if "tokenizer" in each.name else each.name for each in assets))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from node_service.corpus.corpus import Corpus
 from node_service.figures import NodeFigures
 from node_service.handover.local_state import LocalState, open_local_state
 from node_service.handover.outbox import Outbox
-from node_service.handover.reading import VersionRead
+from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Build, Node
 from node_service.training.session import Session
@@ -66,7 +66,7 @@ class NodeService:
         self._on_change = on_change
         self._clock = clock
         self._build = build
-        self._events: queue.SimpleQueue[Delivery | VersionRead | BaseException] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Delivery | VersionRead | AssetRead | BaseException] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._closing = threading.Event()
 
@@ -123,12 +123,12 @@ class NodeService:
             while True:
                 event = self._next(wait)
                 wait = 0.0
-                if isinstance(event, VersionRead):
-                    node.version_read(event)
-                else:
+                if isinstance(event, Delivery):
                     node.hear(event)
+                else:
+                    node.was_read(event)
 
-    def _next(self, wait: float = 0.0) -> Delivery | VersionRead:
+    def _next(self, wait: float = 0.0) -> Delivery | VersionRead | AssetRead:
         """What has come first. Raises queue.Empty, and what ended a thread."""
         event = self._events.get(timeout=wait) if wait > 0 else self._events.get_nowait()
         if isinstance(event, BaseException):
@@ -167,7 +167,13 @@ class NodeService:
                 self._events.put(read)
 
     def _session(
-        self, directory: Path, device: str, instruction: Instruction, corpus: Corpus, ledger: Ledger
+        self,
+        directory: Path,
+        device: str,
+        instruction: Instruction,
+        corpus: Corpus,
+        ledger: Ledger,
+        assets: Mapping[str, bytes],
     ) -> Session:
         return Session(
             instruction,
@@ -177,4 +183,5 @@ class NodeService:
             seed=self.config.seed,
             device=device,
             ledger=ledger,
+            assets=assets,
         )

@@ -5,7 +5,7 @@ node works, its line up flushes the outbox, its line down brings deliveries and 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
-from node_service.handover.reading import VersionRead
+from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import RECEIPTS, Ledger
 from node_service.handover.store import MemoryStore
-from node_service.node import Node
+from node_service.node import Build, Node
 
 #: As the threads of a node have it, seconds: between two attempts to send, and between two looks for a version.
 _RETRY_SECONDS = 1.0
@@ -101,7 +101,9 @@ class SimulatedNode:
         """How many of its updates have no answer."""
         return sum(name.endswith(".json") for name in self._store.names("owed"))
 
-    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> ModelledTraining:
+    def _build(
+        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+    ) -> ModelledTraining:
         return ModelledTraining(
             instruction,
             ledger,
@@ -121,7 +123,7 @@ class _Process:
         world: World,
         state: LocalState,
         corpora: dict[str, Corpus],
-        build: Callable[[Instruction, Corpus, Ledger], ModelledTraining],
+        build: Build,
         ids: Ids,
     ) -> None:
         self._owner = owner
@@ -141,7 +143,7 @@ class _Process:
         )
         #: On the line down, and here but not looked at.
         self._coming: list[Delivery] = []
-        self._here: list[Delivery | VersionRead] = []
+        self._here: list[Delivery | VersionRead | AssetRead] = []
         self._closed = self._leaving = self._idle = False
         self._line_up = self._line_down = False
         self._due = world.clock.now()
@@ -188,10 +190,10 @@ class _Process:
     def _hear(self) -> None:
         here, self._here = self._here, []
         for event in here:
-            if isinstance(event, VersionRead):
-                self._node.version_read(event)
-            else:
+            if isinstance(event, Delivery):
                 self._node.hear(event)
+            else:
+                self._node.was_read(event)
 
     @property
     def _steps(self) -> int:
@@ -232,7 +234,7 @@ class _Process:
         reading, link = self._node.reading, self._world.plan.link
         if (read := reading.read_one()) is not None:
             self._here.append(read)
-            self._owner.versions_read += read.version is not None
+            self._owner.versions_read += isinstance(read, VersionRead) and read.version is not None
         before = self._broker.bytes_in
         while self._broker.deliver() and self._broker.bytes_in - before < _BATCH_SECONDS * link:
             pass

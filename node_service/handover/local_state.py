@@ -1,5 +1,5 @@
-"""What a node keeps on disk of the protocol: who it is, its next sequence number, what it trains, the updates that it
-still owes, and the receipts. The one owner of all of these; one process at a time."""
+"""What a node keeps on disk of the protocol: who it is, its next sequence number, what it trains, the assets of that,
+the updates that it still owes, and the receipts. The one owner of all of these; one process at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.locks import DirectoryLock
 from common.numbers.slicing import slice_bytes
 from common.wire.messages import Instruction, Receipt, Rule, UpdateManifest
+from node_service.handover.asset_cache import AssetCache
 from node_service.handover.receipt_book import Ledger, ReceiptBook
 from node_service.handover.store import DirectoryStore, Store
 
@@ -85,6 +86,7 @@ class LocalState:
         self.identity = found or Identity(node=node, incarnation=new_incarnation())
         if found is None:
             self._save()
+        self.assets = AssetCache(store)
         self._receipts = ReceiptBook(store)
         answered = {receipt.sequence: receipt for receipt in self._receipts.of(self.identity.incarnation)}
         self._sweep(set(answered))

@@ -1,17 +1,19 @@
-"""Versions that a node wants to read from the stream: asked for here, and read by `read_one`, which a thread of the
-service calls."""
+"""Versions and assets that a node wants to read from streams: asked for here, and read by `read_one`, which a thread of
+the service calls."""
 
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.clock import Clock
 from common.errors import BrokerUnavailable
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE, encoded_size
+from common.wire.assets import AssetReader
 from common.wire.broker import Broker
-from common.wire.messages import Instruction
+from common.wire.messages import AssetEntry, Instruction
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.versions import VersionReader
@@ -32,6 +34,24 @@ class VersionRead:
 
 
 @dataclass(frozen=True, slots=True)
+class AssetRead:
+    """An asset of an encoder that was read whole, or why those that were wanted could not be."""
+
+    encoder: str
+    entry: AssetEntry | None
+    content: bytes = b""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Assets of an encoder."""
+
+    encoder: str
+    entries: tuple[AssetEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     instruction: Instruction
     at_least: int
@@ -44,16 +64,22 @@ class _Wanted:
         return self.instruction.encoder
 
 
+def _is_look(asked: _Wanted | _Gather) -> bool:
+    return isinstance(asked, _Wanted) and asked.look
+
+
 class Reading:
-    """Reads one version at a time; of several wanted ones only the last. A look gives way to what is wanted."""
+    """Reads one version, or the assets of one encoder, at a time; of several wanted ones only the last. A look gives
+    way to what is wanted, and so do assets: whoever asks for anything else has turned away from their encoder."""
 
     def __init__(self, broker: Broker, topology: Topology, clock: Clock) -> None:
         self._broker = broker
         self._topology = topology
         self._clock = clock
         self._readers: dict[str, VersionReader] = {}
-        self._asked: queue.SimpleQueue[_Wanted] = queue.SimpleQueue()
-        self._wanted: _Wanted | None = None
+        self._assets: AssetReader | None = None
+        self._asked: queue.SimpleQueue[_Wanted | _Gather] = queue.SimpleQueue()
+        self._wanted: _Wanted | _Gather | None = None
 
     def read(self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool) -> None:
         """Read the newest version ≥ `at_least` (`exact`: that one)."""
@@ -63,15 +89,24 @@ class Reading:
         """See whether the stream holds a version ≥ `at_least`; if not, `read_one` gives nothing."""
         self._asked.put(_Wanted(instruction, at_least, look=True))
 
-    def read_one(self, wait: float = 0.0) -> VersionRead | None:
+    def gather(self, encoder: str, entries: Sequence[AssetEntry]) -> None:
+        """Read these assets of an encoder; `read_one` gives each as soon as it is whole, until it gives a problem."""
+        self._asked.put(_Gather(encoder, tuple(entries)))
+
+    def read_one(self, wait: float = 0.0) -> VersionRead | AssetRead | None:
         """Go on with what is wanted, for about `wait` seconds; what came of it, once that is known."""
         try:
             if self._begin(wait):
                 wanted = self._wanted
                 assert wanted is not None
+                if isinstance(wanted, _Gather):
+                    return self._gather(wanted, wait)
                 return self._step(wanted, self._reader(wanted), wait)
         except BrokerUnavailable as error:
             failed, self._wanted = self._wanted, None
+            self._close_assets()
+            if isinstance(failed, _Gather):
+                return AssetRead(failed.encoder, None, problem=str(error))
             if failed is not None and not failed.look:
                 return VersionRead(failed.encoder, failed.at_least, failed.exact, None, str(error))
         return None
@@ -87,6 +122,7 @@ class Reading:
 
     def close(self) -> None:
         """Stop reading."""
+        self._close_assets()
         for reader in self._readers.values():
             reader.close()
 
@@ -96,12 +132,15 @@ class Reading:
         A read that has begun goes on: on a slow line newer versions may be made faster than one is read. Raises
         BrokerUnavailable.
         """
-        if self._wanted is not None and not self._wanted.look:
+        if isinstance(self._wanted, _Wanted) and not self._wanted.look:
             return True
         asked = self._newest(wait if self._wanted is None else 0.0)
-        if asked is None or (self._wanted is not None and asked.look):
+        if asked is None or (self._wanted is not None and _is_look(asked)):
             return self._wanted is not None
         self._wanted = asked
+        self._close_assets()
+        if isinstance(asked, _Gather):
+            return True  # its reader is made by its first step
         reader = self._reader(asked)
         if asked.look:
             reader.look(asked.at_least)
@@ -109,15 +148,15 @@ class Reading:
             reader.seek(asked.at_least, asked.published_at, exact=asked.exact, timeout=PATIENCE_SECONDS)
         return True
 
-    def _newest(self, wait: float) -> _Wanted | None:
+    def _newest(self, wait: float) -> _Wanted | _Gather | None:
         """The last that was asked for; a look only if nothing else was."""
-        newest = None
+        newest: _Wanted | _Gather | None = None
         while True:
             try:
                 asked = self._asked.get(timeout=wait) if wait > 0 and newest is None else self._asked.get_nowait()
             except queue.Empty:
                 return newest
-            if newest is None or newest.look or not asked.look:
+            if newest is None or _is_look(newest) or not _is_look(asked):
                 newest = asked
 
     def _step(self, wanted: _Wanted, reader: VersionReader, wait: float) -> VersionRead | None:
@@ -126,6 +165,28 @@ class Reading:
             return None
         self._wanted = None
         return None if found is None else VersionRead(wanted.encoder, wanted.at_least, wanted.exact, found)
+
+    def _gather(self, wanted: _Gather, wait: float) -> AssetRead | None:
+        """Raises BrokerUnavailable."""
+        if self._assets is None:
+            self._assets = AssetReader(
+                self._broker,
+                self._topology,
+                wanted.encoder,
+                wanted.entries,
+                patience=PATIENCE_SECONDS,
+                clock=self._clock,
+            )
+        found = self._assets.step(wait)
+        if self._assets.done:
+            self._wanted = None
+            self._close_assets()
+        return None if found is None else AssetRead(wanted.encoder, *found)
+
+    def _close_assets(self) -> None:
+        if self._assets is not None:
+            self._assets.close()
+            self._assets = None
 
     def _reader(self, wanted: _Wanted) -> VersionReader:
         reader = self._readers.get(wanted.encoder)

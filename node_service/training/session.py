@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ _DRIFT_EVERY = 10
 class Session:
     """Made from an instruction and the owner's samples; trains once a version was adopted, or a path was restored.
 
-    `ledger` says what became of the updates that earlier processes of this incarnation handed in.
+    `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
+    instruction's, by name; private parts are fitted with them.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -45,13 +47,14 @@ class Session:
         seed: int,
         device: str,
         ledger: Ledger,
+        assets: Mapping[str, bytes],
     ) -> None:
         self.instruction = instruction
         self.directory = directory
         encoder_type = get_encoder_type(instruction.encoder_type)
         spec = load_spec(directory)
         if spec is None:
-            spec = encoder_type.fit_private(samples, instruction.architecture, private, {})
+            spec = encoder_type.fit_private(samples, instruction.architecture, private, assets)
             save_spec(directory, spec)
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,7 +343,9 @@ class SimNode:
         clock = StandingClock(world)
         self.node = Node(name, QUIET, corpora, self.wire, TOPOLOGY, state, self._build, outbox, clock=clock)
 
-    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> TokenTraining:
+    def _build(
+        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+    ) -> TokenTraining:
         return TokenTraining(self.world, instruction)
 
     def start(self) -> None:

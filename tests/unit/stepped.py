@@ -200,7 +200,7 @@ class SteppedNode:
         while True:
             read = self.node.reading.read_one()
             if read is not None:
-                self.node.version_read(read)
+                self.node.was_read(read)
             if not self._hear() and read is None:
                 break
         wait = self.node.work()
@@ -231,7 +231,9 @@ class SteppedNode:
         assert isinstance(self.node.training, CountingTraining)
         return self.node.training
 
-    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> CountingTraining:
+    def _build(
+        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+    ) -> CountingTraining:
         return CountingTraining(instruction, **self._training, saved=self.saved)
 
 
@@ -306,11 +308,11 @@ class SmallArithmetic(Aggregator):
         super().__init__(payloads)
         self._layout = layout
 
-    def generated(self, effect: Generate) -> Outcome:
+    def generated(self, effect: Generate) -> list[Outcome]:
         layout = self._layout
         start = ParameterSet(layout, torch.zeros(layout.size))
         plain = {"layout": layout.plain(), "layout_digest": layout.digest, "digest": start.digest()}
-        return Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())
+        return [Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())]
 
     def export(self, directory: Path, encoder: object) -> None:
         """Where nothing is written."""

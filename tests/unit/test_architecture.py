@@ -7,7 +7,7 @@ import sys
 import threading
 import tomllib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,9 +175,11 @@ class Federation:
         self.state = open_local_state(directory / "a", "a")
         outbox = Outbox(self.brokers[1], TOPOLOGY, "a", self.state.chunk)
 
-        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger) -> Session:
+        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]) -> Session:
             place = directory / "a/encoders" / instruction.encoder
-            return Session(instruction, corpus.train, place, private={}, seed=0, device="cpu", ledger=ledger)
+            return Session(
+                instruction, corpus.train, place, private={}, seed=0, device="cpu", ledger=ledger, assets=assets
+            )
 
         corpora = {"tiny": Corpus("tiny", samples(seed=0), None, [], None)}
         self.node = Node("a", NodeConfig(), corpora, self.brokers[1], TOPOLOGY, self.state, build, outbox, clock=clock)
@@ -234,7 +236,7 @@ class Federation:
             if read is None and not self._deliver():
                 return
         with self.trace.on("Node, main thread"):
-            self.node.version_read(read)
+            self.node.was_read(read)
 
 
 @pytest.fixture(scope="module")

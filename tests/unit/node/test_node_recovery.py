@@ -120,6 +120,7 @@ def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Se
         seed=0,
         device="cpu",
         ledger=state.ledger(instruction.encoder),
+        assets={},
     )
     training.retune(RULE.update_rule, 0.0)
     return training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,9 @@ class Service:
         self._let_in = False
         self.on_step: Any = lambda steps: None
 
-    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger) -> CountingTraining:
+    def _build(
+        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+    ) -> CountingTraining:
         return CountingTraining(instruction, seconds=0.0, saved=self.saved, **self._training)
 
     def look(self, service: NodeService) -> None:
