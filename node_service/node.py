@@ -430,7 +430,9 @@ class Node:
             # while nothing leaves, more of the same need not wait to leave
             self._perform(self._agent.gathering_failed(read.encoder, ask=not self.outbox.problem))
             return
+        reached("node before asset")
         self.state.assets.keep(read.entry, read.content)
+        reached("node after asset")
         happened("asset read", node=self.name, encoder=read.encoder, asset=read.entry.name, bytes=read.entry.size)
         gathering = self._agent.gathering
         if gathering is not None and not self.state.assets.lacking(gathering.assets):

@@ -18,6 +18,7 @@ from common.wire.broker import Publication
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     Answer,
+    AssetChunk,
     Continue,
     Get,
     ParameterChunk,
@@ -73,7 +74,7 @@ NODE_ACTS: dict[str, Callable[[SimNode], Any]] = {
 @dataclass(frozen=True)
 class Plan:
     """`nodes` are there; those from `present` on are started only by an action. `warm`: all present ones are training
-    when the actions begin."""
+    when the actions begin. `assets`: how many each encoder has."""
 
     rule: str = "fedasync"
     nodes: int = 1
@@ -81,6 +82,7 @@ class Plan:
     min_nodes: int = 1
     stop: int = 0
     warm: bool = True
+    assets: int = 0
     actions: tuple[Act, ...] = ()
 
     def settings(self, rule: str | None = None) -> Settings:
@@ -125,6 +127,8 @@ class World:
         self.acked: dict[str, deque[Any]] = {}
         #: Versions (of an encoder) that a stream has lost, or a part of them.
         self.lost: set[tuple[str, int]] = set()
+        #: Encoders whose stream of assets has lost something.
+        self.lost_assets: set[str] = set()
         #: What was in the log before a wipe: its answers may be gone.
         self.unanswered_for: set[str] = set()
         self.operator = Wire(self, "operator")
@@ -160,6 +164,13 @@ class World:
             assert isinstance(chunk, ParameterChunk)
             chunks.append(chunk)
         return chunks
+
+    def loses(self, name: str) -> None:
+        """A queue or stream is gone, with what is in it."""
+        if (encoder := name.removeprefix(TOPOLOGY.asset_stream(""))) != name:
+            self.lost_assets.add(encoder)
+        elif (encoder := name.removeprefix(TOPOLOGY.stream(""))) != name:
+            self.lost |= {(encoder, chunk.version) for chunk in self.stream(encoder)}
 
     def reached(self, label: str) -> None:
         if label == "node after owe":
@@ -238,9 +249,11 @@ class World:
                     message = found.ready.pop()
                     found.bytes -= message.size
                     found.next_offset -= 1
-                    chunk = decode(message.publication.body)
-                    assert isinstance(chunk, ParameterChunk)
-                    self.lost.add((chunk.encoder, chunk.version))
+                    match decode(message.publication.body):
+                        case ParameterChunk() as chunk:
+                            self.lost.add((chunk.encoder, chunk.version))
+                        case AssetChunk() as part:
+                            self.lost_assets.add(part.encoder)
                 continue
             again = [*acked.get(name, ())] if late % 2 else []
             found.bytes += sum(message.size for message in again)
@@ -255,9 +268,8 @@ class World:
         """It is back at once with an empty disk; who is there declares again what is theirs."""
         self.seen["wiped: broker"] += 1
         # private: what a broker with a new disk has lost
-        for name in [each for each in self.server._queues if each.startswith(TOPOLOGY.stream(""))]:
-            encoder = name.removeprefix(TOPOLOGY.stream(""))
-            self.lost |= {(encoder, chunk.version) for chunk in self.stream(encoder)}
+        for name in self.server._queues:
+            self.loses(name)
         self.server = MemoryServer(clock=lambda: self.now)
         for wire in self._wires():
             wire.move()

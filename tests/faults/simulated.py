@@ -48,10 +48,11 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
+from node_service.handover.reading import AssetRead
 from node_service.handover.receipt_book import RECEIPTS, Ledger
 from node_service.handover.store import MemoryStore
 from node_service.node import Node
-from tests.faults.workbench import SLICE, Tokens, TokenTraining, demand
+from tests.faults.workbench import ASSETS, SLICE, Tokens, TokenTraining, demand
 
 if TYPE_CHECKING:
     from tests.faults.interleavings import World
@@ -107,8 +108,7 @@ class Wire(MemoryBroker):
         self._declared.append(declarations)
 
     def delete_queue(self, name: str) -> None:
-        encoder = name.removeprefix(TOPOLOGY.stream(""))
-        self.world.lost |= {(encoder, chunk.version) for chunk in self.world.stream(encoder)}
+        self.world.loses(name)
         super().delete_queue(name)
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
@@ -243,7 +243,7 @@ class MemorySnapshots:
 
     def read(self) -> Fold[Any]:
         disk = self._world.disk
-        tokens, state, offset = Tokens(disk.payloads), None, -1
+        tokens, state, offset = Tokens(disk.payloads, self._world.plan.assets), None, -1
         if disk.snapshots:
             offset, plain, targets = disk.snapshots[-1]
             state = State.model_validate_json(plain)
@@ -346,6 +346,8 @@ class SimNode:
     def _build(
         self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
     ) -> TokenTraining:
+        wanted = dict(list(ASSETS.items())[: self.world.plan.assets])
+        demand(dict(assets) == wanted, f"{self.name} builds {instruction.encoder} with the assets {dict(assets)}")
         return TokenTraining(self.world, instruction)
 
     def start(self) -> None:
@@ -389,10 +391,13 @@ class SimNode:
         read = self.node.reading.read_one()
         if read is None:
             return False
-        if read.version is None:
+        if isinstance(read, AssetRead):
+            missed = read.entry is None and read.encoder not in self.world.lost_assets
+            demand(not missed, f"{self.name} was told of assets of {read.encoder}, and the stream does not hold them")
+        elif read.version is None:
             told = (read.encoder, read.wanted)
             demand(told in self.world.lost, f"{self.name} was told of {told}, and the stream does not hold it")
-        self.node.version_read(read)
+        self.node.was_read(read)
         return True
 
     def train(self) -> UpdateManifest | None:

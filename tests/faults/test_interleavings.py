@@ -68,6 +68,7 @@ PLANS = st.builds(
     min_nodes=st.sampled_from([1, 1, 2]),
     stop=st.sampled_from([0, 0, 0, 0, *range(1, len(STOPS))]),
     warm=st.booleans(),
+    assets=st.sampled_from([0, 0, 1, 2]),
     # short ones first, to shrink towards them; left alone, hypothesis draws few long lists
     actions=st.one_of(
         *(st.lists(st.sampled_from(_actions()), min_size=size, max_size=80) for size in (0, 20, 40, 60))
@@ -90,12 +91,12 @@ def test_whatever_happens_nothing_is_lost_and_nothing_is_doubled(plan: Plan) -> 
 
 # --- every labelled step, one after the other ------------------------------------------------------------------------
 
-#: Everything that a short federation does: two nodes, an operator, a snapshot, an end.
+#: Everything that a short federation does: two nodes, an operator who wants another encoder, a snapshot, an end.
 SHORT: tuple[Act, ...] = (
     ("run", 20),
     ("train", 0),
     ("train", 1),
-    ("operator", "get"),
+    ("operator", "image"),
     ("run", 20),
     ("snapshot",),
     ("train", 0),
@@ -108,12 +109,18 @@ AGAIN: tuple[Act, ...] = tuple(act for each in SHORT for act in (each, ("start_m
 
 @pytest.mark.parametrize("snapshot", [True, False], ids=["from-snapshot", "from-log"])
 def test_the_master_is_killed_at_every_step(snapshot: bool) -> None:
-    again = tuple(("start_master", snapshot) if act == ("start_master",) else act for act in AGAIN)
-    plan = Plan("return-count", nodes=2, present=2, warm=False)
+    """From the log, also where it makes a second encoder, and the assets of that."""
+    instead: dict[Act, Act] = {("start_master",): ("start_master", snapshot)}
+    if snapshot:
+        instead["operator", "image"] = ("operator", "get")
+    again = tuple(instead.get(act, act) for act in AGAIN)
+    assets = 0 if snapshot else 2
     killed, reached, step = set[str](), set[str](), 0
     while step < 400:
         step += 1
-        seen = weather(Plan(plan.rule, 2, 2, warm=False, actions=(("kill_master", step), *again))).seen
+        seen = weather(
+            Plan("return-count", 2, 2, warm=False, assets=assets, actions=(("kill_master", step), *again))
+        ).seen
         died = {label.removeprefix("killed: ") for label in seen if label.startswith("killed: master")}
         killed |= died
         reached |= {label.replace(":", "", 1) for label in seen if label.startswith("master: ")}
@@ -125,13 +132,13 @@ def test_the_master_is_killed_at_every_step(snapshot: bool) -> None:
 def test_a_node_is_killed_at_every_step() -> None:
     killed, reached = set[str](), set[str]()
     for step in range(1, 400):
-        seen = weather(Plan("fedavg", 2, 2, actions=(("kill_node", 0, step), *AGAIN))).seen
+        seen = weather(Plan("fedavg", 2, 2, warm=False, assets=2, actions=(("kill_node", 0, step), *AGAIN))).seen
         died = {label.removeprefix("killed: ") for label in seen if label.startswith("killed: node")}
         killed |= died
         reached |= {label.removeprefix("node: ") for label in seen if label.startswith("node: ")}
         if not died:
             break
-    assert killed == reached and len(killed) == 7, reached - killed
+    assert killed == reached and len(killed) == 9, reached - killed
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------
@@ -222,6 +229,10 @@ def lost_versions_are_only_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, lambda settings, encoder, sought, at: [])
 
 
+def lost_assets_are_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("master_service.decisions.membership.provide_again", lambda encoder, at: [])
+
+
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("master_service.decisions.coordinator.issued", lambda encoder, receipt: receipt)
 
@@ -236,6 +247,7 @@ def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         effects_are_not_repeated,
         snapshots_without_receipts,
         lost_versions_are_only_named,
+        lost_assets_are_not_written_again,
         answers_of_another_chain,
     ],
 )

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.encoders.base import Architecture, Assets, Batch, EncoderModel, PrivateSpec, Samples
+from common.errors import UserError
 
 #: Numbers of one sample, and of the shared encoder's input and output.
 VALUES = 4
 WIDTH = 8
+#: What nodes need beside the architecture.
+ASSETS = {"curve.json": json.dumps([[value / 100, value * value] for value in range(100)]).encode()}
 
 
 def samples(seed: int, count: int = 200) -> np.ndarray[Any, Any]:
@@ -73,8 +76,8 @@ class TinyEncoderType:
         return json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
-        """None: the architecture says it all."""
-        return architecture, {}
+        """One that every node must have, bit for bit."""
+        return architecture, dict(ASSETS)
 
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
@@ -83,6 +86,8 @@ class TinyEncoderType:
     def fit_private(
         self, samples: Samples, architecture: Architecture, settings: Mapping[str, Any], assets: Assets
     ) -> PrivateSpec:
+        if dict(assets) != ASSETS:
+            raise UserError(f"these are not the assets of type tiny: {sorted(assets)}; get them from the master")
         return {"values": VALUES}
 
     def build(self, architecture: Architecture, private: PrivateSpec, seed: int) -> EncoderModel:
@@ -99,4 +104,6 @@ class TinyEncoderType:
     ) -> None:
         (directory / "config.json").write_text(json.dumps(architecture))
         (directory / "README.md").write_text(card)
+        for name, content in assets.items():
+            (directory / name).write_bytes(content)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")

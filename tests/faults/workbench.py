@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_bytes
+from common.wire.assets import asset_entry
 from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
 from master_service.decisions.effects import Generate, Step
-from master_service.decisions.records import Generated
+from master_service.decisions.records import Generated, Provided
 from node_service.training.update_rule import SinceReturn
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: Two chunks to an update and to a version, with `SLICE` made so small.
 SLICE = 24
 LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
+#: What encoders may have, the same for every one of them.
+ASSETS = {"one": b"the first asset", "two": b"another"}
 
 
 class Violation(AssertionError):
@@ -37,8 +40,10 @@ def demand(condition: object, words: str) -> None:
 class Tokens:
     """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
 
-    def __init__(self, payloads: dict[str, bytes]) -> None:
+    def __init__(self, payloads: dict[str, bytes], assets: int = 0) -> None:
+        """`assets`: how many the encoders have that are made here."""
         self._payloads = payloads
+        self._assets = dict(list(ASSETS.items())[:assets])
         #: By encoder: the current version's digest, the steps that led to it, the digest of every version since.
         self.targets: dict[str, Any] = {}
 
@@ -64,8 +69,13 @@ class Tokens:
 
     def generated(self, effect: Generate) -> list[Outcome]:
         digest = hashlib.sha256(b"fresh").hexdigest()
-        plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
-        return [Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
+        plain: dict[str, Any] = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
+        plain["assets"] = list(self._assets)
+        provided = [
+            Outcome(Provided(encoder=effect.encoder, **asset_entry(name, content).model_dump()), content)
+            for name, content in self._assets.items()
+        ]
+        return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
 
     def encoded(self, encoder: str, encoding: str) -> list[bytes]:
         digest = self.digest(encoder)

@@ -22,7 +22,7 @@ from common.errors import EXIT_USER_ERROR, BrokerUnavailable, OwnersCodeError, U
 from common.wire.messages import InnerOptimizer
 from deploy.cli import guarded
 from node_service.training.trainer import Trainer
-from tests.faults.tiny import TinyEncoderType, TinyModel, samples
+from tests.faults.tiny import ASSETS, TinyEncoderType, TinyModel, samples
 
 #: A package with three types: `good` works, `failing` raises in every method, `odd` gives what nobody can use.
 PACKAGE = '''
@@ -115,10 +115,12 @@ def test_a_good_type_works_behind_its_proxy_and_a_built_in_one_has_none() -> Non
     assert type(get_encoder_type("text")).__name__ == "TextEncoderType", "a built-in name cannot be taken"
     assert set(ENTRIES) < {*encoder_type_names()}
     architecture = good.architecture({"width": 8})
-    spec = good.fit_private(samples(0), architecture, {}, {})
+    architecture, assets = good.assets(architecture, {})
+    assert assets == ASSETS
+    spec = good.fit_private(samples(0), architecture, {}, assets)
     assert (architecture, spec) == (
         plain.architecture({"width": 8}),
-        plain.fit_private(samples(0), architecture, {}, {}),
+        plain.fit_private(samples(0), architecture, {}, assets),
     )
     model = good.build(architecture, spec, seed=3)
     same = plain.build(architecture, spec, seed=3)
