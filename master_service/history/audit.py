@@ -14,6 +14,7 @@ from common.wire.messages import Receipt
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Repaired, StepFailed, unpack
+from master_service.decisions.state import State
 from master_service.history.snapshot import read_snapshot, whole_snapshots
 from master_service.log.message_log import MessageLog, sender_of
 
@@ -53,17 +54,33 @@ def examine(log: MessageLog, on_item: Callable[[str], None] = lambda what: None)
             found.asked_again += 1
         else:
             found.damage.append(f"payload {payload} of row {offset} is {problem}")
-    found.unreferenced = len(log.payloads.stored() - named.keys())
     for path, manifest in whole_snapshots(log.directory / "snapshots", log.payloads):
         if isinstance(manifest, str) and not _is_going(path):
             found.damage.append(f"snapshot {path} is damaged: {manifest}")
         elif not isinstance(manifest, str):
             found.snapshots += 1
     try:
-        read_snapshot(log.directory / "snapshots", log)
+        state = read_snapshot(log.directory / "snapshots", log).coordinator.state
+        _examine_assets(log, state, found, named)
     except Damaged as error:
         found.damage.append(str(error).split(";")[0])
+    found.unreferenced = len(log.payloads.stored() - named.keys())
     return found
+
+
+def _examine_assets(log: MessageLog, state: State, found: Soundness, named: dict[str, int]) -> None:
+    """Those of a snapshot whose rows are lost: nodes and exports need them still."""
+    for encoder in state.encoders.values():
+        for entry in encoder.assets:
+            if entry.digest in named:
+                continue
+            named[entry.digest] = -1
+            if problem := log.payloads.damage(entry.digest):
+                found.damage.append(
+                    f"payload {entry.digest}, the asset {entry.name} of {encoder.encoder}, is {problem}"
+                )
+            else:
+                found.payloads += 1
 
 
 def _examine_rows(

@@ -63,17 +63,23 @@ def test_f14_what_is_given_is_known_from_file_environment_and_flags(
     file = tmp_path / "run.toml"
     file.write_text(
         '[rule]\npreset = "return-count"\n[update]\nwhen = { seconds = 30 }\n[update.inner]\nlr = 0.005\n'
-        '[encoder]\nsource = "there"\nget = "text"\n[stop.plateau]\npatience = 3\n[master]\nthreads = 2\n'
+        '[encoder]\nsource = "there"\nreference = "a.txt"\nget = "text"\n'
+        "[stop.plateau]\npatience = 3\n[master]\nthreads = 2\n"
     )
     monkeypatch.setenv("SHARED_ENCODER_RULE__OUTER__LR", "2")
-    config = load_config(file, {"stop": {"versions": 400, "updates": None}, "encoder": {"min_nodes": 1}})
+    config = load_config(
+        file, {"stop": {"versions": 400, "updates": None}, "encoder": {"min_nodes": 1, "tokenizer": "bytes"}}
+    )
     assert config.given() == {
         "rule": {"preset": "return-count", "outer": {"lr": "2"}},
         "update_rule": {"when": {"seconds": 30.0}, "inner": {"lr": 0.005}},
         "stop": {"versions": 400, "plateau": {"patience": 3}},
         "min_nodes": 1,
         "source": "there",
+        "tokenizer": "bytes",
+        "reference": "a.txt",
     }
+    assert (config.settings().tokenizer, config.settings().reference) == ("bytes", "a.txt")
     monkeypatch.delenv("SHARED_ENCODER_RULE__OUTER__LR")
     assert load_config(None, {"stop": {"versions": None}, "rule": {"preset": None}}).given() == {}
 

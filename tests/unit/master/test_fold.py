@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from common.errors import Damaged
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
+from common.wire.assets import asset_entry
 from common.wire.messages import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
 from master_service.arithmetic.aggregator import Aggregator, Target, measure
 from master_service.arithmetic.arithmetic import PayloadsLost
 from master_service.decisions.effects import Contribution, Generate, Step
-from master_service.decisions.records import Configured, Generated, Loggable, Started, UpdateFacts
+from master_service.decisions.records import Configured, Generated, Loggable, Provided, Started, UpdateFacts
 from master_service.decisions.rules.model import OuterOptimizer, aggregation_rule
 from master_service.decisions.settings import Settings
 from master_service.history.fold import Fold
@@ -40,8 +42,11 @@ def checkpoint_wal(log: MessageLog) -> None:
 class Federation:
     """A log and a fold without a broker: what the shell does, in a few lines."""
 
-    def __init__(self, directory: Path, preset: str, size: int = 700) -> None:
+    def __init__(
+        self, directory: Path, preset: str, size: int = 700, assets: Mapping[str, bytes] | None = None
+    ) -> None:
         self.directory = directory
+        self._assets = dict(assets or {})
         self.log = open_log(directory)
         self.fold = Fold(Aggregator(self.log.payloads))
         self.layout = Layout([("w", (size,))])
@@ -63,6 +68,9 @@ class Federation:
             if isinstance(effect, Step):
                 self.record(self.fold.compute(effect.encoder))
             if isinstance(effect, Generate):
+                for name, content in self._assets.items():
+                    provided = Provided(encoder=effect.encoder, **asset_entry(name, content).model_dump())
+                    self.record(provided, payload=self.log.payloads.write(content))
                 start = ParameterSet(self.layout, torch.randn(self.layout.size, generator=self.random))
                 digest = self.log.payloads.write(start.to_bytes())
                 body = Generated(
@@ -71,6 +79,7 @@ class Federation:
                     layout=self.layout.plain(),
                     layout_digest=self.layout.digest,
                     digest=digest,
+                    assets=list(self._assets),
                 )
                 self.record(body, payload=digest)
 

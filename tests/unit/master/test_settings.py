@@ -20,6 +20,7 @@ LOGGED = Settings(
     min_nodes=5,
     architecture={"hidden_size": 16, "num_hidden_layers": 1},
     publish_every_seconds=7.0,
+    tokenizer="bytes",
 )
 
 
