@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,11 @@ from common.clock import VirtualClock
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
+from common.wire.assets import asset_entry
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode, encode
 from common.wire.messages import (
+    AssetEntry,
     Instruction,
     Message,
     Pulse,
@@ -39,7 +41,7 @@ from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.config import MasterConfig
 from master_service.decisions.effects import Generate
-from master_service.decisions.records import Generated
+from master_service.decisions.records import Generated, Provided
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.history.fold import Fold
@@ -106,13 +108,14 @@ class SlowBroker(MemoryBroker):
         return lambda delivery: self._line.append((delivery, on_delivery))
 
 
-def instruction(encoder: str = "text-1", layout: Layout = LAYOUT) -> Instruction:
+def instruction(encoder: str = "text-1", layout: Layout = LAYOUT, assets: Sequence[AssetEntry] = ()) -> Instruction:
     return Instruction(
         encoder=encoder,
         encoder_type="text",
         architecture={},
         layout=layout.plain(),
         layout_digest=layout.digest,
+        assets=list(assets),
     )
 
 
@@ -178,6 +181,8 @@ class SteppedNode:
         self.clock = clock
         self.broker = connection(server, name)
         self.saved: list[int] = []
+        #: Every training that was built: of which encoder, and with which assets.
+        self.built: list[tuple[str, dict[str, bytes]]] = []
         self._training = dict(training or {})
         self._came: deque[Delivery] = deque()
         state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-first")
@@ -234,6 +239,7 @@ class SteppedNode:
     def _build(
         self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
     ) -> CountingTraining:
+        self.built.append((instruction.encoder, dict(assets)))
         return CountingTraining(instruction, **self._training, saved=self.saved)
 
 
@@ -302,17 +308,23 @@ class HandMaster:
 
 
 class SmallArithmetic(Aggregator):
-    """The real one; but version 0 is zeros of a small layout, and nothing is exported."""
+    """The real one; but version 0 is zeros of a small layout, with these assets, and nothing is exported."""
 
-    def __init__(self, payloads: Payloads, layout: Layout) -> None:
+    def __init__(self, payloads: Payloads, layout: Layout, assets: Mapping[str, bytes]) -> None:
         super().__init__(payloads)
         self._layout = layout
+        self._assets = assets
 
     def generated(self, effect: Generate) -> list[Outcome]:
         layout = self._layout
         start = ParameterSet(layout, torch.zeros(layout.size))
-        plain = {"layout": layout.plain(), "layout_digest": layout.digest, "digest": start.digest()}
-        return [Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())]
+        plain: dict[str, Any] = {"layout": layout.plain(), "layout_digest": layout.digest, "digest": start.digest()}
+        plain["assets"] = list(self._assets)
+        provided = [
+            Outcome(Provided(encoder=effect.encoder, **asset_entry(name, content).model_dump()), content)
+            for name, content in self._assets.items()
+        ]
+        return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())]
 
     def export(self, directory: Path, encoder: object) -> None:
         """Where nothing is written."""
@@ -321,13 +333,13 @@ class SmallArithmetic(Aggregator):
 class MemorySnapshots:
     """Says what was kept, and is always read as if nothing was."""
 
-    def __init__(self, payloads: Payloads, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, payloads: Payloads, layout: Layout, assets: Mapping[str, bytes]) -> None:
+        self._layout, self._assets = layout, assets
         self.manifests: list[Manifest] = []
         self._payloads = payloads
 
     def read(self) -> Fold[Any]:
-        return Fold(SmallArithmetic(self._payloads, self._layout))
+        return Fold(SmallArithmetic(self._payloads, self._layout, self._assets))
 
     def write(self, fold: Fold[Any], checksum: str) -> None:
         encoders = fold.coordinator.state.encoders.values()
@@ -352,6 +364,7 @@ class SteppedMaster:
         settings: Settings | None = None,
         broker: MemoryBroker | None = None,
         layout: Layout = LAYOUT,
+        assets: Mapping[str, bytes] | None = None,
         **config: Any,
     ) -> None:
         self.clock = clock
@@ -367,7 +380,7 @@ class SteppedMaster:
 
         self.journal = Journal(
             MessageLog(self.db, payloads),
-            MemorySnapshots(payloads, layout),
+            MemorySnapshots(payloads, layout, assets or {}),
             MemoryMark(),
             Room(Path("nowhere"), lambda: 1 << 60, 0),
             master_config,
