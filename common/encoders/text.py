@@ -119,8 +119,6 @@ class TextEncoderType:
                 "tokenizer": vocabulary.train_vocabulary(samples, own.entries),
                 "feature_tokens": own.feature_tokens,
             }
-        if "vocabulary" in own.model_fields_set:
-            raise UserError("private.vocabulary is set, and this encoder's vocabulary is shared; take it out")
         words = assets.get(shared_vocabulary.TOKENIZER)
         if words is None:
             raise UserError(f"this encoder's vocabulary is shared, and its {shared_vocabulary.TOKENIZER} did not come")

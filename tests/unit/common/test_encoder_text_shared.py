@@ -197,7 +197,6 @@ def test_what_an_owner_may_set_and_forbid(reference: Path) -> None:
     assert [entry["event"] for entry in logs if "which of their rows move tells the master" in entry["event"]]
     for settings, given, said in [
         ({"share_embeddings": False}, assets, "share_embeddings = false forbids it"),
-        ({"vocabulary": 300}, assets, "this encoder's vocabulary is shared; take it out"),
         ({}, {}, "its tokenizer.json did not come"),
         ({}, {TOKENIZER: b"\xff"}, "is no text"),
         ({}, {TOKENIZER: b"{}"}, "does not open"),
@@ -205,6 +204,8 @@ def test_what_an_owner_may_set_and_forbid(reference: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             text.fit_private(TEXTS, architecture, settings, given)
+    with_own = text.fit_private(TEXTS, architecture, {"vocabulary": 280}, assets)
+    assert with_own == text.fit_private(TEXTS, architecture, {}, assets), "it is for encoders that have none"
     trunk, assets = prepared(reference, "modernbert", shared="trunk")
     assert text.fit_private(TEXTS, trunk, {"share_embeddings": False}, assets)["tokenizer"]
 
