@@ -20,6 +20,10 @@ from node_service.corpus.entry_point import call_entry_point
 #: The file suffixes of the types that are read from files; other types come through an entry point.
 SUFFIXES = {"text": text_files.SUFFIXES, "image": image_files.SUFFIXES}
 
+#: Rows of the validation part at most, and training rows that there must be for one.
+MOST_VALIDATION, FEWEST_FOR_VALIDATION = 2000, 40
+_VALIDATION_SEED = 0
+
 _Labelled = tuple[Sequence[Any], list[str] | None]
 
 
@@ -38,6 +42,12 @@ class CorpusConfig(BaseModel):
         description='"module:function" that gives the samples; beside the configuration file or in the current folder',
     )
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the samples that is never trained on")
+    validation: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of the rest by whose loss training is steered: measured, and never trained on",
+    )
     limit: int | None = Field(None, ge=1, description="at most this many samples, spread over the corpus")
     field: str | None = Field(
         None, description="text field of .jsonl .csv .parquet (text), array of .npz (x_train, x, …)"
@@ -68,7 +78,8 @@ class Corpus:
     """Samples of one encoder type; labels, for probes only, are there for every sample or not at all.
 
     `train` and `test` are lists of str for text, uint8 arrays (n, height, width[, channels]) for images, and for other
-    types the list or array that an entry point gave. `test` may be empty (`held_out` 0).
+    types the list or array that an entry point gave. `test` may be empty (`held_out` 0), and so may `validation`.
+    By `test` nothing is chosen: what is chosen while training goes on is chosen by `validation`.
     """
 
     type: str
@@ -76,6 +87,7 @@ class Corpus:
     train_labels: list[str] | None
     test: Sequence[Any]
     test_labels: list[str] | None
+    validation: Sequence[Any] = ()
 
 
 def select_corpus(configs: Sequence[CorpusConfig], encoder_type: str) -> CorpusConfig:
@@ -105,10 +117,12 @@ def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path 
         (samples, labels), test = _from_files(config, base or Path())
     kept = _limited(samples, config.limit)
     samples, labels = _take(samples, labels, kept)
-    if test is not None:
-        return Corpus(config.type, samples, labels, *test)
-    train, held_out = _split(samples, config.held_out, config)
-    return Corpus(config.type, *_take(samples, labels, train), *_take(samples, labels, held_out))
+    train = list(range(len(samples)))
+    if test is None:
+        train, held_out = _split(samples, config.held_out, config)
+        test = _take(samples, labels, held_out)
+    train, validation = _without_validation([samples[i] for i in train], train, config.validation)
+    return Corpus(config.type, *_take(samples, labels, train), *test, _take(samples, None, validation)[0])
 
 
 def _from_files(config: CorpusConfig, base: Path) -> tuple[_Labelled, _Labelled | None]:
@@ -198,6 +212,27 @@ def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tup
         raise UserError(f"{source}: one sample cannot be split for the held-out part; {cut}, or set held_out = 0")
     below = {i for i in everything if places[i] == lowest or (places[i] < held_out and places[i] != highest)}
     return [i for i in everything if i not in below], sorted(below)
+
+
+def _without_validation(rows: Sequence[Any], indices: list[int], share: float) -> tuple[list[int], list[int]]:
+    """The indices that stay in training, and those of the validation part; `rows` are the samples at `indices`.
+
+    Whole documents are drawn, by a fixed seed from their order: equal samples go together. The part is as large as
+    `share` of the rows says or smaller, and empty for few rows.
+    """
+    most = min(MOST_VALIDATION, max(1, round(share * len(rows)))) if share > 0 else 0
+    if len(rows) < FEWEST_FOR_VALIDATION or most == 0:
+        return indices, []
+    equal: dict[tuple[float, int], list[int]] = {}
+    for index, row in zip(indices, rows, strict=True):
+        equal.setdefault(_digest(row), []).append(index)
+    documents, drawn = list(equal.values()), set[int]()
+    for place in np.random.default_rng(_VALIDATION_SEED).permutation(len(documents)):
+        if len(drawn) + len(documents[place]) <= most:
+            drawn.update(documents[place])
+        if len(drawn) == most:
+            break
+    return [i for i in indices if i not in drawn], sorted(drawn)
 
 
 def _take(samples: Sequence[Any], labels: list[str] | None, indices: list[int]) -> _Labelled:

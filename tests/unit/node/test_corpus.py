@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import UserError
-from node_service.corpus.corpus import Corpus, CorpusConfig, load_corpus, select_corpus
+from node_service.corpus.corpus import (
+    FEWEST_FOR_VALIDATION,
+    MOST_VALIDATION,
+    Corpus,
+    CorpusConfig,
+    load_corpus,
+    select_corpus,
+)
 
 ROWS = [
     {"text": f'sentence number {i}, quoted "so"\nand broken', "label": "odd" if i % 2 else "even"} for i in range(60)
@@ -24,7 +34,7 @@ ROWS = [
 
 
 def load(path: Path | str, **settings: Any) -> Corpus:
-    return load_corpus(CorpusConfig(path=str(path), **settings))
+    return load_corpus(CorpusConfig(path=str(path), **{"validation": 0.0, **settings}))
 
 
 def refusal(path: Path | str, **settings: Any) -> str:
@@ -123,7 +133,7 @@ def test_plain_text_documents(tmp_path: Path) -> None:
 
 def test_paths_start_at_base(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl")
-    assert len(load_corpus(CorpusConfig(path="a.jsonl", held_out=0), tmp_path).train) == 60
+    assert len(load_corpus(CorpusConfig(path="a.jsonl", held_out=0, validation=0), tmp_path).train) == 60
     (tmp_path / "[1].jsonl").write_text('{"text": "brackets"}\n')
     assert load_corpus(CorpusConfig(path="[1].jsonl", held_out=0), tmp_path).train == ["brackets"]
 
@@ -251,3 +261,45 @@ def test_a_corpus_is_read_without_torch() -> None:
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the validation part ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.sampled_from([f"text {i}" for i in range(60)]), min_size=2, max_size=120),
+    share=st.sampled_from([0.0, 0.05, 0.3, 0.9]),
+)
+def test_the_validation_part_is_whole_documents_taken_out_of_training(texts: list[str], share: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text, "label": text[-1]}) for text in texts))
+        whole = load(path, held_out=0)
+        corpus = load(path, held_out=0, validation=share)
+    assert sorted([*corpus.train, *corpus.validation]) == sorted(whole.train), "nothing is lost, nothing is there twice"
+    assert not set(corpus.train) & set(corpus.validation), "not even as an equal text"
+    assert corpus.train_labels == [text[-1] for text in corpus.train], "labels go with their samples"
+    most = round(share * len(texts))
+    assert len(corpus.validation) <= max(1, most)
+    if len(texts) < FEWEST_FOR_VALIDATION or share == 0:
+        assert not corpus.validation
+    elif share == 0.3:
+        assert len(corpus.validation) >= most - max(texts.count(text) for text in texts), "as near as documents allow"
+
+
+def test_the_validation_part_is_the_same_every_time_bounded_and_no_part_of_the_test(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(3 * MOST_VALIDATION)))
+    corpus, again = (load(path, validation=0.5) for _ in range(2))
+    assert corpus.validation == again.validation and len(corpus.validation) == MOST_VALIDATION
+    assert corpus.test == load(path).test and not {*corpus.test} & {*corpus.train, *corpus.validation}
+    plain = CorpusConfig(path=(str(path),), held_out=0.1)
+    assert len(load_corpus(plain).validation) == round(0.05 * len(load(path).train))
+
+
+def test_pictures_have_a_validation_part_too(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=np.random.default_rng(0).integers(0, 255, (100, 4, 4), dtype=np.uint8))
+    corpus = load(tmp_path / "a.npz", type="image", held_out=0.2, validation=0.1)
+    rows = len(corpus.train) + len(corpus.validation)
+    assert isinstance(corpus.validation, np.ndarray) and corpus.validation.shape == (round(0.1 * rows), 4, 4)
