@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.wire.broker import BrokerStatus
 from common.wire.messages import Alive
-from master_service.decisions.state import EncoderState, Member, State
+from master_service.decisions.state import EncoderState, Measured, Member, State
 from master_service.decisions.stopping import progress
 
 #: Nodes whose figures are kept, and encoders per node: whoever made up more names would only push out his own.
@@ -72,6 +72,9 @@ class MemberReport(_Part):
     steps: int = Field(0, description="training steps on this encoder")
     steps_per_second: float = Field(0.0, description="0 while it does not train this encoder")
     loss: float | None = Field(None, description="mean training loss (text: nats); may be NaN")
+    held_out: float | None = Field(None, description="newest loss of its validation samples under a version as it came")
+    held_out_version: int | None = Field(None, description="the version that this was measured with")
+    note: str = Field("", description="what it does now, in its own words; empty: not heard by this master")
     waiting_seconds: float = Field(0.0, description="spent without training for want of the master, since it began")
     bytes_sent: int = Field(0, description="by the node since it began; at least what its updates had")
     silent_seconds: float | None = Field(None, description="since its last message; None: not heard by this master")
@@ -90,6 +93,10 @@ class EncoderReport(_Part):
     buffered: int = Field(0, description="accepted updates that wait for the next version")
     progress: float = Field(0.0, description="share of the nearest limit of the stop rule, 0 to 1")
     waiting_for_nodes: int = Field(0, description="nodes that are missing before the training starts")
+    held_out: float | None = Field(None, description="mean held-out loss of the members that measured about last")
+    held_out_version: int | None = Field(None, description="the newest version in that")
+    best_held_out: float | None = Field(None, description="the lowest such mean of this run")
+    best_version: int | None = Field(None, description="the newest version in that")
     members: dict[str, MemberReport] = Field(default_factory=dict, description="by node, in the order of joining")
 
 
@@ -212,6 +219,10 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
         buffered=len(encoder.buffer),
         progress=progress(encoder, state.settings.stop, now),
         waiting_for_nodes=0 if encoder.started else max(0, state.settings.min_nodes - len(encoder.active())),
+        held_out=encoder.held_out,
+        held_out_version=encoder.held_out_version,
+        best_held_out=encoder.best_held_out,
+        best_version=encoder.best_version,
         members={node: _member(live, encoder.encoder, member, now) for node, member in encoder.members.items()},
     )
 
@@ -221,6 +232,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
     node = member.node
     said = live.figures(node, encoder)
     trains = live.trains(node, encoder) and member.active
+    held_out = _held_out(member, said)
     return MemberReport(
         active=member.active,
         samples=member.samples,
@@ -234,9 +246,24 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         steps=max(said.steps, member.steps) if said else member.steps,
         steps_per_second=said.steps_per_second if said and trains else 0.0,
         loss=said.loss if said and said.loss is not None else member.loss,
+        held_out=held_out.loss if held_out else None,
+        held_out_version=held_out.version if held_out else None,
+        note=said.note if said and live.trains(node, encoder) else "",
         waiting_seconds=said.waiting_seconds if said else 0.0,
         bytes_sent=max(said.bytes_sent, member.payload_bytes) if said else member.payload_bytes,
         silent_seconds=now - live.last_seen[node] if node in live.last_seen else None,
+    )
+
+
+def _held_out(member: Member, said: Alive | None) -> Measured | None:
+    """The newer of what it said in an update and in a sign of life."""
+    known = member.held_out
+    if said is None or said.held_out is None or said.held_out_version is None:
+        return known
+    return (
+        Measured(said.held_out_version, said.held_out)
+        if known is None or said.held_out_version >= known.version
+        else known
     )
 
 

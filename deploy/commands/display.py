@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.wire.broker import BrokerStatus
-from master_service.status import BrokerReport, Report
+from master_service.status import BrokerReport, EncoderReport, Report
 
 if TYPE_CHECKING:
     from master_service.service import MasterService
@@ -94,8 +94,21 @@ def federation_tables(report: Report) -> list[Table]:
         )
         if encoder.waiting_for_nodes > 0:
             title += f"  waiting for {encoder.waiting_for_nodes} more node(s)"
+        title += _held_out(encoder)
         table = Table(title=title, title_justify="left")
-        for heading in ("node", "steps", "steps/s", "loss", "version", "stale", "returns", "weight", "waited", "sent"):
+        for heading in (
+            "node",
+            "steps",
+            "steps/s",
+            "loss",
+            "held-out",
+            "version",
+            "stale",
+            "returns",
+            "weight",
+            "waited",
+            "sent",
+        ):
             table.add_column(heading, justify="left" if heading == "node" else "right")
         for node, member in encoder.members.items():
             table.add_row(
@@ -103,6 +116,7 @@ def federation_tables(report: Report) -> list[Table]:
                 str(member.steps),
                 number(member.steps_per_second, 1),
                 number(member.loss, 3),
+                number(member.held_out, 3),
                 str(member.version),
                 str(member.staleness),
                 str(member.returns),
@@ -112,6 +126,13 @@ def federation_tables(report: Report) -> list[Table]:
             )
         tables.append(table)
     return tables
+
+
+def _held_out(encoder: EncoderReport) -> str:
+    """How good it is by its members' validation samples; nothing while none have measured it."""
+    if encoder.held_out is None or encoder.best_held_out is None:
+        return ""
+    return f"  held-out {encoder.held_out:.3f} (best {encoder.best_held_out:.3f}, version {encoder.best_version})"
 
 
 def federation_line(report: Report) -> str:
@@ -125,7 +146,8 @@ def federation_line(report: Report) -> str:
         )
         waiting = encoder.waiting_for_nodes
         wanted = f"waiting for {waiting} more node(s)  " if waiting > 0 else ""
-        lines.append(f"{name} {encoder.status} version {encoder.version} {encoder.progress:.0%}  {wanted}{nodes}")
+        state = f"{name} {encoder.status} version {encoder.version} {encoder.progress:.0%}{_held_out(encoder)}"
+        lines.append(f"{state}  {wanted}{nodes}")
     if not lines:
         lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")
     return "\n".join([*lines, *conditions(report)])
@@ -214,7 +236,8 @@ class NodeDisplay:
             note += f", waiting for the master since {time.strftime('%H:%M:%S', time.localtime(figures.waiting_since))}"
         text = (
             f"{self._name}: {note}, {figures.steps} steps ({figures.steps_per_second:.1f}/s), "
-            f"loss {number(figures.loss, 3)}, version {figures.version}, {figures.accepted} updates counted"
+            f"loss {number(figures.loss, 3)}, held-out {number(figures.held_out, 3)}, "
+            f"version {figures.version}, {figures.accepted} updates counted"
             f" of {figures.handed_in} (last weight {figures.last_weight:.2f}, {figures.staleness} versions stale), "
             f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s"
         )

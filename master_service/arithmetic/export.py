@@ -48,7 +48,8 @@ def assets_of(entries: Sequence[AssetEntry], payloads: Payloads) -> dict[str, by
 def card(encoder: EncoderState, note: str = "") -> str:
     """The facts of the training, as Markdown."""
     rows = "\n".join(
-        f"| {member.node} | {member.samples} | {member.returns} | {member.steps} | {member.weight:.2f} |"
+        f"| {member.node} | {member.samples} | {member.returns} | {member.steps} | {member.weight:.2f} "
+        f"| {f'{member.held_out.loss:.3f} ({member.held_out.version})' if member.held_out else '–'} |"
         for member in encoder.members.values()
     )
     return (
@@ -57,5 +58,17 @@ def card(encoder: EncoderState, note: str = "") -> str:
         f"{len(encoder.members)} nodes ({encoder.reason or encoder.status}). No sample left its owner.\n\n"
         f"{note + chr(10) * 2 if note else ''}"
         f"Parameters: {encoder.size:,}, sha256 `{encoder.digest}`.\n\n"
-        "| node | samples | updates counted | steps | sum of weights |\n|---|---|---|---|---|\n" + rows + "\n"
+        f"{_held_out(encoder)}"
+        "| node | samples | updates counted | steps | sum of weights | held-out loss (version) |\n"
+        "|---|---|---|---|---|---|\n" + rows + "\n"
+    )
+
+
+def _held_out(encoder: EncoderState) -> str:
+    if encoder.held_out is None or encoder.best_held_out is None:
+        return ""
+    return (
+        "Held-out masked loss, the mean over nodes, each with its private parts and validation samples: "
+        f"{encoder.held_out:.3f} about version {encoder.held_out_version}, at its best {encoder.best_held_out:.3f} "
+        f"about version {encoder.best_version}.\n\n"
     )

@@ -50,7 +50,7 @@ from master_service.decisions.rules.buffer import is_ready
 from master_service.decisions.rules.rate import mean_cosine, rate, smoothed
 from master_service.decisions.settled import is_settled, settle, stored
 from master_service.decisions.state import Buffered, EncoderState, State
-from master_service.decisions.stopping import observe_loss, stop_reason
+from master_service.decisions.stopping import close_windows, observe_held_out, observe_loss, stop_reason
 from master_service.decisions.verdicts import (
     accepted,
     count,
@@ -234,6 +234,7 @@ class Coordinator:
         )
         count(encoder, encoder.buffer[-1], 1)
         member.loss, member.version = manifest.loss, manifest.base_version
+        observe_held_out(encoder, manifest, self.state.settings.update_rule.evaluate_every)
         if manifest.wants_version:
             encoder.waiting[manifest.node] = None
         return self._advance(encoder, entry.at)
@@ -299,7 +300,9 @@ class Coordinator:
             coefficients, norms = zip(*((each.coefficient, each.item.norm) for each in counted), strict=True)
             encoder.agreement = smoothed(encoder.agreement, mean_cosine(body.norm, coefficients, norms))
         observe_norms(encoder, [weighed.item for weighed in counted])
-        observe_loss(encoder, [weighed.item.loss for weighed in counted], self.state.settings.stop)
+        settings = self.state.settings
+        observe_loss(encoder, [weighed.item.loss for weighed in counted], settings.stop)
+        close_windows(encoder, settings.stop, settings.update_rule.evaluate_every)
         ending = stop_reason(encoder, self.state.settings.stop, at)
         if ending:
             return effects + self._finish(encoder, ending, at)
@@ -322,6 +325,7 @@ class Coordinator:
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
         encoder.status, encoder.reason = "finished", reason
+        close_windows(encoder, self.state.settings.stop, self.state.settings.update_rule.evaluate_every, ending=True)
         streams.ended(encoder)
         return [
             publish(self.state.settings, encoder, at),

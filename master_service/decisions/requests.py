@@ -6,6 +6,7 @@ import hashlib
 
 from common.numbers.layout import Layout
 from common.wire.messages import Answer, Continue, Get
+from master_service.decisions import stopping
 from master_service.decisions.effects import Broadcast, Effect, Generate, Send
 from master_service.decisions.messages_out import answer, instruction, provide, provide_again, publish
 from master_service.decisions.records import Entry, Generated, GenerationFailed, Provided
@@ -56,6 +57,7 @@ def go_on(state: State, request: Continue, at: float) -> list[Effect]:
     encoder.status, encoder.started, encoder.stop_requested, encoder.reason = "running", False, "", ""
     encoder.run_first_version, encoder.run_first_update = encoder.version, encoder.updates
     encoder.best_loss, encoder.versions_without_gain = None, 0
+    stopping.forget_held_out(encoder)
     encoder.waiting = {}
     for member in encoder.members.values():
         with changing(encoder, member):

@@ -57,13 +57,20 @@ class Settled(_State):
     answers: dict[int, Counted | TurnedDown] = Field(default_factory=dict)
 
 
+class Measured(NamedTuple):
+    """What a member said of its validation samples: the version that it measured, and the loss."""
+
+    version: int
+    loss: float
+
+
 class Member(_State):
     """A node in the training of one encoder. `weight` is the sum over its accepted updates.
 
     `accepted`: it acked the instruction and has not left since. `present`: it gives signs of life. `settled` is kept by
     incarnation, because one may come back (from a backup) after another. `may_owe`: the most updates without an answer
     that a rule has ever allowed it. `pending`: its updates that wait for a version, or are being made one, by
-    `incarnation/sequence`, with their digests; `buffered` is how many of them wait.
+    `incarnation/sequence`, with their digests; `buffered` is how many of them wait. `held_out`: its newest measurement.
     """
 
     node: str
@@ -83,6 +90,7 @@ class Member(_State):
     payload_bytes: int = 0
     loss: float | None = None
     version: int = 0
+    held_out: Measured | None = None
     may_owe: int = 0
     buffered: int = 0
     pending: dict[str, str] = Field(default_factory=dict)
@@ -144,6 +152,10 @@ class EncoderState(_State):
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
     somebody who does not say so may be reading it too. `assets`: what nodes need beside the architecture; they were
     written to their stream at `provided_at`, and stay there while `has_assets`.
+
+    Held-out losses, of this run, as `stopping` has them: `measured`: what members have measured in windows that are not
+    closed yet, by the first version of the window and by member; `held_out`, `held_out_version`: the mean over the
+    window that was compared last; `best_held_out`, `best_version`, `best_measured`: the best, and what it was made of.
     """
 
     encoder: str
@@ -182,6 +194,12 @@ class EncoderState(_State):
     agreement: float | None = None
     best_loss: float | None = None
     versions_without_gain: int = 0
+    measured: dict[int, dict[str, Measured]] = Field(default_factory=dict)
+    held_out: float | None = None
+    held_out_version: int | None = None
+    best_held_out: float | None = None
+    best_version: int | None = None
+    best_measured: dict[str, float] = Field(default_factory=dict)
     askers: list[str] = Field(default_factory=list)
 
     def active(self) -> dict[str, Member]:

@@ -1,12 +1,22 @@
-"""When the training of an encoder ends, and how far it is: pure functions of the encoder's state."""
+"""When the training of an encoder ends, how far it is, and how good: pure functions of the encoder's state.
+
+How good is what the members measure on validation samples of their own. They measure every so many versions
+(`UpdateRule.evaluate_every`), each at its own pace, so what they say comes together in windows of so many versions,
+[0, 10), [10, 20), …: in each a member's newest measurement counts. A window is closed once as many versions again were
+made, or at the end; later measurements in it change nothing. Its loss is the mean over the members that measured in it,
+its version the newest that they measured. It is better than the best so far if the mean gain of the members that
+measured in both is above `min_change`: so nobody's coming or going passes for a gain. Where these are less than half of
+the best one's members that are still active it is not compared at all; where none of those is active, it begins anew.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from common.wire.messages import UpdateManifest
 from master_service.decisions.settings import StopRule
-from master_service.decisions.state import EncoderState
+from master_service.decisions.state import EncoderState, Measured
 
 
 def stop_reason(encoder: EncoderState, rule: StopRule, at: float) -> str:
@@ -22,9 +32,17 @@ def stop_reason(encoder: EncoderState, rule: StopRule, at: float) -> str:
     # the same sum as the coordinator's deadline, so that a Tick at that moment is not a rounding error too early
     if rule.seconds is not None and at >= encoder.run_started_at + rule.seconds:
         return f"{rule.seconds:g} seconds"
-    if rule.plateau is not None and encoder.versions_without_gain >= rule.plateau.patience:
-        return f"no better loss for {rule.plateau.patience} versions"
+    if rule.plateau is not None:
+        return _plateau(encoder, rule.plateau.patience)
     return ""
+
+
+def _plateau(encoder: EncoderState, patience: int) -> str:
+    """By held-out losses where any have come together, else by the training losses that the nodes claim."""
+    if encoder.best_version is None or encoder.held_out_version is None:
+        return f"no better loss for {patience} versions" if encoder.versions_without_gain >= patience else ""
+    without_gain = encoder.held_out_version - encoder.best_version
+    return f"no better held-out loss for {patience} versions" if without_gain >= patience else ""
 
 
 def progress(encoder: EncoderState, rule: StopRule, at: float) -> float:
@@ -46,9 +64,58 @@ def observe_loss(encoder: EncoderState, losses: Sequence[float], rule: StopRule)
     finite = [loss for loss in losses if math.isfinite(loss)]
     if not finite:
         return
-    mean = math.fsum(loss / len(finite) for loss in finite)  # a sum first could pass what a float holds
+    mean = _mean(finite)
     margin = rule.plateau.min_change if rule.plateau else 0.0
     if encoder.best_loss is None or mean < encoder.best_loss - margin:
         encoder.best_loss, encoder.versions_without_gain = mean, 0
     else:
         encoder.versions_without_gain += 1
+
+
+def observe_held_out(encoder: EncoderState, update: UpdateManifest, every: int) -> None:
+    """Note what an accepted update says of the validation samples of its node."""
+    loss, version = update.held_out, update.held_out_version
+    if loss is None or version is None or not encoder.run_first_version <= version <= encoder.version:
+        return
+    member = encoder.members[update.node]
+    if member.held_out is None or version >= member.held_out.version:
+        member.held_out = Measured(version, loss)
+    window = version - version % every if every > 0 else version
+    if every == 0 or encoder.version >= window + 2 * every:
+        return  # closed, or nobody was asked
+    before = encoder.measured.setdefault(window, {}).get(update.node)
+    if before is None or version >= before.version:
+        encoder.measured[window][update.node] = Measured(version, loss)
+
+
+def close_windows(encoder: EncoderState, rule: StopRule, every: int, *, ending: bool = False) -> None:
+    """Close the windows whose time has come, at the end all, the oldest first."""
+    margin = rule.plateau.min_change if rule.plateau else 0.0
+    for window in sorted(encoder.measured):
+        if ending or encoder.version >= window + 2 * every:
+            _close(encoder, encoder.measured.pop(window), margin)
+
+
+def forget_held_out(encoder: EncoderState) -> None:
+    """Another run begins: what was measured in the one before is no yardstick for it."""
+    encoder.measured, encoder.best_measured = {}, {}
+    encoder.held_out = encoder.held_out_version = encoder.best_held_out = encoder.best_version = None
+
+
+def _close(encoder: EncoderState, measured: dict[str, Measured], margin: float) -> None:
+    losses = {node: each.loss for node, each in measured.items()}
+    still = [node for node in encoder.best_measured if encoder.members[node].active]
+    both = [node for node in still if node in losses]
+    if 2 * len(both) < len(still):
+        return
+    encoder.held_out = _mean(list(losses.values()))
+    encoder.held_out_version = max(each.version for each in measured.values())
+    # halves, because the difference of two could pass what a float holds
+    gains = [encoder.best_measured[node] / 2 - losses[node] / 2 for node in both]
+    if not gains or _mean(gains) > margin / 2:
+        encoder.best_held_out, encoder.best_version = encoder.held_out, encoder.held_out_version
+        encoder.best_measured = losses
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(value / len(values) for value in values)  # a sum first could pass what a float holds
