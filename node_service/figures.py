@@ -14,7 +14,7 @@ class NodeFigures:
 
     Seconds in which it could not train for want of the master count as waiting. `waiting_since`, in seconds since 1970,
     is when it began to wait for the master, while that lasts; away for long, it is trained on meanwhile. `bytes_before`
-    were sent before this training.
+    were sent before this training. `held_out` is the newest measurement of a version by the validation samples.
     """
 
     steps: int = 0
@@ -32,6 +32,8 @@ class NodeFigures:
     waiting_since: float | None = None
     encoder: str | None = None
     bytes_before: int = 0
+    held_out: float | None = None
+    held_out_version: int | None = None
 
     def begin(self, encoder: str, bytes_out: int) -> None:
         """The training of an encoder begins, when this connection has sent so many bytes; nothing happens if it is the
@@ -58,4 +60,6 @@ class NodeFigures:
             waiting_seconds=self.waiting_seconds,
             bytes_sent=max(0, bytes_out - self.bytes_before),
             note=self.note,
+            held_out=self.held_out,
+            held_out_version=self.held_out_version,
         )

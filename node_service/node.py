@@ -35,6 +35,7 @@ from node_service.agent import (
 )
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
+from node_service.ending import Ending
 from node_service.figures import NodeFigures
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
@@ -81,7 +82,6 @@ class Node:
         self.figures = NodeFigures()
         self.outbox = outbox
         self.reading = Reading(broker, topology, clock)
-        self.finished = False
         self._corpora = corpora
         self._broker = broker
         self._topology = topology
@@ -89,6 +89,7 @@ class Node:
         self._build = build
         self._clock = clock
         self._handover = Handover(state, outbox, clock)
+        self._ending = Ending(name, state, self.figures, config.export_dir)
         self._agent = self._new_agent()
         self.training: Training | None = None
         self._wait_until_version = -1
@@ -155,6 +156,7 @@ class Node:
             self._finish(training, read)
         elif self._agent.adopts(read.encoder, number, exact=read.exact):
             training.adopt(read.version)
+            self._measured(training)
             happened("version adopted", node=self.name, encoder=read.encoder, version=number)
         else:
             return
@@ -189,9 +191,17 @@ class Node:
         happened("left", node=self.name, encoder=self.encoder)
 
     @property
+    def finished(self) -> bool:
+        """Whether it has exported the whole model of an encoder, its finishing phase included."""
+        return self._ending.finished
+
+    @property
     def encoder(self) -> str | None:
-        """The encoder that this node trains, or is being let in to train."""
-        return self._agent.current.encoder if self._agent.current is not None else None
+        """The encoder that this node trains, is being let in to train, or finishes by itself."""
+        if self._agent.current is not None:
+            return self._agent.current.encoder
+        training = self.training
+        return training.instruction.encoder if training is not None and training.finishing is not None else None
 
     @property
     def ready(self) -> bool:
@@ -203,6 +213,8 @@ class Node:
     def _may_train(self, training: Training, now: float) -> bool:
         """Whether a step is to be taken. While the master is away training goes on beyond what it may hand in: all of
         it becomes one update, once that one may go."""
+        if training.finishing is not None:
+            return True
         if not self._agent.training or training.version < 0:
             return False
         rule = training.rule
@@ -222,13 +234,15 @@ class Node:
 
     def _train(self, training: Training) -> float:
         """Hand in if an update is due, and take a step; the seconds from its beginning to that of the next."""
-        if training.must_return and self._may_hand_in(training):
+        if training.finishing is None and training.must_return and self._may_hand_in(training):
             self._hand_in(training, wants_version=True)
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
         took = training.step() + self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
+        if training.finishing is not None:
+            self._ending.stepped(training, training.finishing)
         most = self.config.max_steps_per_second
         return took if most is None else max(took, 1.0 / most)
 
@@ -293,15 +307,19 @@ class Node:
     def _keep_in_touch(self, now: float, ready: bool) -> None:
         # while nothing leaves, more of the same need not wait to leave
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
-            self._alive_at = now
-            sent = self._broker.status().bytes_out
-            self._say(self.figures.alive(self.name, self.state.identity.incarnation, self.encoder, sent))
+            self._alive(now)
             self._handover.send_unanswered(self.config.resend_after_seconds)
         if now - self._heard_at >= self.config.ask_after_seconds:
             self._heard_at = now
-            if not ready and not self.outbox.problem:
+            # one that finishes by itself asks like one that has nothing to do
+            if not (ready and self._agent.training) and not self.outbox.problem:
                 self._perform(self._agent.ask())
             self._perform(self._agent.look())
+
+    def _alive(self, now: float) -> None:
+        self._alive_at = now
+        sent = self._broker.status().bytes_out
+        self._say(self.figures.alive(self.name, self.state.identity.incarnation, self.encoder, sent))
 
     # --- what follows from what was said -----------------------------------------------------------------------------
 
@@ -364,6 +382,7 @@ class Node:
 
     def _go_on(self, rule: Rule) -> None:
         training = self._trained()
+        self._ending.end(self.training)
         training.retune(rule.update_rule, rule.progress)
         self.state.remember_current(training.instruction, rule)
         self.figures.note = "training"
@@ -371,6 +390,8 @@ class Node:
 
     def _resume(self) -> None:
         """Go on with what was trained last, whether the master is there or not."""
+        if self._finish_on():
+            return
         current = self.state.current()
         corpus = self._corpora.get(current.instruction.encoder_type) if current is not None else None
         if current is None or corpus is None or len(corpus.train) == 0:
@@ -399,6 +420,7 @@ class Node:
             if (assets := self.state.assets.read(instruction.assets)) is None:
                 self._perform(self._agent.lacks_assets(instruction))
                 return
+            self._ending.end(self.training)
             try:
                 self._begin(instruction, corpus, assets)
             except UserError as error:
@@ -453,13 +475,31 @@ class Node:
 
     def _finish(self, training: Training, read: VersionRead) -> None:
         assert read.version is not None
-        model = training.finish(read.version, self.config.export_dir)
+        self._ending.begin(training, read.version)
         self.reading.forget(read.encoder)
-        self.state.forget_current()
-        self.figures.note = "finished"
-        version = read.version.version
-        log.info("encoder finished", node=self.name, encoder=read.encoder, version=version, model=str(model))
-        self.finished = True
+        self._measured(training)
+        if training.held_out is not None and not self.outbox.problem:
+            self.figures.version = training.version
+            self._alive(self._clock.monotonic())  # no update carries this measurement
+
+    def _finish_on(self) -> bool:
+        """Go on with a finishing phase that an earlier process began."""
+        instruction = self._ending.left()
+        corpus = self._corpora.get(instruction.encoder_type) if instruction is not None else None
+        if instruction is None or corpus is None or len(corpus.train) == 0:
+            return False
+        try:
+            self._ending.go_on(self._begin(instruction, corpus))
+        except UserError as error:
+            log.error("cannot finish the encoder", node=self.name, encoder=instruction.encoder, problem=str(error))
+            self.training = None
+            return False
+        return True
+
+    def _measured(self, training: Training) -> None:
+        newest = training.held_out
+        if newest is not None and newest.finite:
+            self.figures.held_out, self.figures.held_out_version = newest.loss, newest.version
 
     def _answered(self, receipt: Receipt) -> None:
         if not self._handover.answered(receipt):
@@ -489,6 +529,7 @@ class Node:
 
     def _drop(self, encoder: str) -> None:
         log.warning("the master does not know this encoder, letting go of it", node=self.name, encoder=encoder)
+        self._ending.end(self.training)
         self.training = None
         self.state.forget_current()
         self.figures.note = "waiting for an instruction"
@@ -498,7 +539,9 @@ class Node:
         self.state.reincarnate()
         self._handover.forget()
         self._agent = self._new_agent()
-        self.training, self._wait_until_version = None, -1
+        self._wait_until_version = -1
+        if self.training is not None and self.training.finishing is None:
+            self.training = None
         self._perform(self._agent.join())
 
 

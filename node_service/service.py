@@ -184,4 +184,5 @@ class NodeService:
             device=device,
             ledger=ledger,
             assets=assets,
+            validation=corpus.validation,
         )

@@ -120,6 +120,8 @@ def _configuration(out: Path, corpora: dict[str, tuple[Path, Path]], *, quick: b
         f"updates = {updates}",
         "\n[update]",
         f"when = {{ steps = {steps} }}",
+        # what is compared afterwards is the shared version
+        'finish = { what = "none" }',
     ]
     for name, (train, test) in corpora.items():
         lines += [f"\n[nodes.{name}]", f"state_dir = {text(out / 'nodes' / name)}", "alive_every_seconds = 1.0"]

@@ -27,6 +27,7 @@ from master_service.decisions.state import EncoderState
 from master_service.history.fold import Fold
 from master_service.history.snapshot import SnapshotDirectory
 from node_service.handover.receipt_book import Ledger
+from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
 
@@ -35,6 +36,9 @@ _RATE = 0.02
 _NOISE = 0.5
 #: How far the optima of the nodes are from the one that they have in common, by coordinate.
 _SPREAD = 0.5
+#: Steps that a measurement takes as long as.
+_MEASURING = 5
+_NOWHERE = Path("nowhere")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Saved:
 class ModelledTraining:
     """The Training of a simulated node: a vector instead of a model, a step as long as the node's speed says.
 
-    `checkpoints`, by encoder, outlive a kill; `speed` is in steps a second; `seeds` make the node's optimum and noise.
+    Its validation loss is the distance to the optimum of the node. `checkpoints`, by encoder, outlive a kill; `speed`
+    is in steps a second; `seeds` make the optimum and the noise.
     """
 
     def __init__(
@@ -71,12 +76,17 @@ class ModelledTraining:
         self.rule = UpdateRule()
         self.version = -1
         self.since = SinceReturn()
+        self.held_out: HeldOut | None = None
         self._layout = Layout(instruction.layout)
         self._checkpoints = checkpoints
         self._seconds = 1.0 / speed
         self._noise = noise
         self._optimum = optimum(self._layout.size, *seeds)
         self._steps = 0
+        #: Seconds of measuring, which the next step takes longer.
+        self._measured = 0.0
+        self._looks: Looks | None = None
+        self._best: Tensor | None = None
         self._trajectory: Trajectory | None = None
         self._local = torch.zeros(self._layout.size)
         if (saved := checkpoints.get(instruction.encoder)) is not None:
@@ -96,6 +106,8 @@ class ModelledTraining:
 
     def adopt(self, read: CompleteVersion) -> None:
         target = decode_vector(read.payload, self._layout.size, read.encoding)
+        if must_evaluate(self.rule.evaluate_every, self.held_out, read.version, self._steps):
+            self.held_out = HeldOut(read.version, self._loss(target), self._steps)
         if self._trajectory is None:
             self._local = target
             self._trajectory = Trajectory(ParameterSet(self._layout, target.clone()))
@@ -111,7 +123,12 @@ class ModelledTraining:
         local -= np.float32(_RATE) * (apart + np.float32(_NOISE) * noise)
         self._steps += 1
         self.since.step(self.rule.inner.batch_size, loss)
-        return self._seconds
+        if (looks := self._looks) is not None:
+            looks.steps += 1
+            if looks.due and looks.look(self._loss(self._local)):
+                self._best = self._local.clone()
+        took, self._measured = self._seconds + self._measured, 0.0
+        return took
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None, "a node trains from a version"
@@ -145,13 +162,36 @@ class ModelledTraining:
             tensors={name: tensor.clone() for name, tensor in tensors.items()},
         )
 
-    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
-        """There is no model to export."""
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
+        """There is no model to export, but the phase takes its time and is as good as its best moment."""
         self._local = decode_vector(read.payload, self._layout.size, read.encoding)
         self.version = read.version
         self._trajectory, self.since = None, SinceReturn()
         self._checkpoints.pop(self.instruction.encoder, None)
-        return export or Path("nowhere")
+        self.held_out = HeldOut(read.version, self._loss(self._local), self._steps)
+        self._looks, self._best = Looks.planned(self.rule.finish, self._steps), self._local.clone()
+        if self._looks is None:
+            return _NOWHERE
+        self._looks.first(self.held_out.loss)
+        return None
+
+    @property
+    def finishing(self) -> Looks | None:
+        return self._looks
+
+    def finish_on(self) -> bool:
+        """Nobody is killed once the training has ended, so nothing is kept of a phase."""
+        return False
+
+    def conclude(self, export: Path | None) -> Path:
+        assert self._best is not None
+        self._local, self._looks, self.since = self._best, None, SinceReturn()
+        return _NOWHERE
+
+    def _loss(self, point: Tensor) -> float:
+        """What this node's validation samples would say of these parameters; it takes as long as five steps."""
+        self._measured += _MEASURING * self._seconds
+        return 0.5 * float(np.mean(np.square(point.numpy() - self._optimum)))
 
     def _restore(self, saved: Saved, ledger: Ledger) -> None:
         """As a real session does: not if something was handed in after the checkpoint, which would count twice."""

@@ -1,17 +1,19 @@
-"""How good an encoder is: probes on its frozen features, and its masked loss on samples that were held out."""
+"""How good an encoder is: probes on its frozen features. Its masked loss is that of `training.held_out`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.encoders.base import EncoderModel, Samples
+
+# whoever evaluates finds both measures here
+from node_service.training.held_out import masked_loss as masked_loss
 
 #: Rows that a probe is fitted on and tested on at most: features are what costs, more for long texts.
 TRAIN_ROWS = 2000
@@ -91,20 +93,6 @@ def probe(
         train_rows=len(train_y),
         test_rows=len(test_y),
     )
-
-
-@torch.no_grad()
-def masked_loss(model: EncoderModel, encoded: Any, seed: int = 0, batches: int = 10, size: int = 128) -> float:
-    """The self-supervised loss on `encoded` (held-out) samples, mean of `batches` batches of `size`.
-
-    The same seed draws the same samples and masks: two models with the same private spec are compared on equal terms.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    losses = [float(model.loss(model.batch(encoded, size, generator))) for _ in range(batches)]
-    model.train(was_training)
-    return sum(losses) / batches
 
 
 def _drawn(samples: Samples, labels: Sequence[str], rows: int, seed: int) -> tuple[Samples, list[str]]:

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 M = TypeVar("M", bound=BaseModel)
 
-_IDENTITY, _CURRENT, _OWED = "identity.json", "current.json", "owed"
+_IDENTITY, _CURRENT, _FINISHING, _OWED = "identity.json", "current.json", "finishing.json", "owed"
 
 
 class Identity(BaseModel):
@@ -134,21 +134,24 @@ class LocalState:
 
     def current(self) -> Current | None:
         """What this incarnation trained last, if it has not been forgotten."""
-        content = self._store.read(_CURRENT)
-        if content is None:
-            return None
-        try:
-            current = Current.model_validate_json(content)
-        except ValidationError:
-            log.warning(
-                "damaged and not used: the master says again what is trained", file=str(self._store.place / _CURRENT)
-            )
-            return None
-        return current if current.incarnation == self.identity.incarnation else None
+        current = self._known(_CURRENT, Current, "the master says again what is trained")
+        return current if current is not None and current.incarnation == self.identity.incarnation else None
 
     def forget_current(self) -> None:
         """It is finished, or not ours to train."""
         self._store.remove(_CURRENT)
+
+    def remember_finishing(self, instruction: Instruction) -> None:
+        """The training of this encoder has ended, and its finishing phase goes on; that is no incarnation's."""
+        self._store.write(_FINISHING, instruction.model_dump_json().encode())
+
+    def finishing(self) -> Instruction | None:
+        """What is in its finishing phase."""
+        return self._known(_FINISHING, Instruction, "the rest of the finishing phase is left out")
+
+    def forget_finishing(self) -> None:
+        """The phase has ended."""
+        self._store.remove(_FINISHING)
 
     # --- updates and receipts ----------------------------------------------------------------------------------------
 
@@ -208,6 +211,15 @@ class LocalState:
         for name in names:
             if name not in kept:
                 self._store.remove(name)
+
+    def _known(self, name: str, model: type[M], otherwise: str) -> M | None:
+        """A file that can be done without; `otherwise` says what happens then."""
+        content = self._store.read(name)
+        try:
+            return None if content is None else model.model_validate_json(content)
+        except ValidationError:
+            log.warning(f"damaged and not used: {otherwise}", file=str(self._store.place / name))
+            return None
 
     def _read(self, name: str, model: type[M]) -> M | None:
         content = self._store.read(name)

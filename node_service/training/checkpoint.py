@@ -8,9 +8,10 @@ says for people what the private parts fit; it is a copy, and written last.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,10 @@ from torch import Tensor
 from common.crash_points import reached
 from common.durable import save_tensors, sync, write_durably
 from common.errors import UserError
+from node_service.training.looks import HeldOut
 from node_service.training.update_rule import SinceReturn
+
+F = TypeVar("F", bound=BaseModel)
 
 _FILE = "checkpoint.safetensors"
 #: Where the facts stand in the file's own metadata, so that they cannot disagree with its tensors.
@@ -28,7 +32,7 @@ _FACTS = "facts"
 
 class PathFacts(BaseModel):
     """The path of the shared parameters, but for its tensors. It is this incarnation's, and holds what was not handed
-    in before the update numbered `next_sequence`."""
+    in before the update numbered `next_sequence`. `held_out`: the newest measurement."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -37,6 +41,7 @@ class PathFacts(BaseModel):
     last_settled: int
     progress: float
     since: SinceReturn
+    held_out: HeldOut | None = None
 
 
 class Facts(BaseModel):
@@ -66,36 +71,49 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint: written beside, synced, renamed."""
     directory.mkdir(parents=True, exist_ok=True)
     groups = {"private": checkpoint.private, "trainer": checkpoint.trainer, "path": checkpoint.path}
-    tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
-        for group, named in groups.items()
-        for name, tensor in named.items()
-    }
-    place = directory / _FILE
-    beside = place.with_suffix(".part")
-    reached("node before checkpoint")
-    save_tensors(beside, tensors, {_FACTS: checkpoint.facts.model_dump_json()})
-    reached("node during checkpoint")
-    beside.replace(place)
-    sync(directory)
-    reached("node after checkpoint")
+    write_tensors(directory / _FILE, groups, checkpoint.facts)
     pinned = checkpoint.facts.model_dump(exclude={"path"})
     write_durably(directory / "pinned.json", json.dumps(pinned, indent=1).encode())
 
 
 def read_checkpoint(directory: Path) -> Checkpoint | None:
     """The checkpoint that was written here; None if there is none. Raises UserError if it is damaged."""
-    place = directory / _FILE
+    read = read_tensors(directory / _FILE, Facts, ("private", "trainer", "path"))
+    if read is None:
+        return None
+    facts, groups = read
+    return Checkpoint(facts, groups["private"], groups["trainer"], groups["path"])
+
+
+def write_tensors(place: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: BaseModel) -> None:
+    """Replace a file of tensors, in groups, and what they are: written beside, synced, renamed. Raises OSError."""
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
+    beside = place.with_suffix(".part")
+    reached("node before checkpoint")
+    save_tensors(beside, tensors, {_FACTS: facts.model_dump_json()})
+    reached("node during checkpoint")
+    beside.replace(place)
+    sync(place.parent)
+    reached("node after checkpoint")
+
+
+def read_tensors(place: Path, kind: type[F], names: Sequence[str]) -> tuple[F, dict[str, dict[str, Tensor]]] | None:
+    """What `write_tensors` wrote, with every group of `names`; None if there is no such file. Raises UserError if it is
+    damaged."""
     if not place.exists():
         return None
-    groups: dict[str, dict[str, Tensor]] = {"private": {}, "trainer": {}, "path": {}}
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     try:
         with safe_open(place, "pt") as file:
-            facts = Facts.model_validate_json(file.metadata()[_FACTS])
+            facts = kind.model_validate_json(file.metadata()[_FACTS])
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 group, _, name = key.partition("/")
                 groups[group][name] = file.get_tensor(key)
     except (OSError, SafetensorError, ValidationError, KeyError, TypeError) as error:
         problem = str(error).partition("\n")[0]
-        raise UserError(f"{place}: damaged ({problem}); restore it from a backup or remove {directory}") from None
-    return Checkpoint(facts, groups["private"], groups["trainer"], groups["path"])
+        raise UserError(f"{place}: damaged ({problem}); restore it from a backup or remove {place.parent}") from None
+    return facts, groups

@@ -18,6 +18,8 @@ from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
+from node_service.training.finishing import FinishingPhase
+from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
 from node_service.training.trainer import Trainer
 from node_service.training.trajectory import Trajectory
@@ -33,7 +35,8 @@ class Session:
     """Made from an instruction and the owner's samples; trains once a version was adopted, or a path was restored.
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
-    instruction's, by name; private parts are fitted with them.
+    instruction's, by name; private parts are fitted with them. By the loss of the `validation` samples training is
+    steered; there may be none.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -48,6 +51,7 @@ class Session:
         device: str,
         ledger: Ledger,
         assets: Mapping[str, bytes],
+        validation: Any = (),
     ) -> None:
         self.instruction = instruction
         self.directory = directory
@@ -65,6 +69,9 @@ class Session:
         self.rule = UpdateRule()
         self.since = SinceReturn()
         self.version = -1
+        self.held_out: HeldOut | None = None
+        self._validation = self.model.encode(validation) if len(validation) else None
+        self._phase: FinishingPhase | None = None
         self._trajectory: Trajectory | None = None
         if saved is not None:
             self.trainer.load_state(saved.trainer)
@@ -82,24 +89,59 @@ class Session:
 
     def adopt(self, read: CompleteVersion) -> None:
         target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
+        local = self.trainer.shared().vector
+        every = self.rule.evaluate_every if self._validation is not None else 0
+        measured = must_evaluate(every, self.held_out, read.version, self.steps)
+        if self._trajectory is None or measured:
+            self.trainer.set_shared(target)  # as it came: what this node is ahead of it by comes back below
+        if measured:
+            self._measure(read.version)
         if self._trajectory is None:
-            self.trainer.set_shared(target)
             self._trajectory = Trajectory(self.trainer.shared())
         else:
-            self.trainer.set_shared(self._trajectory.adopt(target, self.trainer.shared().vector))
+            self.trainer.set_shared(self._trajectory.adopt(target, local))
         self.version = read.version
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
-    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
         target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
         self.trainer.set_shared(target)
         self.version = read.version
         self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
+        if self.rule.evaluate_every > 0:
+            self._measure(read.version)
         self._write(None)
-        return self._export(export)
+        self._phase = FinishingPhase.begin(self.trainer, self._validation, self.rule.finish, read.version)
+        if self._phase is None:
+            return self._export(export)
+        self._phase.save(self.directory)
+        return None
+
+    @property
+    def finishing(self) -> Looks | None:
+        return self._phase.looks if self._phase is not None else None
+
+    def finish_on(self) -> bool:
+        self._phase = FinishingPhase.restored(self.directory, self.trainer, self._validation)
+        if self._phase is not None:
+            self.version = self._phase.version
+        return self._phase is not None
+
+    def conclude(self, export: Path | None) -> Path:
+        assert self._phase is not None
+        phase, self._phase, self.since = self._phase, None, SinceReturn()
+        phase.end()
+        model = self._export(export, _finished(phase.looks))
+        phase.forget(self.directory)
+        # whoever trains on goes on from what fits the shared version
+        saved = load_private(self.directory, self.model)
+        self.trainer.reset_optimizer()
+        if saved is not None:
+            self.trainer.load_state(saved.trainer)
+        return model
 
     def step(self) -> float:
-        loss = self.trainer.step()
+        loss = self.trainer.step() if self._phase is None else self._phase.step()
         self.since.step(self.trainer.inner.batch_size, loss)
         return 0.0
 
@@ -131,6 +173,9 @@ class Session:
             self._trajectory.discard(receipt.sequence)
 
     def save(self, incarnation: str, next_sequence: int) -> None:
+        if self._phase is not None:
+            self._phase.save(self.directory)
+            return
         trajectory = self._trajectory
         path = None
         if trajectory is not None:
@@ -140,8 +185,14 @@ class Session:
                 last_settled=trajectory.last_answered,
                 progress=self.trainer.progress,
                 since=self.since,
+                held_out=self.held_out,
             )
         self._write(path)
+
+    def _measure(self, version: int) -> None:
+        """The loss of the validation samples, if there are any, with the shared parameters of a version."""
+        if self._validation is not None:
+            self.held_out = HeldOut(version, self.trainer.held_out_loss(self._validation), self.steps)
 
     def _write(self, path: PathFacts | None) -> None:
         """A checkpoint: private parts, trainer state, and what was trained and not handed in yet."""
@@ -158,14 +209,14 @@ class Session:
         private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
         write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
 
-    def _export(self, directory: Path | None) -> Path:
+    def _export(self, directory: Path | None, note: str = "") -> Path:
         """Stem + shared encoder + head for transformers' Auto classes, in the place of an earlier export. A failure
         leaves what was there."""
         model = directory or self.directory / "model"
         card = (
             f"{TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
             f"Type `{self.instruction.encoder_type}`. Stem and head were fitted to this node's own samples: they have "
-            "never left it, and are its owner's to hand on or to keep.\n"
+            f"never left it, and are its owner's to hand on or to keep.{note}\n"
         )
         with torch.no_grad(), replacing(model, card, ours=directory is None) as beside:
             self.model.eval()
@@ -187,6 +238,14 @@ class Session:
         self._trajectory = trajectory
         self.trainer.set_shared(saved.path["local"])
         self.trainer.progress = facts.progress
-        self.version, self.since = saved.facts.version, facts.since
+        self.version, self.since, self.held_out = saved.facts.version, facts.since, facts.held_out
         for sequence in sorted(trajectory.pending.keys() & ledger.answered.keys()):
             self.answered(ledger.answered[sequence])
+
+
+def _finished(looks: Looks) -> str:
+    """What a card says of a finishing phase."""
+    words = f" After the last shared version it was tuned here alone for {looks.steps} steps"
+    if looks.before is None or looks.best is None:
+        return f"{words}."
+    return f"{words}: held-out loss {looks.before:.3f} before, and {looks.best:.3f} at the best moment, which this is."

@@ -13,6 +13,10 @@ from common.errors import UserError
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import InnerOptimizer
+from node_service.training.held_out import masked_loss
+
+#: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
+_MEASURED_BATCHES = 15
 
 
 class Trainer:
@@ -62,9 +66,9 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
         return inner.lr * warm * (inner.final_fraction + (1.0 - inner.final_fraction) * cosine)
 
-    def step(self) -> float:
-        """One optimiser step; gives the loss."""
-        rate = self.learning_rate()
+    def step(self, rate: float | None = None) -> float:
+        """One optimiser step at this learning rate, or at the one that the progress says; gives the loss."""
+        rate = self.learning_rate() if rate is None else rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
@@ -76,6 +80,11 @@ class Trainer:
         self.optimizer.step()
         self.steps += 1
         return float(loss.detach())
+
+    def held_out_loss(self, encoded: Any) -> float:
+        """The masked loss on `encoded` samples; the same ones, masked alike, at every call under one batch size."""
+        batches, size = _MEASURED_BATCHES, self.inner.batch_size
+        return masked_loss(self.model, encoded, batches=batches, size=size, device=self._device)
 
     def shared(self) -> ParameterSet:
         """A copy of the shared parameters, on the CPU."""

@@ -8,16 +8,23 @@ from typing import Protocol
 
 from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
 from common.wire.transfer import CompleteVersion, payload_digest
+from node_service.training.looks import HeldOut, Looks
 from node_service.training.update_rule import SinceReturn
 
 
 class Training(Protocol):
-    """The training of `instruction`'s encoder. `version` is the one that it goes on from, -1 before any was adopted."""
+    """The training of `instruction`'s encoder. `version` is the one that it goes on from, -1 before any was adopted.
+
+    After the last version there may be a finishing phase: `finish` begins it, `step` goes on with it, `save` keeps it,
+    and `conclude` ends it. What is trained after that goes on from what `finish` left, as if there had been none.
+    """
 
     instruction: Instruction
     rule: UpdateRule
     version: int
     since: SinceReturn
+    #: The newest measurement of a version by the node's validation samples, if there is one.
+    held_out: HeldOut | None
 
     @property
     def steps(self) -> int:
@@ -49,10 +56,21 @@ class Training(Protocol):
     def save(self, incarnation: str, next_sequence: int) -> None:
         """Write a checkpoint. `next_sequence`: what was not handed in before that update is in it."""
 
-    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
-        """Take the final version as it is, save the private parts pinned to it and export the whole model into `export`
-        (default: beside them); gives where it is. The path ends here. Raises UserError for an export directory that
-        holds something else, OSError."""
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
+        """Take the final version as it is and save the private parts pinned to it; the path ends here. Then begin the
+        finishing phase, or where the rule has none export the whole model into `export` (default: beside them) and
+        give where it is. Raises UserError for an export directory that holds something else, OSError."""
+
+    @property
+    def finishing(self) -> Looks | None:
+        """The finishing phase while it goes on; it is to be concluded once it is over."""
+
+    def finish_on(self) -> bool:
+        """Go on with the finishing phase that an earlier process saved; False if none is there, as after its export.
+        Raises UserError if it is damaged."""
+
+    def conclude(self, export: Path | None) -> Path:
+        """End the finishing phase: export its best moment as `finish` would, and forget it. Raises as `finish`."""
 
 
 def update_manifest(
@@ -66,6 +84,7 @@ def update_manifest(
     wants_version: bool,
 ) -> UpdateManifest:
     """The manifest of what `hand_in` gave."""
+    measured = training.held_out if training.held_out is not None and training.held_out.finite else None
     return UpdateManifest(
         node=node,
         incarnation=incarnation,
@@ -82,4 +101,6 @@ def update_manifest(
         size=sum(map(len, bodies)),
         chunks=len(bodies),
         digest=payload_digest(bodies),
+        held_out=measured.loss if measured is not None else None,
+        held_out_version=measured.version if measured is not None else None,
     )

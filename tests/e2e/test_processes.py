@@ -38,7 +38,7 @@ def configuration(directory: Path, url: str, namespace: str, nodes: list[str], *
         f'[master]\nstate_dir = "{directory}/master"\nexport_dir = "{directory}/encoder"',
         "presence_timeout_seconds = 4.0",
         f'[encoder]\nget = "text"\narchitecture = {ARCHITECTURE}\n{master["encoder"]}',
-        f"[stop]\n{master['stop']}\n[update]\nwhen = {{ steps = 5 }}",
+        f"[stop]\n{master['stop']}\n[update]\nwhen = {{ steps = 5 }}\nfinish = {{ steps = 10, look_every = 5 }}",
     ]
     for node in nodes:
         corpus = directory / f"{node}.jsonl"
@@ -150,6 +150,8 @@ def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path:
     assert finished.updates == sum(member.returns for member in finished.members.values())
     for node in "abe":
         assert run.processes[node].wait(30) == 0, run.log(node)
+        assert "finishing phase ended" in run.log(node) and "held_out_after" in run.log(node)
+    assert finished.best_held_out is not None, "the nodes have measured what they were given"
     asked = shared_encoder("request", "get", "text", "--config", str(run.file), "--out", str(tmp_path / "asked"))
     assert asked.returncode == 0 and "open it with transformers.AutoModel" in asked.stdout, asked.stderr
     assert (tmp_path / "asked" / "model.safetensors").exists(), "whoever asks for a finished encoder gets it"

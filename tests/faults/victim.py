@@ -19,7 +19,7 @@ import torch
 from common import crash_points
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, EXIT_FAILED, BrokerUnavailable, SharedEncoderError
-from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.messages import FinishRule, InnerOptimizer, ReturnWhen, UpdateRule
 from common.wire.topology import Topology
 from deploy.logging import configure_logging
 from deploy.signals import stop_on_signals
@@ -87,7 +87,12 @@ def _master(victim: Victim, broker: Any, topology: Topology, stop: threading.Eve
     )
     settings = Settings(
         rule=aggregation_rule(victim.preset, {"buffer": {"grace_seconds": 3.0}}),
-        update_rule=UpdateRule(when=ReturnWhen(steps=2), max_unanswered=3, inner=InnerOptimizer(batch_size=4)),
+        update_rule=UpdateRule(
+            when=ReturnWhen(steps=2),
+            max_unanswered=3,
+            inner=InnerOptimizer(batch_size=4),
+            finish=FinishRule(steps=40, look_every=5),
+        ),
         stop=StopRule(versions=1_000_000),
         publish_every_seconds=5.0,
     )
@@ -110,7 +115,7 @@ def _node(victim: Victim, broker: Any, topology: Topology, stop: threading.Event
         exit_when_finished=victim.exit_when_finished,
     )
     seed = sum(victim.role.encode())
-    corpus = Corpus("tiny", samples(seed), None, [], None)
+    corpus = Corpus("tiny", samples(seed), None, [], None, samples(seed)[::10])
     NodeService(victim.role, config, {"tiny": corpus}, broker, topology).run(stop)
 
 

@@ -97,6 +97,7 @@ class TokenTraining:
     def __init__(self, world: World, instruction: Instruction) -> None:
         self.instruction, self.rule, self.since = instruction, UpdateRule(), SinceReturn()
         self.version, self.steps = -1, 0
+        self.held_out = self.finishing = None
         self._world = world
 
     @property
@@ -132,3 +133,10 @@ class TokenTraining:
     def finish(self, read: CompleteVersion, export: Path | None) -> Path:
         self.version, self.since = read.version, SinceReturn()
         return Path("nowhere")
+
+    def finish_on(self) -> bool:
+        """No token is tuned by itself: `finish` begins no phase."""
+        return False
+
+    def conclude(self, export: Path | None) -> Path:
+        raise Violation("a phase is ended that never began")

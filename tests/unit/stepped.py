@@ -24,6 +24,7 @@ from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     AssetEntry,
+    FinishRule,
     Instruction,
     Message,
     Pulse,
@@ -59,6 +60,7 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.receipt_book import Ledger
 from node_service.handover.store import MemoryStore, Store
 from node_service.node import Node
+from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.update_rule import SinceReturn, must_return
 
 M = TypeVar("M", bound=Message)
@@ -121,14 +123,26 @@ def instruction(encoder: str = "text-1", layout: Layout = LAYOUT, assets: Sequen
 
 class CountingTraining:
     """Training that counts. `seconds`: how long a step takes; `fails_at`: the step that raises; `saved`: the count of
-    steps at each checkpoint, which outlives this object."""
+    steps at each checkpoint, which outlives this object. `finishing`: the steps of its finishing phase, whose looks see
+    a loss that falls by one each time; `losses`: what a version is measured to be worth, where it is."""
 
     def __init__(
-        self, instruction: Instruction, *, seconds: float = 0.5, fails_at: int | None = None, saved: list[int]
+        self,
+        instruction: Instruction,
+        *,
+        seconds: float = 0.5,
+        fails_at: int | None = None,
+        saved: list[int],
+        finishing: int = 0,
+        losses: Mapping[int, float] | None = None,
     ) -> None:
         self.instruction, self.rule, self.since = instruction, UpdateRule(), SinceReturn()
         self.version, self.steps = -1, 0
+        self.held_out: HeldOut | None = None
+        self.finishing: Looks | None = None
         self.saved = saved
+        self._finishing = finishing
+        self._losses = losses or {}
         self._seconds = seconds
         self._fails_at = fails_at
 
@@ -141,12 +155,19 @@ class CountingTraining:
 
     def adopt(self, read: CompleteVersion) -> None:
         self.version = read.version
+        every = self.rule.evaluate_every
+        if self.version in self._losses and must_evaluate(every, self.held_out, self.version, self.steps):
+            self.held_out = HeldOut(self.version, self._losses[self.version], self.steps)
 
     def step(self) -> float:
         if self.steps == self._fails_at:
             raise ArithmeticError("a training step failed")
         self.steps += 1
         self.since.step(1, 1.0)
+        if self.finishing is not None:
+            self.finishing.steps += 1
+            if self.finishing.due:
+                self.finishing.look(-float(self.finishing.steps))
         return self._seconds
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
@@ -160,8 +181,21 @@ class CountingTraining:
     def save(self, incarnation: str, next_sequence: int) -> None:
         self.saved.append(self.steps)
 
-    def finish(self, read: CompleteVersion, export: Path | None) -> Path:
+    def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
         self.version, self.since = read.version, SinceReturn()
+        if self.version in self._losses:
+            self.held_out = HeldOut(self.version, self._losses[self.version], self.steps)
+        return None if self.finish_on() else Path("nowhere")
+
+    def finish_on(self) -> bool:
+        """A phase that a process began is counted from its beginning by the next."""
+        self.finishing = Looks.planned(FinishRule(steps=self._finishing), 0)
+        if self.finishing is not None:
+            self.finishing.first(0.0)
+        return self.finishing is not None
+
+    def conclude(self, export: Path | None) -> Path:
+        self.finishing, self.since = None, SinceReturn()
         return Path("nowhere")
 
 
