@@ -489,11 +489,14 @@ class Node:
         if instruction is None or corpus is None or len(corpus.train) == 0:
             return False
         try:
-            self._ending.go_on(self._begin(instruction, corpus))
+            training = self._begin(instruction, corpus)
+            self._ending.go_on(training)
         except UserError as error:
             log.error("cannot finish the encoder", node=self.name, encoder=instruction.encoder, problem=str(error))
             self.training = None
             return False
+        if training.finishing is None:
+            self.training = None  # it stands at no version, and must not be saved as if it did
         return True
 
     def _measured(self, training: Training) -> None:

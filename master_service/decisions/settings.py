@@ -14,7 +14,9 @@ from master_service.decisions.rules.model import AggregationRule, aggregation_ru
 
 
 class LossPlateau(BaseModel):
-    """Stop when the mean loss of the last `patience` versions is no better than `min_change` (nats) below the best."""
+    """Stop when the mean loss of the last `patience` versions is no better than `min_change` (nats) below the best.
+
+    That is the held-out loss which nodes measure; where nobody does, the training loss that they claim."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -152,7 +152,8 @@ def test_one_that_died_between_the_export_and_its_memory_of_it_is_finished(
     _, first = finishing(server, clock, store=store)
     first.broker.close()
     back = SteppedNode(server, clock, store=store, training={"finishing": 0}).start()  # no phase is there any more
-    assert back.node.finished and back.node.state.finishing() is None and back.node.encoder is None
+    assert back.node.finished and back.node.state.finishing() is None
+    assert back.node.training is None, "what stands at no version must not be saved over the checkpoint"
 
 
 def test_a_new_identity_does_not_end_the_phase_and_it_asks_for_more_to_do(
