@@ -489,7 +489,8 @@ class Node:
         if instruction is None or corpus is None or len(corpus.train) == 0:
             return False
         try:
-            training = self._begin(instruction, corpus)
+            # what its private parts were fitted with lies beside them by now
+            training = self._begin(instruction, corpus, {})
             self._ending.go_on(training)
         except UserError as error:
             log.error("cannot finish the encoder", node=self.name, encoder=instruction.encoder, problem=str(error))
