@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from pathlib import Path
+from collections.abc import Callable
 
 from common.wire.broker import Delivery
-from deploy.simulation.plan import ENCODER_TYPE
-from deploy.simulation.training import SimulatedSnapshots
 from deploy.simulation.world import Connection, Ids, World
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
+from master_service.history.snapshot import SnapshotDirectory
 from master_service.history.state_directory import Journal
 from master_service.log.deadly import MemoryMark
-from master_service.log.message_log import open_log
+from master_service.log.message_log import MessageLog, open_log
 from master_service.log.room import Room, free_bytes
 from master_service.master import Master
 
 
 class SimulatedMaster:
-    """The master: its state directory and ids outlive it."""
+    """The master: its state directory and ids outlive it. `snapshots` say with what arithmetic a fold goes on."""
 
-    def __init__(self, world: World, directory: Path, settings: Settings) -> None:
+    def __init__(
+        self,
+        world: World,
+        config: MasterConfig,
+        settings: Settings,
+        *,
+        encoder_type: str,
+        snapshots: Callable[[MessageLog], SnapshotDirectory] = SnapshotDirectory,
+    ) -> None:
         self.killed = 0
         #: Chunks of versions that it published, and at the end of the run what became of the encoder.
         self.stream_chunks = 0
         self.result: EncoderState | None = None
         self._world = world
-        self._config = MasterConfig(state_dir=directory)
+        self._config = config
         self._settings = settings
-        self._ids = Ids(world.plan.seed, "master")
+        self._encoder_type = encoder_type
+        self._snapshots = snapshots
+        self._ids = Ids(world.seed, "master")
         self._mark = MemoryMark()
         self._arrived: deque[Delivery] = deque()
         self._master: Master | None = None
@@ -47,7 +56,7 @@ class SimulatedMaster:
         room = Room(directory, free_bytes(directory), self._config.min_free)
         journal = Journal(
             log,
-            SimulatedSnapshots(log),
+            self._snapshots(log),
             self._mark,
             room,
             self._config,
@@ -60,7 +69,7 @@ class SimulatedMaster:
             self._broker,
             world.topology,
             journal,
-            get=ENCODER_TYPE,
+            get=self._encoder_type,
             clock=world.clock,
             ending=threading.Event(),
             on_delivery=self._arrived.append,

@@ -4,22 +4,17 @@ node works, its line up flushes the outbox, its line down brings deliveries and 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from common.wire.broker import Delivery
-from common.wire.messages import Instruction, Receipt
-from deploy.simulation.plan import ENCODER_TYPE, node_name
-from deploy.simulation.training import ModelledTraining, Saved
+from common.wire.messages import Receipt
 from deploy.simulation.world import Connection, Ids, World
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
-from node_service.handover.receipt_book import RECEIPTS, Ledger
+from node_service.handover.receipt_book import RECEIPTS
 from node_service.handover.store import MemoryStore
 from node_service.node import Build, Node
 
@@ -33,23 +28,30 @@ _BATCH_SECONDS = 0.02
 class SimulatedNode:
     """One node: its store, checkpoints and ids outlive it. `returning`: it is away and comes back."""
 
-    def __init__(self, world: World, index: int) -> None:
-        plan = world.plan
-        self.name = node_name(index)
-        self.speed = plan.speed(index)
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        config: NodeConfig,
+        corpora: Mapping[str, Corpus],
+        build: Build,
+        *,
+        speed: float,
+    ) -> None:
+        """`build` makes its training; `speed`, in steps a second, is for whoever looks at it."""
+        self.name = name
+        self.speed = speed
         self.returning = False
         #: How often it was killed and how often it left.
         self.killed = self.left = 0
         #: Versions that it read, and bytes that it sent and received, over all its connections.
         self.versions_read = self.bytes_up = self.bytes_down = 0
         self._world = world
-        self._index = index
+        self._config = config
+        self._corpora = corpora
+        self._build = build
         self._store = MemoryStore()
-        self._checkpoints: dict[str, Saved] = {}
-        self._ids = Ids(plan.seed, self.name)
-        self._noise = np.random.default_rng([plan.seed, 2, index])
-        samples = random.Random(f"{plan.seed}/samples/{index}").randint(100, 1000)
-        self._corpora = {ENCODER_TYPE: Corpus(ENCODER_TYPE, range(samples), None, (), None)}
+        self._ids = Ids(world.seed, self.name)
         self._process: _Process | None = None
 
     @property
@@ -61,7 +63,7 @@ class SimulatedNode:
         self.stop()
         self.returning = False
         state = LocalState(self._store, self.name, new_incarnation=self._ids.incarnation)
-        self._process = _Process(self, self._world, state, self._corpora, self._build, self._ids)
+        self._process = _Process(self, self._world, self._config, state, self._corpora, self._build, self._ids)
 
     def kill(self) -> None:
         """Without goodbye: what is in memory is gone. Nothing happens to one that is not there."""
@@ -101,18 +103,6 @@ class SimulatedNode:
         """How many of its updates have no answer."""
         return sum(name.endswith(".json") for name in self._store.names("owed"))
 
-    def _build(
-        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
-    ) -> ModelledTraining:
-        return ModelledTraining(
-            instruction,
-            ledger,
-            self._checkpoints,
-            speed=self.speed,
-            seeds=(self._world.plan.seed, self._index),
-            noise=self._noise,
-        )
-
 
 class _Process:
     """A node's process, from its start to its end: events of it that come later find it closed."""
@@ -121,8 +111,9 @@ class _Process:
         self,
         owner: SimulatedNode,
         world: World,
+        config: NodeConfig,
         state: LocalState,
-        corpora: dict[str, Corpus],
+        corpora: Mapping[str, Corpus],
         build: Build,
         ids: Ids,
     ) -> None:
@@ -132,7 +123,7 @@ class _Process:
         outbox = Outbox(self._broker, world.topology, owner.name, state.chunk, new_id=ids.message)
         self._node = Node(
             owner.name,
-            NodeConfig(),
+            config,
             corpora,
             self._broker,
             world.topology,
@@ -220,7 +211,7 @@ class _Process:
             self._world.master_has_mail()
         if sent or outbox.problem:
             self._line_up = True
-            self._after(size / self._world.plan.link if sent else _RETRY_SECONDS, self._up)
+            self._after(size / self._world.link if sent else _RETRY_SECONDS, self._up)
         elif self._leaving:
             self.close()
 
@@ -231,7 +222,7 @@ class _Process:
             return
         self._here += self._coming
         self._coming.clear()
-        reading, link = self._node.reading, self._world.plan.link
+        reading, link = self._node.reading, self._world.link
         if (read := reading.read_one()) is not None:
             self._here.append(read)
             self._owner.versions_read += isinstance(read, VersionRead) and read.version is not None

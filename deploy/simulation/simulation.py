@@ -1,55 +1,43 @@
-"""The run itself: a heap of (time, sequence, what happens), and a clock that jumps from one to the next."""
+"""The run of a plan: who joins, leaves and dies when, in a federation whose training is modelled."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 
-from common.brokers.memory import MemoryBroker, MemoryServer
-from common.clock import VirtualClock
-from common.wire.broker import Publication
-from common.wire.codec import encode
-from common.wire.messages import Stop
-from common.wire.topology import Topology
+import numpy as np
+
+from common.wire.messages import Instruction
+from deploy.simulation.federation import SteppedFederation
 from deploy.simulation.master import SimulatedMaster
 from deploy.simulation.node import SimulatedNode
-from deploy.simulation.plan import Absence, Plan, fates, master_fate
+from deploy.simulation.plan import ENCODER_TYPE, Absence, Plan, fates, master_fate, node_name
+from deploy.simulation.training import ModelledTraining, Saved, SimulatedSnapshots
+from master_service.config import MasterConfig
+from node_service.config import NodeConfig
+from node_service.corpus.corpus import Corpus
+from node_service.handover.receipt_book import Ledger
+from node_service.node import Build
 
-#: How long nodes have for the last version and the last answers once the training has ended, virtual seconds; who is
-#: away then comes back first.
-_AFTERWARDS = 3600.0
-#: A run that takes so many times as long as it would if no node ever waited comes to no end by itself.
-_PATIENCE = 50.0
 
-
-class Simulation:
+class Simulation(SteppedFederation):
     """One federation under a virtual clock, in one thread. The same plan gives the same log, bit for bit."""
 
     def __init__(self, plan: Plan, directory: Path) -> None:
         """`directory` becomes the master's state directory."""
+        super().__init__(seed=plan.seed, link=plan.link, estimated=plan.estimated_seconds)
         self.plan = plan
-        self.clock = VirtualClock()
-        self.server = MemoryServer(clock=self.clock.now)
-        self.topology = Topology("simulation")
-        #: Whether the training was ended because it made no headway.
-        self.given_up = False
-        #: When the training had ended; None while it has not.
-        self.ended_at: float | None = None
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._sequence = itertools.count()
         self._fates = fates(plan)
-        self._estimated = plan.estimated_seconds
         on_time = sum(fate.joins == 0.0 for fate in self._fates)
-        self.nodes = [SimulatedNode(self, index) for index in range(plan.nodes)]
-        self.master = SimulatedMaster(self, directory, plan.settings(on_time))
-
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (max(when, self.clock.time), next(self._sequence), what))
-
-    def master_has_mail(self) -> None:
-        self.master.has_mail()
+        self.nodes = [self._node(index) for index in range(plan.nodes)]
+        self.master = SimulatedMaster(
+            self,
+            MasterConfig(state_dir=directory),
+            plan.settings(on_time),
+            encoder_type=ENCODER_TYPE,
+            snapshots=SimulatedSnapshots,
+        )
 
     def run(self, on_progress: Callable[[int], None] = lambda updates: None) -> None:
         """From the first node to the last answer; `on_progress` is given the number of counted updates, often."""
@@ -60,19 +48,32 @@ class Simulation:
                 self._order(fate.absence, node.kill if fate.absence.killed else node.leave, node.start)
         if (absence := master_fate(self.plan)) is not None:
             self._order(absence, self.master.kill, self.master.start)
-        self.at(self._estimated * _PATIENCE + _AFTERWARDS, self._give_up)
-        try:
-            while self._heap and not self._is_over():
-                self.clock.time, _, what = heapq.heappop(self._heap)
-                what()
-                if (encoder := self.master.encoder) is not None:
-                    on_progress(encoder.updates)
-                    if self.ended_at is None and encoder.status in ("finished", "failed"):
-                        self.ended_at = self.clock.time
-        finally:
-            for node in self.nodes:
-                node.stop()
-            self.master.stop()
+        super().run(on_progress)
+
+    def _node(self, index: int) -> SimulatedNode:
+        """A node whose samples and training come from the seed."""
+        seed, name = self.plan.seed, node_name(index)
+        samples = random.Random(f"{seed}/samples/{index}").randint(100, 1000)
+        corpora = {ENCODER_TYPE: Corpus(ENCODER_TYPE, range(samples), None, (), None)}
+        return SimulatedNode(self, name, NodeConfig(), corpora, self._build(index), speed=self.plan.speed(index))
+
+    def _build(self, index: int) -> Build:
+        """What makes the node's training. Its checkpoints and its noise outlive a kill."""
+        seed = self.plan.seed
+        checkpoints: dict[str, Saved] = {}
+        noise = np.random.default_rng([seed, 2, index])
+
+        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger) -> ModelledTraining:
+            return ModelledTraining(
+                instruction,
+                ledger,
+                checkpoints,
+                speed=self.plan.speed(index),
+                seeds=(seed, index),
+                noise=noise,
+            )
+
+        return build
 
     def _order(self, absence: Absence, begin: Callable[[], None], end: Callable[[], None]) -> None:
         """Somebody goes, and is back later; nobody goes once the training has ended."""
@@ -87,20 +88,3 @@ class Simulation:
     def _join(self, node: SimulatedNode) -> None:
         if self.ended_at is None:
             node.start()
-
-    def _give_up(self) -> None:
-        """Ask the master, as an operator would, to end the training."""
-        if self.ended_at is None:
-            self.given_up = True
-            stop = Publication(self.topology.request, "operator.stop", encode(Stop(sender="operator")))
-            MemoryBroker(self.server, user="operator", dead_letters=self.topology.dead_letters, threaded=False).publish(
-                stop
-            )
-            self.master_has_mail()
-
-    def _is_over(self) -> bool:
-        if self.ended_at is None:
-            return False
-        if self.clock.time > self.ended_at + _AFTERWARDS + self._estimated:
-            return True
-        return all(node.at_rest for node in self.nodes)

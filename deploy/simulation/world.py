@@ -10,14 +10,18 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import Clock
 from common.wire.broker import Publication
 from common.wire.topology import Topology
-from deploy.simulation.plan import Plan
 
 
 class World(Protocol):
     """What the parties share."""
 
     @property
-    def plan(self) -> Plan: ...
+    def seed(self) -> int:
+        """Of the ids."""
+
+    @property
+    def link(self) -> float:
+        """Bytes a second of each node's line, each way."""
 
     @property
     def clock(self) -> Clock: ...
