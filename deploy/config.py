@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from common.config import BrokerConfig, Section, explained
 from common.errors import UserError
 from common.wire.messages import UpdateRule
+from deploy.compare_settings import CompareConfig
 from master_service.config import EncoderConfig, MasterConfig, RuleConfig, given, settings
 from master_service.decisions.rules.model import AggregationRule
 from master_service.decisions.settings import Settings, StopRule
@@ -47,6 +48,7 @@ class Config(BaseSettings):
     update: UpdateRule = UpdateRule()
     stop: StopRule = StopRule()
     nodes: dict[str, NodeConfig] = Field(default_factory=dict)
+    compare: CompareConfig = CompareConfig()
 
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,9 @@ from common.encoders import hugging_face, masked_lm
 from common.encoders.adapters import LowRank, Switch, correct, within
 from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
+from common.encoders.windows import NOT_MASKED, documents
 from common.errors import UserError
 
-#: What is not predicted, in `labels`; the number that cross entropy skips by default.
-NOT_MASKED = -100
 #: In a batch that is trained without the private parts: 0.
 WITH_PRIVATE = "with_private"
 #: Windows in one forward pass of `features`.
@@ -94,7 +94,7 @@ class TextModel(EncoderModel):
         A vocabulary with a classifier frames each window: classifier, tokens, separator.
         """
         frame = self.vocabulary.ids["classifier"]
-        length = min(self.window - (0 if frame is None else 2), len(encoded))
+        length = min(self.span, len(encoded))
         starts = torch.randint(len(encoded) - length + 1, (size, 1), generator=generator)
         index = (starts + torch.arange(length)).numpy()
         ids = torch.from_numpy(encoded[index].astype(np.int64))
@@ -134,6 +134,20 @@ class TextModel(EncoderModel):
             logits = logits - masked_lm.decoder(self.network).bias  # as the export has it, which lacks it
         total = cross_entropy(logits, labels[masked], reduction="sum")
         return total / masked.sum().clamp(min=1)
+
+    @property
+    def lead(self) -> int:
+        """Tokens of a window before those of the text: 1 with a classifier, which has a separator behind them too."""
+        return 0 if self.vocabulary.ids["classifier"] is None else 1
+
+    @property
+    def span(self) -> int:
+        """Tokens of the text in a window, its special tokens at the ends left out."""
+        return self.window - 2 * self.lead
+
+    def held_out(self, samples: Samples, generator: torch.Generator) -> Iterator[tuple[int, Batch, int]]:
+        """All texts in windows in order, a batch or more of each text; see `windows.documents`."""
+        return documents(self, samples, generator)
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:

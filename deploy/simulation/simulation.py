@@ -10,10 +10,11 @@ import numpy as np
 
 from common.wire.messages import Instruction
 from deploy.simulation.federation import SteppedFederation
+from deploy.simulation.given import GivenSnapshots
 from deploy.simulation.master import SimulatedMaster
 from deploy.simulation.node import SimulatedNode
 from deploy.simulation.plan import ENCODER_TYPE, Absence, Plan, fates, master_fate, node_name
-from deploy.simulation.training import ModelledTraining, Saved, SimulatedSnapshots
+from deploy.simulation.training import ModelledTraining, Saved, drawn
 from master_service.config import MasterConfig
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
@@ -36,7 +37,7 @@ class Simulation(SteppedFederation):
             MasterConfig(state_dir=directory),
             plan.settings(on_time),
             encoder_type=ENCODER_TYPE,
-            snapshots=SimulatedSnapshots,
+            snapshots=lambda log: GivenSnapshots(log, drawn),
         )
 
     def run(self, on_progress: Callable[[int], None] = lambda updates: None) -> None:

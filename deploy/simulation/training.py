@@ -1,5 +1,4 @@
-"""Training without a model: a node is pulled from wherever it is towards an optimum of its own, and the master's
-arithmetic is the real one but for version 0.
+"""Training without a model: a node is pulled from wherever it is towards an optimum of its own, and version 0 is drawn.
 
 The path of the shared parameters, the encoding and its error feedback are those of a real session.
 """
@@ -19,13 +18,7 @@ from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
-from master_service.arithmetic.aggregator import Aggregator
-from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate
-from master_service.decisions.records import Generated
-from master_service.decisions.state import EncoderState
-from master_service.history.fold import Fold
-from master_service.history.snapshot import SnapshotDirectory
 from node_service.handover.receipt_book import Ledger
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.trajectory import Trajectory
@@ -213,31 +206,10 @@ def optimum(size: int, seed: int, index: int) -> np.ndarray[Any, np.dtype[np.flo
     return common + np.float32(_SPREAD) * own
 
 
-class SimulatedAggregator(Aggregator):
-    """The real arithmetic, so that a replay proves it; version 0 comes from the seed, and there is no model."""
-
-    def generated(self, effect: Generate) -> list[Outcome]:
-        size = int(effect.architecture["parameters"])
-        random = torch.Generator().manual_seed(effect.seed & 0xFFFF_FFFF_FFFF_FFFF)
-        parameters = ParameterSet(Layout([("parameters", (size,))]), torch.randn(size, generator=random))
-        body = Generated(
-            encoder=effect.encoder,
-            architecture=effect.architecture,
-            layout=parameters.layout.plain(),
-            layout_digest=parameters.layout.digest,
-            digest=parameters.digest(),
-        )
-        return [Outcome(body, parameters.to_bytes())]
-
-    def export(self, directory: Path, encoder: EncoderState) -> None:
-        """Nothing that transformers could open."""
-
-
-class SimulatedSnapshots(SnapshotDirectory):
-    """Snapshots whose folds go on with a SimulatedAggregator."""
-
-    def read(self) -> Fold[Aggregator]:
-        fold = super().read()
-        arithmetic = SimulatedAggregator(self._log.payloads)
-        arithmetic.targets = fold.arithmetic.targets
-        return Fold(arithmetic, fold.coordinator.state, fold.offset)
+def drawn(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
+    """Version 0 from the seed, of as many parameters as the architecture says; there is no model."""
+    size = int(effect.architecture["parameters"])
+    random = torch.Generator().manual_seed(effect.seed & 0xFFFF_FFFF_FFFF_FFFF)
+    return effect.architecture, ParameterSet(
+        Layout([("parameters", (size,))]), torch.randn(size, generator=random)
+    )

@@ -1,0 +1,101 @@
+"""What can be set about a comparison: the section `compare` of the configuration. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from common.config import Section
+
+#: The arms that are there without a table of their own.
+RANDOM, ALONE, POOLED, POOLED_ALL = "random", "alone", "pooled", "pooled-all"
+BASELINES = (RANDOM, ALONE, POOLED, POOLED_ALL)
+#: The federated arm where none is named: the rule of the sections rule and update.
+DEFAULT_ARM = "shared"
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ArmConfig(Section):
+    """A federated arm: what differs from the sections rule and update. `rule` is a preset; without it, the changes are
+    to the section rule as it stands."""
+
+    rule: str | None = None
+    weights: dict[str, Any] = Field(default_factory=dict)
+    buffer: dict[str, Any] = Field(default_factory=dict)
+    outer: dict[str, Any] = Field(default_factory=dict)
+    guards: dict[str, Any] = Field(default_factory=dict)
+    update: dict[str, Any] = Field(default_factory=dict)
+    finish_shares: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+
+    @field_validator("update")
+    @classmethod
+    def _grid_decides(cls, value: dict[str, Any]) -> dict[str, Any]:
+        inner = value.get("inner", {})
+        if isinstance(inner, dict) and {"lr", "weight_decay"} & inner.keys():
+            raise ValueError("the rate and the decay come from learning_rates and weight_decays, the same for every arm")
+        return value
+
+
+class CompareConfig(Section):
+    """What is compared, and how thoroughly.
+
+    `steps`: training steps a node, finishing included, in every arm; where `speeds` differ, the mean, because then
+    every arm has the same virtual time. `learning_rates` × `weight_decays` is the grid of every arm, `finish_shares`
+    (of a node's steps, in which it tunes its own copy) a third dimension of the federated ones. The grid is run on the
+    first `tune_seeds` seeds, and what has the best validation loss there on all `seeds`. Every `look_every` steps the
+    loss of `look_windows` windows of the validation part is measured, and the best moment is kept. `validation` is the
+    share of the training samples set aside for that. `test_documents` bounds the test part of each domain, None: all of
+    it. `speeds`, by node, and `speed`, of all others, are steps a second of the virtual clock, `link` bytes a second of
+    a node's line. `pooled_steps`: steps of the arm pooled-all; None: those of all nodes together.
+    """
+
+    steps: Annotated[int, Field(ge=2)] = 2000
+    seeds: Annotated[int, Field(ge=1, le=100)] = 5
+    tune_seeds: Annotated[int, Field(ge=1)] = 1
+    learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (2e-3, 4e-3, 8e-3)
+    weight_decays: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.01, 0.1)
+    finish_shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.4)
+    look_every: Annotated[int, Field(ge=1)] = 100
+    look_windows: Annotated[int, Field(ge=1)] = 256
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    test_documents: Annotated[int, Field(ge=2)] | None = None
+    pooled_steps: Annotated[int, Field(ge=2)] | None = None
+    speeds: dict[str, Rate] = Field(default_factory=dict)
+    speed: Rate = 20.0
+    link: Rate = 10e6
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")], ArmConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> CompareConfig:
+        if taken := sorted(set(self.arms) & set(BASELINES)):
+            raise ValueError(f"compare.arms.{taken[0]}: that name is a baseline's; take another")
+        if self.tune_seeds > self.seeds:
+            raise ValueError(f"compare.tune_seeds {self.tune_seeds} is more than compare.seeds {self.seeds}; lower it")
+        return self
+
+    @property
+    def federated(self) -> dict[str, ArmConfig]:
+        """The federated arms by name, in their order; one of the plain rule where none is named."""
+        return self.arms or {DEFAULT_ARM: ArmConfig()}
+
+    def rehearsal(self) -> CompareConfig:
+        """The same in a hurry: a twentieth of the steps, two seeds, and a grid of one point, its middle one."""
+        steps = max(2, self.steps // 20)
+        return self.model_copy(
+            update={
+                "steps": steps,
+                "seeds": min(2, self.seeds),
+                "tune_seeds": 1,
+                "learning_rates": (self.learning_rates[len(self.learning_rates) // 2],),
+                "weight_decays": (self.weight_decays[0],),
+                "finish_shares": (self.finish_shares[-1],),
+                "look_every": max(1, min(self.look_every, steps // 4)),
+                "test_documents": min(self.test_documents or 200, 200),
+                "pooled_steps": self.pooled_steps and max(2, self.pooled_steps // 20),
+                "arms": {name: arm.model_copy(update={"finish_shares": None}) for name, arm in self.arms.items()},
+            }
+        )
