@@ -399,6 +399,30 @@ def simulate(
     )
 
 
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="cells, report.json, report.html and report.png")],
+    config: ConfigFile = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="seeds, each paired", show_default="5")] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="processes, one CPU each")] = 2,
+    arms: Annotated[
+        str | None, typer.Option(metavar="ARM,ARM,…", help="only these, and alone", show_default="all")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the comparison in DIR")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a rehearsal: a twentieth of the steps, two seeds, one point of the grid")
+    ] = False,
+) -> None:
+    """What each organisation gains: random, alone, pooled and federated training, measured on held-out samples.
+
+    Every arm has the same grid and the same steps, choices go by a validation part, and the test part is read last. The
+    section compare of the file says how long, over which grid, and which federated arms there are.
+    """
+    from deploy.compare.command import run_comparison
+
+    run_comparison(config, out, seeds=seeds, jobs=jobs, resume=resume, arms=arms, quick=quick)
+
+
 def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:
     return {"broker": {"url": broker, "namespace": namespace}}
 

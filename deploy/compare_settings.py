@@ -36,7 +36,7 @@ class ArmConfig(Section):
     def _grid_decides(cls, value: dict[str, Any]) -> dict[str, Any]:
         inner = value.get("inner", {})
         if isinstance(inner, dict) and {"lr", "weight_decay"} & inner.keys():
-            raise ValueError("the rate and the decay come from learning_rates and weight_decays, the same for every arm")
+            raise ValueError("rate and decay come from learning_rates and weight_decays, the same for every arm")
         return value
 
 

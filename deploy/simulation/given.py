@@ -1,4 +1,4 @@
-"""A master's real arithmetic, except that version 0 is made by whoever drives the simulation, and nothing is exported."""
+"""A master's real arithmetic, but whoever drives the simulation makes version 0, and nothing is exported."""
 
 from __future__ import annotations
 

@@ -210,6 +210,4 @@ def drawn(effect: Generate) -> tuple[dict[str, Any], ParameterSet]:
     """Version 0 from the seed, of as many parameters as the architecture says; there is no model."""
     size = int(effect.architecture["parameters"])
     random = torch.Generator().manual_seed(effect.seed & 0xFFFF_FFFF_FFFF_FFFF)
-    return effect.architecture, ParameterSet(
-        Layout([("parameters", (size,))]), torch.randn(size, generator=random)
-    )
+    return effect.architecture, ParameterSet(Layout([("parameters", (size,))]), torch.randn(size, generator=random))

@@ -142,7 +142,7 @@ def train_pooled(
     models = {domain.name: fresh_model(domain, seed=seed) for domain in domains}
     trunk = next(iter(models.values())).shared_parameters()
     for model in models.values():
-        _tie(model, trunk)
+        tie(model, trunk)
     holder = torch.nn.ModuleList(models.values())
     trainers = [
         Trainer(models[domain.name], models[domain.name].encode(domain.corpus.train), inner, seed=seed, device="cpu")
@@ -158,7 +158,7 @@ def train_pooled(
     return models
 
 
-def _tie(model: EncoderModel, trunk: Mapping[str, torch.nn.Parameter]) -> None:
+def tie(model: EncoderModel, trunk: Mapping[str, torch.nn.Parameter]) -> None:
     """Put the trunk's parameters in the place of the model's own shared ones."""
     by_id = {id(parameter): name for name, parameter in model.shared_parameters().items()}
     places = [(path, by_id[id(p)]) for path, p in model.named_parameters() if id(p) in by_id]

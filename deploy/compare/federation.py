@@ -1,0 +1,153 @@
+"""A federated arm: the real master and the real nodes over the embedded broker, under a virtual clock, and real
+training. A step takes the virtual time that the node's speed says, and as long as it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.encoders.base import Architecture, PrivateSpec
+from common.errors import SharedEncoderError
+from common.numbers.parameters import ParameterSet
+from common.wire.messages import Instruction
+from deploy.simulation.federation import SteppedFederation
+from deploy.simulation.given import GivenSnapshots
+from deploy.simulation.master import SimulatedMaster
+from deploy.simulation.node import SimulatedNode
+from master_service.config import MasterConfig
+from master_service.decisions.settings import Settings
+from master_service.decisions.state import EncoderState
+from node_service.config import NodeConfig
+from node_service.corpus.corpus import Corpus
+from node_service.handover.receipt_book import Ledger
+from node_service.node import Build
+from node_service.training.private_parts import save_spec
+from node_service.training.session import Session
+from node_service.training.trainer import Trainer
+
+#: How long a training may go on after its last step would end if no node ever waited, virtual seconds: the first
+#: version and the last updates are on their way for some of it.
+GRACE_SECONDS = 2.0
+#: Snapshots in one training: what is older than two is dropped, so that the updates of a run need not all lie on disk.
+_SNAPSHOTS = 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of the arm: its training samples, what its private parts depend on, its speed (steps a second), and how
+    many steps it takes at most."""
+
+    encoder_type: str
+    train: Any
+    spec: PrivateSpec
+    speed: float
+    steps: int
+
+
+class TimedSession(Session):
+    """A real session, a step of which takes virtual time. It takes no more than `most` steps; what it may not take
+    passes as time, in which it is a node like any other."""
+
+    def __init__(self, *arguments: Any, speed: float, most: int, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._seconds = 1.0 / speed
+        self._most = most
+
+    def step(self) -> float:
+        if self.steps < self._most:
+            super().step()
+        return self._seconds
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: each node's trainer, which holds the final version within its private parts, and the master's
+    books."""
+
+    trainers: dict[str, Trainer]
+    encoder: EncoderState
+    virtual_seconds: float
+
+
+class TrainedFederation(SteppedFederation):
+    """One federation that trains `members` by `settings` from `initial` in a folder that it fills and leaves.
+
+    The same arguments give the same parameters, bit for bit, with one torch thread. `seed` makes the ids, each node's
+    private parts and its batches: the same for every node, so that nodes of one spec begin alike.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        settings: Settings,
+        initial: tuple[Architecture, ParameterSet],
+        directory: Path,
+        *,
+        seed: int,
+        link: float,
+    ) -> None:
+        estimated = max(member.steps / member.speed for member in members.values())
+        super().__init__(seed=seed, link=link, estimated=estimated)
+        self._sessions: dict[str, TimedSession] = {}
+        kinds = {member.encoder_type for member in members.values()}
+        assert len(kinds) == 1, "one federation, one encoder type"
+        config = MasterConfig(
+            state_dir=directory / "master",
+            retention="since-snapshot",
+            snapshot_every_seconds=max(estimated / _SNAPSHOTS, 1e-3),
+        )
+        self.master = SimulatedMaster(
+            self,
+            config,
+            settings,
+            encoder_type=kinds.pop(),
+            snapshots=lambda log: GivenSnapshots(log, lambda effect: initial),
+        )
+        self.nodes = [self._node(name, member, directory / name) for name, member in members.items()]
+
+    def train(self, on_event: Callable[[], None] = lambda: None) -> Trained:
+        """From the first step to the final version; `on_event` is called often, and may raise.
+
+        Raises SharedEncoderError for a training that comes to no end or a node that did not get the final version.
+        """
+        self.at(0.0, self.master.start)
+        for node in self.nodes:
+            self.at(0.0, node.start)
+        self.run(lambda updates: on_event())
+        encoder = self.master.result
+        if encoder is None or encoder.status != "finished" or self.given_up or self.ended_at is None:
+            why = encoder.reason if encoder is not None else "no encoder was made"
+            raise SharedEncoderError(f"the federated training came to no good end: {why or 'it made no headway'}")
+        late = [node.name for node in self.nodes if self._sessions[node.name].version != encoder.version]
+        if late:
+            raise SharedEncoderError(f"node {late[0]} did not read the final version, {encoder.version}")
+        trainers = {name: session.trainer for name, session in self._sessions.items()}
+        return Trained(trainers, encoder, self.ended_at)
+
+    def _node(self, name: str, member: Member, directory: Path) -> SimulatedNode:
+        corpora = {member.encoder_type: Corpus(member.encoder_type, member.train, None, (), None)}
+        # its checkpoints would be for a kill, and nobody is killed here
+        config = NodeConfig(checkpoint_every_seconds=1e9)
+        return SimulatedNode(self, name, config, corpora, self._build(name, member, directory), speed=member.speed)
+
+    def _build(self, name: str, member: Member, directory: Path) -> Build:
+        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger) -> TimedSession:
+            place = directory / instruction.encoder
+            save_spec(place, member.spec)
+            self._sessions[name] = TimedSession(
+                instruction,
+                corpus.train,
+                place,
+                private={},  # the spec is there already
+                seed=self.seed,
+                device="cpu",
+                ledger=ledger,
+                speed=member.speed,
+                most=member.steps,
+            )
+            return self._sessions[name]
+
+        return build

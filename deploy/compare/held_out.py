@@ -1,0 +1,49 @@
+"""The held-out loss of a model on a domain's test part, document by document. Called once all choices are made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.encoders.base import EncoderModel, Samples
+from deploy.compare.statistics import DocumentLosses
+
+
+@torch.no_grad()
+def document_losses(model: EncoderModel, samples: Samples, seed: int) -> DocumentLosses:
+    """The masked loss of all of the samples, each once. The masks are the seed's, the same for every model of one
+    spec."""
+    generator = torch.Generator().manual_seed(seed)
+    sums, counts = np.zeros(len(samples)), np.zeros(len(samples))
+    was_training = model.training
+    model.eval()
+    for index, batch, predicted in model.held_out(samples, generator):
+        sums[index] += float(model.loss(batch)) * predicted
+        counts[index] += predicted
+    model.train(was_training)
+    return DocumentLosses(sums, counts)
+
+
+def bounded(samples: Samples, most: int | None) -> Samples:
+    """The test part that is measured: all of it, or its first `most` samples in an order that is drawn once for all."""
+    if most is None or len(samples) <= most:
+        return samples
+    rows = np.sort(np.random.default_rng(0).permutation(len(samples))[:most])
+    return samples[rows] if isinstance(samples, np.ndarray) else [samples[row] for row in rows]
+
+
+def fingerprint(samples: Sequence[Any]) -> str:
+    """The sha256 of samples in their order: other samples have another one."""
+    digest = hashlib.sha256()
+    if isinstance(samples, np.ndarray):
+        digest.update(f"{samples.dtype}{samples.shape}".encode())
+        digest.update(np.ascontiguousarray(samples).tobytes())
+        return digest.hexdigest()
+    for sample in samples:
+        raw = sample.encode("utf-8", "surrogatepass") if isinstance(sample, str) else repr(sample).encode()
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Training to the best moment by a validation part: what an organisation alone, a pooled encoder and a finishing phase
+have in common. The test part does not come in here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.encoders.base import EncoderModel, Samples
+from node_service.corpus.corpus import Corpus
+from node_service.evaluation.evaluate import tie
+from node_service.evaluation.probe import masked_loss
+from node_service.training.trainer import Trainer
+
+#: Windows of a validation part that go through a model at once.
+_LOOK_BATCH = 128
+#: The share of a finishing phase that runs at the full rate; a cosine ends it.
+_FULL_RATE = 0.6
+
+#: All parameters of a model by name (one that is tied to another is there once), float32 copies.
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A domain's training samples, and the validation samples that choices go by."""
+
+    train: Samples
+    validation: Samples
+
+
+def parts(corpus: Corpus, share: float, seed: int) -> Parts:
+    """The corpus's own validation part where it has one; else a `share` of its training samples, drawn by the seed."""
+    if len(own := getattr(corpus, "validation", ())):
+        return Parts(corpus.train, own)
+    order = np.random.default_rng([seed, 1]).permutation(len(corpus.train))
+    count = min(max(1, round(share * len(order))), len(order) - 1)
+    chosen = [np.sort(order[count:]), np.sort(order[:count])]
+    if isinstance(corpus.train, np.ndarray):
+        return Parts(*(corpus.train[rows] for rows in chosen))
+    return Parts(*([corpus.train[row] for row in rows] for rows in chosen))
+
+
+class Validation:
+    """A validation part as one model has it; the same windows and masks at every look, for every arm of a seed."""
+
+    def __init__(self, model: EncoderModel, samples: Samples, windows: int, seed: int) -> None:
+        self._encoded = model.encode(samples)
+        self._size = min(_LOOK_BATCH, windows)
+        self._batches = math.ceil(windows / self._size)
+        self._seed = seed
+
+    def loss(self, model: EncoderModel) -> float:
+        """The mean loss of its windows, nats for text."""
+        return masked_loss(model, self._encoded, self._seed, self._batches, self._size)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many steps, and how many from one look at the validation part to the next; `on_step` is called before each,
+    and may raise to end the training."""
+
+    steps: int
+    look_every: int
+    on_step: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Best:
+    """The best moment of a training: its `state` after `step` steps, the validation `loss`, and all looks at it."""
+
+    state: Mapping[str, State]
+    step: int
+    loss: float
+    looks: list[tuple[int, float]] = field(default_factory=list)
+
+
+def best_of(
+    take: Callable[[int], Any],
+    look: Callable[[], float],
+    keep: Callable[[], Mapping[str, State]],
+    pace: Pace,
+) -> Best:
+    """Take the steps, numbered from 0, and keep what `look` finds best: before the first, every `look_every`, and
+    after the last. A loss that is not finite is never best, unless it is the first."""
+    best = Best(keep(), 0, look())
+    best.looks.append((0, best.loss))
+    for step in range(1, pace.steps + 1):
+        pace.on_step()
+        take(step - 1)
+        if step % pace.look_every and step != pace.steps:
+            continue
+        loss = look()
+        best.looks.append((step, loss))
+        if loss < best.loss or not math.isfinite(best.loss):
+            best.state, best.step, best.loss = keep(), step, loss
+    return best
+
+
+def state_of(model: EncoderModel) -> State:
+    """A copy of all parameters."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_state(model: EncoderModel, state: Mapping[str, Tensor], *, shared_only: bool = False) -> None:
+    """Put a state, or the shared parameters of it alone, into a model of the same build."""
+    shared = {id(parameter) for parameter in model.shared_parameters().values()}
+    for name, parameter in model.named_parameters():
+        if not shared_only or id(parameter) in shared:
+            parameter.copy_(state[name])
+
+
+def train_alone(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
+    """One model on one corpus."""
+
+    def take(step: int) -> None:
+        trainer.progress = step / pace.steps
+        trainer.step()
+
+    return _one(trainer.model, take, validation, pace)
+
+
+def finish(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
+    """The finishing phase: a node goes on with its own copy, as the trainer stands; at the full rate first, then down a
+    cosine. The moment before it counts too, so that it is never worse by the validation part."""
+
+    def take(step: int) -> None:
+        trainer.progress = max(0.0, (step / pace.steps - _FULL_RATE) / (1.0 - _FULL_RATE))
+        trainer.step()
+
+    return _one(trainer.model, take, validation, pace)
+
+
+def _one(model: EncoderModel, take: Callable[[int], None], validation: Validation, pace: Pace) -> Best:
+    return best_of(take, lambda: validation.loss(model), lambda: {"": state_of(model)}, pace)
+
+
+def around_one_trunk(models: Mapping[str, EncoderModel]) -> None:
+    """Put the first model's shared parameters into all of them; before trainers are made of them."""
+    first, *others = models.values()
+    for model in others:
+        tie(model, first.shared_parameters())
+
+
+def train_pooled(
+    trainers: Mapping[str, Trainer],
+    validations: Mapping[str, Validation],
+    pace: Pace,
+    *,
+    one_model: bool,
+) -> Best:
+    """One encoder on all corpora, each step on the next domain; the best moment by the mean of the validation losses.
+
+    `one_model`: the trainers share one model, whose state is that of the key ""; else each domain has private parts of
+    its own around one trunk (see `around_one_trunk`), and a state.
+    """
+    models = {domain: trainer.model for domain, trainer in trainers.items()}
+    domains = list(trainers)
+    everything = torch.nn.ModuleList(models.values()).parameters()  # each once, however many models it is in
+    optimizer = trainers[domains[0]].optimizer_for(list(everything))
+
+    def take(step: int) -> None:
+        trainer = trainers[domains[step % len(domains)]]
+        trainer.optimizer, trainer.steps, trainer.progress = optimizer, step, step / pace.steps
+        trainer.step()
+
+    def look() -> float:
+        return float(np.mean([validations[domain].loss(models[domain]) for domain in domains]))
+
+    def keep() -> Mapping[str, State]:
+        return {"": state_of(models[domains[0]])} if one_model else {name: state_of(models[name]) for name in domains}
+
+    return best_of(take, look, keep, pace)
