@@ -56,6 +56,7 @@ class Bench:
         self.parts = cache(self._make_parts)
         self._spec = cache(self._make_spec)
         self._initial = cache(self._make_initial)
+        self._fingerprint = cache(lambda domain: fingerprint(self._test(domain)))
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class Bench:
     def test_digest(self, cell: Cell) -> str:
         """Of everything that the held-out losses depend on, the test parts among it."""
         domains = [cell.domain] if cell.domain else list(self._domains)
-        on = [self.comparison.digest(cell), *(fingerprint(self._test(name)) for name in domains)]
+        on = [self.comparison.digest(cell), *map(self._fingerprint, domains)]
         return hashlib.sha256(" ".join(on).encode()).hexdigest()
 
     def _test(self, domain: str) -> Samples:

@@ -126,7 +126,7 @@ def _column(measured: Measured, column: str, baseline: str, pooled: Sequence[str
         _means(base),
         {name: _means(reference) for name, reference in references.items()},
     )
-    worst = max(domains, key=lambda domain: domains[domain]["difference"]["mean"])
+    worst = max(domains, key=lambda domain: _or_worst(domains[domain]["difference"]["mean"]))
     verdicts = [row["verdict"] for row in domains.values()]
     return {
         "domains": domains,
@@ -151,6 +151,10 @@ def _means(column: Mapping[str, Sequence[DocumentLosses]]) -> list[float]:
     """The mean over the domains, by seed."""
     by_seed = zip(*([each.mean for each in seeds] for seeds in column.values()), strict=True)
     return [float(np.mean(losses)) for losses in by_seed]
+
+
+def _or_worst(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
