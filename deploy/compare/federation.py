@@ -29,7 +29,8 @@ from node_service.training.session import Session
 from node_service.training.trainer import Trainer
 
 #: How long a training may go on after its last step would end if no node ever waited, virtual seconds: the first
-#: version and the last updates are on their way for some of it.
+#: version and the last updates are on their way for some of it. It counts as progress: the rate of a run of a few
+#: seconds falls less far than that of one of minutes.
 GRACE_SECONDS = 2.0
 #: Snapshots in one training: what is older than two is dropped, so that the updates of a run need not all lie on disk.
 _SNAPSHOTS = 20

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.compare_settings import ALONE, POOLED, POOLED_ALL
+
 #: Okabe & Ito's colours, which the colour-blind tell apart, and a shape for each: no arm is known by its colour alone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHAPES = ("o", "s", "D", "^", "v", "P", "X")
-_ROW_INCHES = 0.34
+#: What nobody may do stands back.
+_GREYS = {POOLED: "#8c8c8c", POOLED_ALL: "#4d4d4d"}
+_ROW_INCHES = 0.25
 
 
 def draw(figures: Mapping[str, Any], arms: Sequence[str], path: Path, *, unit: str, seeds: int) -> None:
@@ -20,15 +25,17 @@ def draw(figures: Mapping[str, Any], arms: Sequence[str], path: Path, *, unit: s
     from matplotlib import pyplot
 
     rows = [*next(iter(figures.values()))["domains"], "mean"]
-    height = 2.4 + _ROW_INCHES * len(rows) * (len(arms) + 1)
+    height = 2.6 + _ROW_INCHES * len(rows) * (len(arms) + 1)
     with pyplot.rc_context({"font.size": 16, "font.family": "DejaVu Sans", "axes.axisbelow": True}):
-        figure, axes = pyplot.subplots(figsize=(13, height), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(16, height), layout="constrained")
         for row in range(len(rows)):
             if row % 2 == 0:
                 axes.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", zorder=0)
         axes.axvline(0, color="#444444", linewidth=2, zorder=1)
+        axes.text(0, 1.005, ALONE, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=15)
+        colours = itertools.cycle(_COLOURS)
         for index, arm in enumerate(arms):
-            colour, shape = _COLOURS[index % len(_COLOURS)], _SHAPES[index % len(_SHAPES)]
+            colour, shape = _GREYS.get(arm) or next(colours), _SHAPES[index % len(_SHAPES)]
             shift = (index - (len(arms) - 1) / 2) * 0.8 / len(arms)
             column = figures[arm]
             for row, name in enumerate(rows):
@@ -52,7 +59,7 @@ def draw(figures: Mapping[str, Any], arms: Sequence[str], path: Path, *, unit: s
         bars = "thin: 95 % over held-out documents"
         if seeds > 1:
             bars = f"broad: 95 % over {seeds} seeds; {bars}"
-        axes.set_title(bars, fontsize=14, loc="left", color="#444444")
+        axes.set_title(bars, fontsize=14, loc="left", color="#444444", pad=24)
         figure.savefig(path, dpi=120, facecolor="white")
         pyplot.close(figure)
 
