@@ -9,7 +9,7 @@ model raises, in a training step too, ends what was asked for with one line that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,12 +55,12 @@ class EncoderModel(nn.Module, ABC):
     def loss(self, batch: Batch) -> Tensor:
         """The self-supervised loss of a batch: a scalar, mean over the masked positions (nats for text)."""
 
-    def held_out(self, samples: Samples, generator: torch.Generator) -> Iterator[tuple[int, Batch, int]]:
+    def held_out(self, samples: Samples, generator: torch.Generator) -> list[tuple[int, Batch, int]]:
         """All of the samples, once each, corrupted by the generator: (which sample, a batch of it alone, how many
         positions are predicted, which weigh its loss). A sample may come in several batches, or in none where nothing
         of it is predicted. By default each is one batch of one, which counts once."""
-        for index in range(len(samples)):
-            yield index, self.batch(self.encode(samples[index : index + 1]), 1, generator), 1
+        rows = (samples[index : index + 1] for index in range(len(samples)))
+        return [(index, self.batch(self.encode(row), 1, generator), 1) for index, row in enumerate(rows)]
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradients of a loss, as `loss` gave it, into all parameters."""

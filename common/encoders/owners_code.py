@@ -33,6 +33,7 @@ MODEL_METHODS = (
     "encode",
     "batch",
     "loss",
+    "held_out",
     "backward",
     "features",
     "export",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,9 +144,9 @@ class TextModel(EncoderModel):
         """Tokens of the text in a window, its special tokens at the ends left out."""
         return self.window - 2 * self.lead
 
-    def held_out(self, samples: Samples, generator: torch.Generator) -> Iterator[tuple[int, Batch, int]]:
+    def held_out(self, samples: Samples, generator: torch.Generator) -> list[tuple[int, Batch, int]]:
         """All texts in windows in order, a batch or more of each text; see `windows.documents`."""
-        return documents(self, samples, generator)
+        return list(documents(self, samples, generator))
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:
