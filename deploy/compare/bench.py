@@ -12,7 +12,7 @@ from pathlib import Path
 from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel, PrivateSpec, Samples
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import InnerOptimizer
+from common.wire.messages import FinishRule, InnerOptimizer
 from deploy.compare.cells import CellResult, Cells, ModelOf
 from deploy.compare.federation import GRACE_SECONDS, Member, TrainedFederation
 from deploy.compare.held_out import bounded, document_losses, fingerprint
@@ -137,7 +137,10 @@ class Bench:
         }
         settings = Settings(
             rule=arm.rule,
-            update_rule=arm.update.model_copy(update={"inner": inner}),
+            # here the phase is the comparison's own, so that every arm is measured alike, and at the same moments
+            update_rule=arm.update.model_copy(
+                update={"inner": inner, "evaluate_every": 0, "finish": FinishRule(what="none")}
+            ),
             stop=StopRule(seconds=GRACE_SECONDS + max(each.steps / each.speed for each in members.values())),
             min_nodes=len(members),
             architecture=plan.architecture,

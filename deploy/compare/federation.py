@@ -135,7 +135,9 @@ class TrainedFederation(SteppedFederation):
         return SimulatedNode(self, name, config, corpora, self._build(name, member, directory), speed=member.speed)
 
     def _build(self, name: str, member: Member, directory: Path) -> Build:
-        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger) -> TimedSession:
+        def build(
+            instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+        ) -> TimedSession:
             place = directory / instruction.encoder
             save_spec(place, member.spec)
             self._sessions[name] = TimedSession(
@@ -146,6 +148,7 @@ class TrainedFederation(SteppedFederation):
                 seed=self.seed,
                 device="cpu",
                 ledger=ledger,
+                assets=assets,
                 speed=member.speed,
                 most=member.steps,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,9 @@ class Simulation(SteppedFederation):
         checkpoints: dict[str, Saved] = {}
         noise = np.random.default_rng([seed, 2, index])
 
-        def build(instruction: Instruction, corpus: Corpus, ledger: Ledger) -> ModelledTraining:
+        def build(
+            instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
+        ) -> ModelledTraining:
             return ModelledTraining(
                 instruction,
                 ledger,

@@ -53,13 +53,14 @@ class CorpusConfig(BaseModel):
         None, description="text field of .jsonl .csv .parquet (text), array of .npz (x_train, x, …)"
     )
     label: str | None = Field(None, description="label field or array, for probes only; by default label, y_train, …")
+    only: tuple[str, ...] = Field((), description="of the samples, those with one of these labels alone")
     documents: Literal["auto", "file", "paragraph", "line"] = Field(
         "auto",
         description="what one sample of a plain text file is; auto: the file if ten or more match, else the paragraph",
     )
     image_size: int | None = Field(None, ge=1, description="pixels a side that pictures are scaled to")
 
-    @field_validator("path", "test_path", mode="before")
+    @field_validator("path", "test_path", "only", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
@@ -115,6 +116,8 @@ def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path 
         (samples, labels), test = call_entry_point(config.entry_point, config.type, beside), None
     else:
         (samples, labels), test = _from_files(config, base or Path())
+    samples, labels = _only(samples, labels, config)
+    test = None if test is None else _only(*test, config)
     kept = _limited(samples, config.limit)
     samples, labels = _take(samples, labels, kept)
     train = list(range(len(samples)))
@@ -233,6 +236,18 @@ def _without_validation(rows: Sequence[Any], indices: list[int], share: float) -
         if len(drawn) == most:
             break
     return [i for i in indices if i not in drawn], sorted(drawn)
+
+
+def _only(samples: Sequence[Any], labels: list[str] | None, config: CorpusConfig) -> _Labelled:
+    """The samples with one of the wanted labels; all where none is named. Raises UserError if none has one."""
+    if not config.only:
+        return samples, labels
+    wanted = set(config.only)
+    chosen = [i for i, label in enumerate(labels or ()) if label in wanted]
+    if not chosen:
+        there = ", ".join(sorted(set(labels or ()))[:10]) or "none"
+        raise UserError(f"no sample has a label of only = {', '.join(config.only)}; labels there: {there}")
+    return _take(samples, labels, chosen)
 
 
 def _take(samples: Sequence[Any], labels: list[str] | None, indices: list[int]) -> _Labelled:

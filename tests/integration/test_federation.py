@@ -120,7 +120,7 @@ def test_a_whole_training_from_get_to_export(tmp_path: Path, preset: str) -> Non
     assert rebuild(open_log(tmp_path / "master", read_only=True), encoder.encoder)[1].digest() == digest
     from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-    shared, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     model = AutoModel.from_pretrained(tmp_path / "encoder")
     private = tmp_path / "late" / "encoders" / encoder.encoder
