@@ -32,6 +32,8 @@ MASTER_STEPS = {
     "after send": 30,
     "before publish": 8,
     "after publish": 8,
+    "before provide": 1,
+    "after provide": 1,
     "before snapshot": 2,
     "during snapshot": 2,
     "after snapshot": 2,
@@ -41,6 +43,8 @@ MASTER_STEPS = {
     "after ack of an update": 12,
 }
 NODE_STEPS = {
+    "node before asset": 1,
+    "node after asset": 1,
     "node before owe": 12,
     "node after owe": 12,
     "node before checkpoint": 4,

@@ -81,6 +81,13 @@ def test_any_order_duplicates_and_damage_never_give_wrong_bytes(
     assert not (whole and assembly.missing)
 
 
+def test_a_damaged_chunk_does_not_take_the_place_of_a_whole_one() -> None:
+    first, second = CHUNKS["vocab.txt"]
+    written = [first, damaged(first, "flipped"), damaged(first, "cut"), second]
+    found = given_by(AssetAssembly("e", ENTRIES.values()), written)
+    assert found == [(ENTRIES["vocab.txt"], CONTENTS["vocab.txt"])]
+
+
 def test_only_what_is_wanted_is_kept() -> None:
     """Memory is bounded by what is wanted: nothing of the rest, and of a wanted one not more than it has."""
     assembly = AssetAssembly("e", [ENTRIES["vocab.txt"]])
