@@ -173,13 +173,18 @@ def test_f8_broker_clean_deletes_what_ended_runs_left(tmp_path: Path, amqp_url: 
     run.record(Stop(sender="operator"))
     run.log.close()
     broker = open_broker(amqp_url, client_name="left-behind", dead_letters=topology.dead_letters)
-    for declarations in (topology.master(), topology.node("a", ("text",)), topology.parameters(run.encoder, 1000)):
+    streams = (topology.parameters(run.encoder, 1000), topology.assets(run.encoder, 1000))
+    for declarations in (topology.master(), topology.node("a", ("text",)), *streams):
         broker.declare(declarations)
     command = ["broker", "clean", "--state", str(tmp_path), "--broker", amqp_url, "--namespace", topology.namespace]
 
     def is_there(queue: str) -> bool:
         """Whether something that is bound to nothing else takes what is published for it."""
-        exchange, key = (topology.parameter, run.encoder) if "parameters" in queue else (topology.update, "a.chunk")
+        exchange, key = {
+            topology.stream(run.encoder): (topology.parameter, run.encoder),
+            topology.asset_stream(run.encoder): (topology.asset, run.encoder),
+            topology.chunk_queue("a"): (topology.update, "a.chunk"),
+        }[queue]
         try:
             broker.publish(Publication(exchange, key, b"x"))
         except Unroutable:
@@ -189,12 +194,13 @@ def test_f8_broker_clean_deletes_what_ended_runs_left(tmp_path: Path, amqp_url: 
     broker.lock(topology.master_lock, lambda: None)
     refused = shared_encoder(*command)
     assert refused.returncode == 2 and "a master serves the namespace" in refused.stderr, refused.stderr
-    assert is_there(topology.stream(run.encoder))
+    assert is_there(topology.stream(run.encoder)) and is_there(topology.asset_stream(run.encoder))
     broker.close()
     broker = open_broker(amqp_url, client_name="looks", dead_letters=topology.dead_letters)
     cleaned = shared_encoder(*command)
     assert cleaned.returncode == 0 and topology.stream(run.encoder) in cleaned.stdout, cleaned.stderr
-    assert not is_there(topology.stream(run.encoder)) and is_there(topology.chunk_queue("a"))
+    assert not is_there(topology.stream(run.encoder)) and not is_there(topology.asset_stream(run.encoder))
+    assert is_there(topology.chunk_queue("a"))
     assert shared_encoder(*command, "--all").returncode == 0
     assert not is_there(topology.chunk_queue("a"))
     broker.close()
