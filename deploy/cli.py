@@ -62,11 +62,12 @@ def demo(
             metavar="URL", help="run master and nodes as processes over this RabbitMQ", show_default="embedded"
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the encoder's and the nodes' random choices")] = 0,
 ) -> None:
     """Four nodes with one topic of Python's own library each train one encoder together, then it is evaluated."""
     from deploy.demo.demo import run_demo
 
-    run_demo(out, quick=quick, broker_url=broker)
+    run_demo(out, quick=quick, broker_url=broker, seed=seed)
 
 
 @app.command()

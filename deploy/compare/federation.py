@@ -17,6 +17,7 @@ from deploy.simulation.federation import SteppedFederation
 from deploy.simulation.given import GivenSnapshots
 from deploy.simulation.master import SimulatedMaster
 from deploy.simulation.node import SimulatedNode
+from deploy.simulation.timed import TimedSession
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
@@ -25,7 +26,6 @@ from node_service.corpus.corpus import Corpus
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Build
 from node_service.training.private_parts import save_spec
-from node_service.training.session import Session
 from node_service.training.trainer import Trainer
 
 #: How long a training may go on after its last step would end if no node ever waited, virtual seconds: the first
@@ -46,21 +46,6 @@ class Member:
     spec: PrivateSpec
     speed: float
     steps: int
-
-
-class TimedSession(Session):
-    """A real session, a step of which takes virtual time. It takes no more than `most` steps; what it may not take
-    passes as time, in which it is a node like any other."""
-
-    def __init__(self, *arguments: Any, speed: float, most: int, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._seconds = 1.0 / speed
-        self._most = most
-
-    def step(self) -> float:
-        if self.steps < self._most:
-            super().step()
-        return self._seconds
 
 
 @dataclass(frozen=True)

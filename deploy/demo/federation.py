@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.brokers.memory import MemoryBroker, MemoryServer
 from common.errors import UserError
 from common.wire.broker import Broker
 from common.wire.topology import Topology
 from deploy.commands.observe import Observer
-from deploy.commands.run import connect, load_corpora
+from deploy.commands.run import connect
 from deploy.config import Config
-from deploy.demo.parties import Party, ProcessParty, ThreadParty
+from deploy.demo.parties import Party, ProcessParty
 
 #: No master or node takes longer than this to end after it was asked, seconds.
 _END_SECONDS = 60.0
@@ -57,39 +55,6 @@ class Federation:
 
     def _parties(self) -> list[Party]:
         return [*self.nodes.values(), *([self.master] if self.master else [])]
-
-
-@contextmanager
-def embedded(config: Config) -> Iterator[Federation]:
-    """Threads of this process over the embedded broker."""
-    from master_service.service import MasterService
-    from node_service.service import NodeService
-
-    topology, server = Topology(config.broker.namespace), MemoryServer()
-
-    def connection(user: str) -> Broker:
-        return MemoryBroker(server, user=user, dead_letters=topology.dead_letters)
-
-    def serve(name: str, stop: threading.Event) -> None:
-        broker = connection(name)
-        try:
-            if name == "master":
-                service = MasterService(config.master, config.settings(), broker, topology, get=config.encoder.get)
-                service.run(stop)
-            else:
-                node = config.nodes[name]
-                NodeService(name, node, load_corpora(name, node), broker, topology).run(stop)
-        finally:
-            broker.close()
-
-    def start(name: str) -> Party:
-        return ThreadParty(name, lambda stop: serve(name, stop))
-
-    broker = connection("observer")
-    broker.declare(topology.master())
-    with _closing(Federation(config, Observer(broker, topology), start)) as federation:
-        yield federation
-    broker.close()
 
 
 @contextmanager

@@ -1,12 +1,10 @@
-"""Master and nodes of a demo: as threads over the embedded broker, or as processes over RabbitMQ."""
+"""Master and nodes of a demo as processes over RabbitMQ."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -26,35 +24,6 @@ class Party(Protocol):
 
     def kill(self) -> None:
         """End it without asking, where that can be done; for what did not end when asked."""
-
-
-class ThreadParty:
-    """A service in a thread of this process."""
-
-    def __init__(self, name: str, serve: Callable[[threading.Event], None]) -> None:
-        self.name = name
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(serve,), name=name, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def wait(self, timeout: float) -> bool:
-        self._thread.join(timeout)
-        if self._error is not None:
-            raise self._error
-        return not self._thread.is_alive()
-
-    def kill(self) -> None:
-        """A thread cannot be killed; it is a daemon and ends with this process."""
-
-    def _run(self, serve: Callable[[threading.Event], None]) -> None:
-        try:
-            serve(self._stop)
-        except BaseException as error:
-            self._error = error  # raised again in the thread that waits
 
 
 class ProcessParty:

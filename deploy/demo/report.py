@@ -13,7 +13,6 @@ from rich.table import Table
 
 from common.wire.messages import Receipt, UpdateManifest
 from deploy.commands.display import console, number, size
-from deploy.commands.evaluate import Figures
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
@@ -26,7 +25,6 @@ class Series:
     """The training over time: (seconds since the first update, value) per node, and for the versions."""
 
     loss: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    staleness: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     weight: dict[str, list[float]] = field(default_factory=dict)
     versions: list[tuple[float, int]] = field(default_factory=list)
 
@@ -45,14 +43,26 @@ def series(state_dir: Path) -> Series:
         for effect in coordinator.handle(entry):
             if isinstance(effect, Send) and isinstance(effect.message, Receipt) and effect.message.accepted:
                 receipt = effect.message
-                at = entry.at - (start or entry.at)
-                found.staleness.setdefault(receipt.node, []).append((at, receipt.staleness))
                 found.weight.setdefault(receipt.node, []).append(receipt.weight)
     log.close()
     return found
 
 
-def write_report(out: Path, state_dir: Path, report: Report, figures: Figures, seconds: float) -> dict[str, Any]:
+#: For each topic, for each encoder: loss (nats) and few-label accuracy.
+Figures = dict[str, dict[str, dict[str, float]]]
+
+#: How encoders are called in the table and the picture, in order.
+_CALLED = {
+    "random": "random",
+    "alone": "trained alone",
+    "shared": "shared",
+    "finished": "shared, then finished alone",
+}
+
+
+def write_report(
+    out: Path, state_dir: Path, report: Report, figures: Figures, seconds: float, seed: int
+) -> dict[str, Any]:
     """Write report.json and report.png; the content of report.json."""
     found = series(state_dir)
     encoder = next(iter(report.encoders.values()))
@@ -71,6 +81,7 @@ def write_report(out: Path, state_dir: Path, report: Report, figures: Figures, s
         }
     summary = {
         "domains": figures,
+        "seed": seed,
         "versions": encoder.version,
         "updates": encoder.updates,
         "nodes": nodes,
@@ -82,8 +93,28 @@ def write_report(out: Path, state_dir: Path, report: Report, figures: Figures, s
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
     }
     (out / "report.json").write_text(json.dumps(summary, indent=1))
-    draw(found, out / "report.png")
+    draw(found, figures, out / "report.png")
     return summary
+
+
+def print_figures(figures: Figures) -> None:
+    """Losses and few-label accuracies by topic; the best of those that are no random encoder's is bold."""
+    kinds = [kind for kind in _CALLED if kind in next(iter(figures.values()))]
+    for key, title, best in (
+        ("loss", "masked loss on the whole held-out part (nats; lower is better)", min),
+        ("few_labels", "16 labels a class, linear classifier on frozen features, accuracy, mean of 10 draws", max),
+    ):
+        table = Table(title=title, title_justify="left")
+        table.add_column("topic")
+        for kind in kinds:
+            table.add_column(_CALLED[kind], justify="right")
+        means = {kind: sum(each[kind][key] for each in figures.values()) / len(figures) for kind in kinds}
+        rows = {topic: {kind: each[kind][key] for kind in kinds} for topic, each in figures.items()}
+        for topic, values in {**rows, "mean": means}.items():
+            wins = best(value for kind, value in values.items() if kind != "random")
+            words = (f"[bold]{number(v, 3)}[/bold]" if v == wins else number(v, 3) for v in values.values())
+            table.add_row(topic, *words)
+        console().print(table)
 
 
 def print_nodes(summary: dict[str, Any]) -> None:
@@ -110,31 +141,42 @@ def print_nodes(summary: dict[str, Any]) -> None:
     )
 
 
-def draw(found: Series, path: Path) -> None:
-    """Plot training loss per node, version, and staleness of each accepted update, one panel each, over time."""
+def draw(found: Series, figures: Figures, path: Path) -> None:
+    """What came of it, by topic, beside how it was trained: losses of the nodes' updates, and versions, over time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (top, middle, bottom) = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 1, 1))
+    kinds = [kind for kind in _CALLED if kind in next(iter(figures.values())) and kind != "random"]
+    # Okabe and Ito's colours, which every eye can tell apart
+    colours = dict(zip(_CALLED, ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), width_ratios=(1.15, 1))
+    width = 0.8 / len(kinds)
+    for place, kind in enumerate(kinds):
+        heights = [each[kind]["loss"] for each in figures.values()]
+        spots = [index + (place - (len(kinds) - 1) / 2) * width for index in range(len(figures))]
+        bars = left.bar(spots, heights, width * 0.92, color=colours[kind], label=_CALLED[kind])
+        left.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
+    lowest = min(each[kind]["loss"] for each in figures.values() for kind in kinds)
+    highest = max(each[kind]["loss"] for each in figures.values() for kind in kinds)
+    margin = highest - lowest
+    left.set_ylim(lowest - 0.6 * margin, highest + 0.45 * margin)
+    left.set_xticks(range(len(figures)), list(figures))
+    left.set_ylabel("held-out masked loss (nats; lower is better)")
+    left.set_title("each topic's own held-out files, as many steps")
+    left.legend(loc="upper center", ncols=len(kinds), fontsize=9, frameon=False)
+
     for index, (node, points) in enumerate(sorted(found.loss.items())):
-        colour = f"C{index}"
-        top.plot(*zip(*points, strict=True), label=node, color=colour)
-        late = found.staleness.get(node, [])
-        if late:
-            # nodes side by side within one step of staleness, so that none hides another
-            bottom.scatter([t for t, _ in late], [s + 0.08 * index for _, s in late], s=10, color=colour)
-    top.set_ylabel("masked loss while training (nats)")
-    top.legend(title="node")
-    top.set_title("one shared encoder, trained by nodes that never show their samples")
-    if found.versions:
-        middle.step(*zip(*found.versions, strict=True), where="post", color="black")
-    middle.set_ylabel("version")
-    bottom.set_ylabel("staleness (versions)")
-    bottom.set_xlabel("seconds since the first update")
-    for axes in (top, middle, bottom):
-        axes.grid(alpha=0.3)
+        right.plot(*zip(*points, strict=True), label=node, color=f"C{index}", linewidth=1.2)
+    right.set_xlabel("seconds of the training since the first update")
+    right.set_ylabel("training loss of each update (nats)")
+    right.set_title("one shared encoder, trained by nodes that show no sample")
+    right.legend(title="node", frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)

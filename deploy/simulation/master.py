@@ -17,6 +17,7 @@ from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.room import Room, free_bytes
 from master_service.master import Master
+from master_service.status import Report
 
 
 class SimulatedMaster:
@@ -103,6 +104,11 @@ class SimulatedMaster:
         """The one encoder that is trained, as the log has it; None while the master is away or has none yet."""
         master = self._master
         return next(iter(master.state.encoders.values()), None) if master is not None else None
+
+    def report(self) -> Report:
+        """What `status` would show. Only while it is there."""
+        assert self._master is not None
+        return self._master.report()
 
     def _turn(self) -> None:
         master, broker = self._master, self._broker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +29,6 @@ from common.wire.messages import (
 )
 from common.wire.topology import Topology
 from common.wire.transfer import payload_digest
-from deploy.demo.parties import ThreadParty
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
@@ -62,6 +62,35 @@ def decided(**changes: Any) -> Settings:
 
 def connection(server: MemoryServer, user: str) -> MemoryBroker:
     return MemoryBroker(server, user=user, dead_letters=TOPOLOGY.dead_letters)
+
+
+class ThreadParty:
+    """A service in a thread of this process."""
+
+    def __init__(self, name: str, serve: Callable[[threading.Event], None]) -> None:
+        self.name = name
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(serve,), name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def wait(self, timeout: float) -> bool:
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """A thread cannot be killed; it is a daemon and ends with this process."""
+
+    def _run(self, serve: Callable[[threading.Event], None]) -> None:
+        try:
+            serve(self._stop)
+        except BaseException as error:
+            self._error = error  # raised again in the thread that waits
 
 
 class Master:

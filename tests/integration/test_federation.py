@@ -20,7 +20,6 @@ from common.wire.broker import Publication
 from common.wire.codec import decode
 from common.wire.messages import FinishRule, ReturnWhen, Stop, UpdateChunk, UpdateManifest, UpdateRule
 from deploy.commands.observe import Observer
-from deploy.demo.parties import ThreadParty
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.history.replay import rebuild
@@ -29,7 +28,16 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import CorpusConfig, load_corpus
 from node_service.service import NodeService
 from node_service.training.session import Session
-from tests.integration.harness import TOPOLOGY, HandNode, connection, decided, eventually, numbers, running_master
+from tests.integration.harness import (
+    TOPOLOGY,
+    HandNode,
+    ThreadParty,
+    connection,
+    decided,
+    eventually,
+    numbers,
+    running_master,
+)
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 

@@ -13,12 +13,11 @@ from common.errors import OwnersCodeError
 from common.wire.broker import Publication
 from common.wire.codec import decode
 from common.wire.messages import Alive, InstructionAck
-from deploy.demo.parties import ThreadParty
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.service import NodeService
 from tests.faults.tiny import TinyModel, samples
-from tests.integration.harness import TOPOLOGY, decided, eventually, running_master
+from tests.integration.harness import TOPOLOGY, ThreadParty, decided, eventually, running_master
 
 PLUGIN = Path(__file__).parents[1] / "faults" / "plugin"
 

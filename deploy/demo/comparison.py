@@ -1,0 +1,116 @@
+"""What the demo's encoder is worth in each topic, beside a random one and one that was trained alone.
+
+The one alone takes as many steps on its topic as the node did, finishing included, from the same start, and keeps its
+best moment by the same validation part; its rate and decay were tuned (docs/learning.md says by which command).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.encoders import get_encoder_type
+from common.encoders.base import EncoderModel, PrivateSpec
+from common.wire.messages import InnerOptimizer
+from deploy.compare.held_out import document_losses
+from deploy.compare.training import Pace, State, Validation, load_state, state_of, train_alone
+from deploy.demo.report import Figures
+from node_service.corpus.corpus import Corpus
+from node_service.evaluation.probe import linear_probe
+from node_service.training.trainer import Trainer
+
+#: Rate and decay of the encoder that is trained alone, chosen from the grid of docs/learning.md's demo run.
+ALONE = InnerOptimizer(lr=6e-3, weight_decay=0.1)
+#: Looks at the validation part, and windows in each.
+_LOOKS, _WINDOWS = 20, 256
+#: Few labels: rows of each label, how often they are drawn, rows that may be drawn and rows that are tested on.
+_LABELS, _DRAWS, _POOL_ROWS, _TEST_ROWS = 16, 10, 1000, 400
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A node's topic: its samples, the model that it built, and the steps that it took."""
+
+    name: str
+    encoder_type: str
+    architecture: dict[str, Any]
+    spec: PrivateSpec
+    corpus: Corpus
+    seed: int
+    encoder_seed: int
+    steps: int
+
+    def fresh(self) -> EncoderModel:
+        """The node's model as it was at version 0."""
+        kind = get_encoder_type(self.encoder_type)
+        model = kind.build(self.architecture, self.spec, self.seed)
+        with torch.no_grad():
+            initial = kind.initial(self.architecture, self.encoder_seed)
+            for name, parameter in model.shared_parameters().items():
+                parameter.copy_(initial[name])
+        return model
+
+
+def compared(
+    topics: Sequence[Topic], trained: Mapping[str, Mapping[str, State]], jobs: int, on_done: Callable[[str], None]
+) -> Figures:
+    """Train each topic alone, `jobs` side by side, and measure all encoders on the topics' test parts. `trained`: by
+    topic and encoder ("shared", "finished") its parameters; `on_done` is told of what is done."""
+    figures: Figures = {}
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = {pool.submit(_measured, topic, trained[topic.name]): topic.name for topic in topics}
+        for future in as_completed(waiting):
+            figures[waiting[future]] = future.result()
+            on_done(waiting[future])
+    return {topic.name: figures[topic.name] for topic in topics}
+
+
+def _measured(topic: Topic, trained: Mapping[str, State]) -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    model = topic.fresh()
+    states: dict[str, Mapping[str, Tensor]] = {"random": state_of(model), "alone": _alone(topic), **trained}
+    found = {}
+    for kind, state in states.items():
+        load_state(model, state)
+        model.eval()
+        losses = document_losses(model, topic.corpus.test, topic.encoder_seed)
+        found[kind] = {
+            "loss": losses.mean,
+            "few_labels": _few_labels(model, topic.corpus),
+        }
+    return found
+
+
+def _alone(topic: Topic) -> State:
+    model = topic.fresh()
+    trainer = Trainer(model, model.encode(topic.corpus.train), ALONE, seed=topic.seed, device="cpu")
+    validation = Validation(model, topic.corpus.validation, _WINDOWS, topic.encoder_seed)
+    return train_alone(trainer, validation, Pace(topic.steps, max(1, topic.steps // _LOOKS))).state[""]
+
+
+def _few_labels(model: EncoderModel, corpus: Corpus) -> float:
+    """Test accuracy of a linear classifier on frozen features of a few rows of each label, the mean of draws that are
+    the same for every encoder; NaN without labels."""
+    if corpus.train_labels is None or corpus.test_labels is None:
+        return float("nan")
+    random = np.random.default_rng(0)
+    rows = random.permutation(len(corpus.train))[:_POOL_ROWS]
+    tested = random.permutation(len(corpus.test))[:_TEST_ROWS]
+    labels = np.array([corpus.train_labels[row] for row in rows])
+    truth = [corpus.test_labels[row] for row in tested]
+    features = model.features([corpus.train[row] for row in rows]).numpy()
+    test = model.features([corpus.test[row] for row in tested]).numpy()
+    accuracies = []
+    for _ in range(_DRAWS):
+        chosen = [random.permutation(np.flatnonzero(labels == label))[:_LABELS] for label in np.unique(labels)]
+        drawn = np.concatenate(chosen)
+        accuracies.append(linear_probe(features[drawn], labels[drawn].tolist(), test, truth))
+    return float(np.mean(accuracies))
