@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
@@ -49,6 +50,9 @@ KINDS: dict[str, Kind] = {
     ),
     "deberta-v2": Kind(lambda network, hidden: network.cls(hidden), {**_SMALL, "legacy": True}),
 }
+
+#: No model is made that has more: 32 GiB in float32. Whoever asks for one must not fill the memory first.
+MOST_PARAMETERS = 1 << 33
 
 #: Of a configuration, what says nothing about the parameters, or is set by the type `text` itself.
 _NOT_SET = ("vocab_size", "tie_word_embeddings", "architectures", "problem_type", "transformers_version", "dtype")
@@ -136,6 +140,10 @@ def _made(
         config = AutoConfig.for_model(
             model_type, **{**settings, "vocab_size": entries, "tie_word_embeddings": True, **ids, **pooling}
         )
+        with torch.device("meta"):  # its sizes, without a number of it in memory
+            size = sum(each.numel() for each in factory.from_config(config).parameters())
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"it would have {size:,} parameters, and at most {MOST_PARAMETERS:,} are made here")
         return factory.from_config(config, attn_implementation=_attention(model_type))
     except (ValueError, TypeError, RuntimeError, AssertionError, ZeroDivisionError, MemoryError) as error:
         words = (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -27,7 +27,7 @@ from deploy.compare.training import Pace, best_of
 from deploy.compare_settings import BASELINES, CompareConfig
 from master_service.decisions.rules.model import aggregation_rule
 from node_service.corpus.corpus import Corpus
-from tests.faults.tiny import samples
+from tests.faults.tiny import ASSETS, samples
 from tests.unit.deploy.conftest import Command
 
 ROOT = Path(__file__).parents[3]
@@ -87,7 +87,7 @@ def comparison(**settings: Any) -> Comparison:
         settings=CompareConfig(**given),
         encoder_type="tiny",
         architecture=kind.architecture({}),
-        assets={},
+        assets=dict(ASSETS),
         initial=("fresh", None),
         base_seed=5,
         update=update,
