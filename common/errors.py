@@ -11,6 +11,7 @@ SharedEncoderError
 ├── InternalError      a bug that has ended a thread of ours: the log has the trace, the party ends
 ├── LockHeld           somebody else holds the name
 ├── Damaged            what is on disk is not what was written there
+├── NotProbed          these samples and this model allow no probe
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
     ├── AccessRefused       wrong account or password, or no permission at the broker
     └── OwnersCodeError     code of the owner or of another package raised
@@ -92,6 +93,10 @@ class InternalError(SharedEncoderError):
 
 class LockHeld(SharedEncoderError):
     """Another process holds the lock of this name at the broker."""
+
+
+class NotProbed(SharedEncoderError, ValueError):
+    """These samples and this model allow no such measure; the text says why. Other measures go on."""
 
 
 class UserError(SharedEncoderError):

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from common.errors import NotProbed
+
 #: Everything that the shared encoder's parameters depend on, as plain JSON; it travels in the instruction.
 Architecture = dict[str, Any]
 
@@ -65,6 +67,13 @@ class EncoderModel(nn.Module, ABC):
     def backward(self, loss: Tensor) -> None:
         """Put the gradients of a loss, as `loss` gave it, into all parameters."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def pooled(self, samples: Samples) -> Tensor:
+        """One vector for each whole sample, float32 (n, d), on the model's device, with gradient: for fine-tuning.
+
+        `features` gives the same numbers. Raises NotProbed for a type that has no such output.
+        """
+        raise NotProbed("models of this type give no pooled output to fine-tune")
 
     @abstractmethod
     def features(self, samples: Samples) -> Tensor:

@@ -171,6 +171,10 @@ class ImageModel(EncoderModel):
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:
+        """What `pooled` gives, on the CPU."""
+        return self.pooled(samples).cpu()
+
+    def pooled(self, samples: Samples) -> Tensor:
         """Mean over all patches of the encoder's output with no patch hidden, float32 (n, hidden_size)."""
         encoded = self.encode(samples)
         stem, encoder = self.network.vit.embeddings, self.network.vit
@@ -183,7 +187,7 @@ class ImageModel(EncoderModel):
             hidden = torch.cat([first, patches], dim=1)
             for layer in encoder.layers:
                 hidden = layer(hidden)
-            means.append(encoder.layernorm(hidden)[:, 1:].mean(dim=1).float().cpu())
+            means.append(encoder.layernorm(hidden)[:, 1:].mean(dim=1).float())
         return torch.cat(means)
 
     def export(self, directory: Path) -> None:

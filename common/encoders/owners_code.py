@@ -35,6 +35,7 @@ MODEL_METHODS = (
     "loss",
     "held_out",
     "backward",
+    "pooled",
     "features",
     "export",
 )

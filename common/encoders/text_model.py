@@ -22,7 +22,7 @@ from common.errors import UserError
 
 #: In a batch that is trained without the private parts: 0.
 WITH_PRIVATE = "with_private"
-#: Windows in one forward pass of `features`.
+#: Windows in one forward pass of `pooled`.
 _FEATURE_BATCH = 256
 #: What of an architecture is not a setting of the model's configuration.
 _NOT_OF_THE_MODEL = ("model_type", "tokens", "vocab_size")
@@ -150,6 +150,10 @@ class TextModel(EncoderModel):
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:
+        """What `pooled` gives, on the CPU."""
+        return self.pooled(samples).cpu()
+
+    def pooled(self, samples: Samples) -> Tensor:
         """Mean over a text's tokens and over the trunk's layers, its input included, float32 (n, hidden_size).
 
         The mean over layers probed a point better than the last layer alone, over five corpora and one seed; joining
@@ -159,6 +163,7 @@ class TextModel(EncoderModel):
         there is no padding that could change a feature.
         """
         windows: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
+        device = self.network.device
         counts = torch.zeros(len(samples), 1)
         for row, ids in enumerate(self.vocabulary.tokenise(samples)):
             seen = ids[: self.feature_tokens].astype(np.int64)
@@ -166,15 +171,16 @@ class TextModel(EncoderModel):
             for window in np.array_split(seen, math.ceil(len(seen) / self.window)):
                 windows.setdefault(len(window), []).append((row, window))
 
-        sums = torch.zeros(len(samples), self.network.config.hidden_size)
+        sums = torch.zeros(len(samples), self.network.config.hidden_size, device=device)
         for same_length in windows.values():
             for start in range(0, len(same_length), _FEATURE_BATCH):
                 together = same_length[start : start + _FEATURE_BATCH]
-                tokens = torch.from_numpy(np.stack([window for _, window in together])).to(self.network.device)
+                tokens = torch.from_numpy(np.stack([window for _, window in together])).to(device)
                 layers = self.network.base_model(input_ids=tokens, output_hidden_states=True).hidden_states
                 hidden = torch.stack(layers).mean(dim=0)
-                sums.index_add_(0, torch.tensor([row for row, _ in together]), hidden.sum(dim=1).float().cpu())
-        return sums / counts
+                rows = torch.tensor([row for row, _ in together], device=device)
+                sums = sums.index_add(0, rows, hidden.sum(dim=1).float())
+        return sums / counts.to(device)
 
     def export(self, directory: Path) -> None:
         """Write model and tokenizer for `AutoModelForMaskedLM` and `AutoTokenizer`, corrections merged into the

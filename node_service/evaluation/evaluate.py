@@ -16,11 +16,11 @@ from torch import Tensor
 
 from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel
-from common.errors import UserError
+from common.errors import NotProbed, UserError
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import InnerOptimizer
 from node_service.corpus.corpus import Corpus
-from node_service.evaluation.probe import NotProbed, masked_loss, probe
+from node_service.evaluation.probe import masked_loss, probe
 from node_service.training.checkpoint import Facts, read_checkpoint
 from node_service.training.private_parts import load_private, load_spec
 from node_service.training.trainer import Trainer

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from common.encoders.base import EncoderModel, Samples
+from common.errors import NotProbed
 
 # whoever evaluates finds both measures here
 from node_service.training.held_out import masked_loss as masked_loss
@@ -21,10 +22,6 @@ TEST_ROWS = 1000
 
 #: Neighbours that vote in `knn_probe`.
 _NEIGHBOURS = 10
-
-
-class NotProbed(ValueError):
-    """These samples and this model allow no probe; the text says why."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.encoders.base import Batch, EncoderModel
-from node_service.evaluation.probe import NotProbed, knn_probe, linear_probe, masked_loss, probe
+from common.errors import NotProbed
+from node_service.evaluation.probe import knn_probe, linear_probe, masked_loss, probe
 
 
 class Toy(EncoderModel):
