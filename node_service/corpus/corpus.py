@@ -204,15 +204,26 @@ def _limited(samples: Sequence[Any], limit: int | None) -> list[int]:
 
 def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tuple[list[int], list[int]]:
     """Indices for training and held out; neither is empty unless `held_out` is 0."""
-    everything = list(range(len(samples)))
     if not held_out:
-        return everything, []
-    places = [_digest(sample)[0] for sample in samples]
-    lowest, highest = min(places), max(places)
-    if lowest == highest:
+        return list(range(len(samples))), []
+    try:
+        return split_by_content(samples, held_out)
+    except ValueError:
         source = config.entry_point or " ".join(config.path)
         cut = 'set documents = "paragraph" or "line", or test_path' if config.path else "give others"
-        raise UserError(f"{source}: one sample cannot be split for the held-out part; {cut}, or set held_out = 0")
+        raise UserError(
+            f"{source}: one sample cannot be split for the held-out part; {cut}, or set held_out = 0"
+        ) from None
+
+
+def split_by_content(samples: Sequence[Any], held_out: float) -> tuple[list[int], list[int]]:
+    """Indices of about 1 − `held_out` of the samples, and of the others; neither is empty, and equal samples are on one
+    side, always the same. Raises ValueError where all samples are equal, or there are none."""
+    everything = list(range(len(samples)))
+    places = [_digest(sample)[0] for sample in samples]
+    if len(set(places)) < 2:
+        raise ValueError("samples that are all the same cannot be split")
+    lowest, highest = min(places), max(places)
     below = {i for i in everything if places[i] == lowest or (places[i] < held_out and places[i] != highest)}
     return [i for i in everything if i not in below], sorted(below)
 

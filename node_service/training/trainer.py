@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +22,21 @@ _MEASURED_BATCHES = 15
 
 
 class Trainer:
-    """A model, its encoded corpus and the inner optimiser (AdamW). Deterministic given seed, device and threads."""
+    """A model, its encoded corpus and the inner optimiser (AdamW). Deterministic given seed, device and threads.
 
-    def __init__(self, model: EncoderModel, encoded: Any, inner: InnerOptimizer, *, seed: int, device: str) -> None:
+    `trained`: the names of the model's parameters that are trained (None: all); the others stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: EncoderModel,
+        encoded: Any,
+        inner: InnerOptimizer,
+        *,
+        seed: int,
+        device: str,
+        trained: Collection[str] | None = None,
+    ) -> None:
         self.model = model.to(device)
         self.encoded = encoded
         self.steps = 0
@@ -30,7 +44,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self._shared = {name: parameter.data for name, parameter in model.shared_parameters().items()}
         self.layout = Layout((name, tensor.shape) for name, tensor in self._shared.items())
-        self._all = list(model.parameters())
+        named = dict(model.named_parameters())
+        self._all = [parameter for name, parameter in named.items() if trained is None or name in trained]
+        self._frozen = [named[name] for name in named if trained is not None and name not in trained]
         self._device = device
         self.set_inner(inner)
 
@@ -73,9 +89,10 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
-        loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.backward(loss)
+        with self._without_frozen():
+            loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
+            self.model.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
         self.optimizer.step()
         self.steps += 1
@@ -85,6 +102,18 @@ class Trainer:
         """The masked loss on `encoded` samples; the same ones, masked alike, at every call under one batch size."""
         batches, size = _MEASURED_BATCHES, self.inner.batch_size
         return masked_loss(self.model, encoded, batches=batches, size=size, device=self._device)
+
+    @contextmanager
+    def _without_frozen(self) -> Iterator[None]:
+        """Inside, no gradient is computed for what stays as it is; outside, the model is as it was given."""
+        kept = [parameter for parameter in self._frozen if parameter.requires_grad]
+        try:
+            for parameter in kept:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in kept:
+                parameter.requires_grad_(True)
 
     def shared(self) -> ParameterSet:
         """A copy of the shared parameters, on the CPU."""

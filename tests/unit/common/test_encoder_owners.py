@@ -203,6 +203,7 @@ def test_f18_whatever_a_model_raises_is_said_as_its_own(method: str, tmp_path: P
         "shared_parameters": model.shared_parameters,
         "encode": lambda: model.encode(rows),
         "held_out": lambda: model.held_out(rows, torch.Generator()),
+        "pooled": lambda: model.pooled(rows),
         "features": lambda: model.features(rows),
         "export": lambda: model.export(tmp_path),
     }

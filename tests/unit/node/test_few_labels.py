@@ -139,7 +139,7 @@ def test_tfidf_sees_the_same_rows_and_the_word_that_tells() -> None:
         (draw.per_class, draw.seed, len(draw.rows)) for draw in draws(train[1], SMALL)
     ]
     by_size = {size: [score.accuracy for score in scores if score.per_class == size] for size in (4, 16)}
-    assert min(by_size[16]) > 0.9 and np.mean(by_size[16]) >= np.mean(by_size[4])
+    assert min(by_size[16]) > 0.8 and np.mean(by_size[16]) >= np.mean(by_size[4])
     everything = tfidf_accuracy(train, test)
     assert everything.accuracy == 1.0 and everything.rows == 300
     shuffled = list(np.random.default_rng(3).permutation(train[1]))

@@ -1,0 +1,179 @@
+"""What an encoder gives to somebody who did not train it: the loss in a domain after a fixed budget of steps.
+
+Rows are encoders of one architecture (each owner's alone, shared, pooled, random, a public start), columns are domains,
+those that took part and those that did not. Every row has the same budget, the same grid of rates and the same seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from common.encoders.base import Architecture, Assets, EncoderModel, EncoderType, PrivateSpec, Samples
+from common.encoders.hugging_face import fill
+from common.wire.messages import InnerOptimizer
+from node_service.corpus.corpus import Corpus, split_by_content
+from node_service.evaluation.few_labels import taken
+from node_service.evaluation.probe import masked_loss
+from node_service.training.trainer import Trainer
+
+#: frozen: the shared parameters stay as they came, and the private ones are trained; free: all are.
+Mode = Literal["frozen", "free"]
+
+#: An encoder's shared tensors by name; None: a random one, by the seed.
+Row = Mapping[str, Tensor] | None
+
+#: Called after each step.
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TransferBudget:
+    """What every row gets: so many steps for each seed at the rate that did best on the validation part for the first
+    seed. `inner` says the rest of the optimiser; its cosine runs over these steps."""
+
+    steps: int = 300
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    modes: tuple[Mode, ...] = ("frozen", "free")
+    inner: InnerOptimizer = field(default_factory=lambda: InnerOptimizer(warmup_steps=20))
+    validation_batches: int = 5
+    test_batches: int = 10
+
+    def steps_of(self, rows: int, columns: int) -> int:
+        """The training steps of a whole table, to be said before it is begun."""
+        fits = len(self.rates) + len(self.seeds) - 1
+        return rows * columns * len(self.modes) * fits * self.steps
+
+
+@dataclass(frozen=True)
+class Column:
+    """One domain. `spec` is what private parts depend on; it was fitted once, and serves every row."""
+
+    name: str
+    train: Samples
+    validation: Samples
+    test: Samples
+    spec: PrivateSpec
+
+
+@dataclass(frozen=True)
+class TransferScore:
+    """Loss on the test part (nats for text) of one row in one column, by one seed, and how its rate was found."""
+
+    row: str
+    column: str
+    mode: Mode
+    seed: int
+    rate: float
+    validation: float
+    loss: float
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def column(
+    name: str,
+    corpus: Corpus,
+    encoder_type: EncoderType,
+    architecture: Architecture,
+    assets: Assets,
+    *,
+    private: Mapping[str, Any] | None = None,
+    validation: float = 0.1,
+) -> Column:
+    """A domain's corpus as a column: a part of its training samples, chosen by content, becomes the validation part.
+
+    What private parts need (a vocabulary, unless one came with the encoder) is fitted to the rest of them. Raises
+    UserError for samples that the type does not take, ValueError where nothing can be set aside.
+    """
+    kept, aside = split_by_content(corpus.train, validation)
+    train = taken(corpus.train, kept)
+    spec = encoder_type.fit_private(train, architecture, private or {}, assets)
+    return Column(name, train, taken(corpus.train, aside), corpus.test, spec)
+
+
+def transfer(
+    encoder_type: EncoderType,
+    architecture: Architecture,
+    rows: Mapping[str, Row],
+    columns: Sequence[Column],
+    budget: TransferBudget,
+    *,
+    device: str = "cpu",
+    advance: Advance = lambda: None,
+) -> Iterator[TransferScore]:
+    """Every cell of the table, column by column, as it is known: one score for each mode and seed.
+
+    Private parts start alike in every row of a seed. The test part is read once, by the model at the chosen rate.
+    Raises ValueError for a row of another architecture, when its turn comes, before it is trained.
+    """
+    for each in columns:
+        parts = _Parts(encoder_type, architecture, each, budget, device, advance)
+        for name, row in rows.items():
+            for mode in budget.modes:
+                yield from _cell(parts, name, row, mode)
+
+
+class _Parts:
+    """What is the same for every row of a column. What samples are encoded to depends on the spec alone."""
+
+    def __init__(
+        self,
+        encoder_type: EncoderType,
+        architecture: Architecture,
+        column: Column,
+        budget: TransferBudget,
+        device: str,
+        advance: Advance,
+    ) -> None:
+        self._type, self._architecture, self._device, self._advance = encoder_type, architecture, device, advance
+        self.column, self.budget = column, budget
+        model = encoder_type.build(architecture, column.spec, 0)
+        self._train, self._validation, self._test = (
+            model.encode(samples) for samples in (column.train, column.validation, column.test)
+        )
+
+    def fitted(self, row: Row, mode: Mode, rate: float, seed: int) -> EncoderModel:
+        """Fresh private parts around a row's shared tensors, after the budget's steps."""
+        model = self._type.build(self._architecture, self.column.spec, seed)
+        fill(model.shared_parameters(), self._type.initial(self._architecture, seed) if row is None else row)
+        trained = None if mode == "free" else set(model.private_parameters())
+        inner = self.budget.inner.model_copy(update={"lr": rate})
+        trainer = Trainer(model, self._train, inner, seed=seed, device=self._device, trained=trained)
+        for step in range(self.budget.steps):
+            trainer.progress = step / self.budget.steps
+            trainer.step()
+            self._advance()
+        return model
+
+    def validated(self, model: EncoderModel) -> float:
+        """Loss on the validation part; infinite for a model that diverged, so that it is never chosen."""
+        loss = masked_loss(model, self._validation, batches=self.budget.validation_batches)
+        return loss if math.isfinite(loss) else math.inf
+
+    def tested(self, model: EncoderModel) -> float:
+        """Loss on the test part."""
+        return masked_loss(model, self._test, batches=self.budget.test_batches)
+
+
+def _cell(parts: _Parts, name: str, row: Row, mode: Mode) -> Iterator[TransferScore]:
+    budget = parts.budget
+    first = budget.seeds[0]
+    tried: dict[float, tuple[float, EncoderModel]] = {}
+    for rate in budget.rates:
+        model = parts.fitted(row, mode, rate, first)
+        tried[rate] = parts.validated(model), model
+    best = min(tried, key=lambda rate: tried[rate][0])
+    for seed in budget.seeds:
+        if seed == first:
+            validation, model = tried[best]
+        else:
+            model = parts.fitted(row, mode, best, seed)
+            validation = parts.validated(model)
+        yield TransferScore(name, parts.column.name, mode, seed, best, validation, parts.tested(model))
