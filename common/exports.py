@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.cards import TITLE as TITLE
+from common.cards import is_card
 from common.durable import sync
 from common.errors import Damaged, UserError
 
-#: How the README.md of every export begins; a folder with another one, or with none, is somebody else's.
-TITLE = "# Shared encoder "
 _CARD = "README.md"
+#: Characters of a README.md in which front matter and title must be.
+_BEGINNING = 1 << 16
 
 
 def check_export_directory(directory: Path) -> None:
@@ -115,9 +117,9 @@ def replacing(directory: Path, card: str, *, ours: bool = False) -> Iterator[Pat
 
 
 def _is_export(directory: Path) -> bool:
-    """By its card."""
+    """By its card; a folder with another README.md, or with none, is somebody else's."""
     card = directory / _CARD
     if not card.is_file():
         return False
     with card.open(encoding="utf-8", errors="replace") as file:
-        return file.read(len(TITLE)) == TITLE
+        return is_card(file.read(_BEGINNING))

@@ -12,7 +12,7 @@ from common.numbers.slicing import EncodingName
 from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
 from master_service.decisions.rules.model import aggregation_rule
-from master_service.decisions.settings import DEFAULT_VERSIONS, Settings, StopRule
+from master_service.decisions.settings import DEFAULT_VERSIONS, CardWord, Settings, StopRule
 
 
 class MasterConfig(Section):
@@ -41,7 +41,8 @@ class EncoderConfig(Section):
     `generation`: fresh (from the type's architecture and `seed`) or continue (from `source`: an export or a Hugging
     Face directory). `tokenizer`: where a shared vocabulary comes from, a directory, a file, or the word `bytes`;
     `reference`: text that the operator has, to train one on. Both are for the encoder type to read. `min_nodes`:
-    training starts once that many nodes have accepted.
+    training starts once that many nodes have accepted. `license` ("apache-2.0") and `language` ("en") go into the front
+    matter of the encoder's card, and nowhere else.
     """
 
     get: str | None = None
@@ -52,6 +53,8 @@ class EncoderConfig(Section):
     reference: Path | None = None
     seed: int = 0
     min_nodes: Annotated[int, Field(ge=1)] = 1
+    license: CardWord | None = None
+    language: CardWord | None = None
 
 
 class RuleConfig(Section):
@@ -78,6 +81,8 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         reference=str(encoder.reference) if encoder.reference else None,
         architecture=encoder.architecture,
         seed=encoder.seed,
+        license=encoder.license,
+        language=encoder.language,
     )
 
 

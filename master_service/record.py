@@ -258,7 +258,7 @@ class Recorder:
         directory = self._config.export_dir or self._config.state_dir / "encoders" / effect.encoder
         reached("before export")
         try:
-            self._fold.arithmetic.export(directory, encoder)
+            self._fold.arithmetic.export(directory, encoder, self.state.settings)
         except (OSError, UserError) as error:  # UserError: an encoder type of another package that cannot do it
             again = f"shared-encoder export {effect.encoder} --state {self._config.state_dir}"
             log.error("the finished encoder could not be exported", problem=str(error), later=again)

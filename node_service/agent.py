@@ -118,8 +118,9 @@ class Agent:
     """What the node knows of the protocol's state.
 
     Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
-    only the one that it names is read, because the stream may hold two of one number. `gathering`: the instruction
-    whose assets are being read; until they are here its encoder is not built, and its rule and versions are not for us.
+    only the one that it names is read, because the stream may hold two of one number. `named`: its owner agrees that
+    its name is published. `gathering`: the instruction whose assets are being read; until they are here its encoder is
+    not built, and its rule and versions are not for us.
     """
 
     node: str
@@ -132,6 +133,7 @@ class Agent:
     lost: int = -1
     finishing: Finish | None = None
     unknown: bool = False
+    named: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
     gathering: Instruction | None = None
 
@@ -272,6 +274,7 @@ class Agent:
                 accepted=not refusal,
                 samples=samples,
                 reason=refusal[:2000],
+                named=self.named,
             )
         )
 

@@ -17,6 +17,7 @@ class NodeConfig(Section):
     `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master
     for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is away: then a node
     trains on beyond what it may hand in. `private` are the settings of the private parts (for text: vocabulary).
+    `named`: the cards of encoders that this node takes part in may say its name; else it is a number there.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -27,6 +28,7 @@ class NodeConfig(Section):
     threads: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
     get: str | None = None
+    named: bool = False
     exit_when_finished: bool = False
     max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
     alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0

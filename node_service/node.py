@@ -529,7 +529,8 @@ class Node:
     # --- beginning anew ----------------------------------------------------------------------------------------------
 
     def _new_agent(self) -> Agent:
-        return Agent(self.name, self.state.identity.incarnation, tuple(self._corpora))
+        identity = self.state.identity.incarnation
+        return Agent(self.name, identity, tuple(self._corpora), named=self.config.named)
 
     def _drop(self, encoder: str) -> None:
         log.warning("the master does not know this encoder, letting go of it", node=self.name, encoder=encoder)

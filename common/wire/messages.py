@@ -190,13 +190,17 @@ class Stop(Message):
 
 
 class InstructionAck(NodeMessage):
-    """The answer to an instruction: accepted with the number of matching samples, or refused with the reason."""
+    """The answer to an instruction: accepted with the number of matching samples, or refused with the reason.
+
+    `named`: whether the node's name may stand in what is published of the encoder.
+    """
 
     kind: Literal["ack"] = "ack"
     encoder: Id
     accepted: bool
     samples: Count = 0
     reason: Text = ""
+    named: bool = False
 
 
 class UpdateManifest(NodeMessage):

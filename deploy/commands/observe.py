@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from common import cards
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
-from common.exports import TITLE, check_export_directory, replacing
+from common.exports import check_export_directory, replacing
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import decode, encode
 from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
@@ -212,7 +213,12 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
     read = reader.read(answer.version, answer.published_at)
     assets = read_assets(broker, topology, answer.encoder, answer.assets)
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
-    card = f"{TITLE}{answer.encoder}\n\nType `{answer.encoder_type}`, version {read.version}.\n"
+    whole = cards.is_whole(answer.architecture)
+    card = (
+        f"{cards.front_matter(answer.encoder_type, whole=whole)}{cards.TITLE}{answer.encoder}\n\n"
+        f"Type `{answer.encoder_type}`, version {read.version}.\n\n"
+        f"{cards.loading(answer.encoder_type, whole=whole)}{cards.architecture(answer.architecture)}"
+    )
     with replacing(out, card) as beside:
         encoder_type = get_encoder_type(answer.encoder_type)
         encoder_type.export_shared(beside, answer.architecture, parameters.tensors(), card, assets)

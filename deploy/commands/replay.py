@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def run_replay(
             if out is not None:
                 _write(log, fold, encoder, version, out)
             return
-        _decide_anew(log, change, without, encoder=encoder, out=out, how=_how(rule, changes, without))
+        _decide_anew(log, change, without, encoder=encoder, out=out, how=partial(_how, rule, changes))
 
 
 def export_version(encoder: str, state: Path, version: int | None, out: Path) -> None:
@@ -164,7 +165,7 @@ def _write(log: MessageLog, fold: Fold[Any], encoder: str | None, version: int |
     state = _chosen(fold, encoder)
     if version not in (None, state.version):
         raise UserError(f"version {version} of {state.encoder} is not in the log, its newest is {state.version}")
-    _export(log, state, fold.arithmetic.targets[state.encoder].parameters, out)
+    _export(log, state, fold.coordinator.state.settings, fold.arithmetic.targets[state.encoder].parameters, out)
 
 
 def _chosen(fold: Fold[Any], encoder: str | None) -> EncoderState:
@@ -178,11 +179,13 @@ def _chosen(fold: Fold[Any], encoder: str | None) -> EncoderState:
     return made[encoder]
 
 
-def _export(log: MessageLog, state: EncoderState, parameters: ParameterSet, out: Path, note: str = "") -> None:
+def _export(
+    log: MessageLog, state: EncoderState, settings: Settings, parameters: ParameterSet, out: Path, note: str = ""
+) -> None:
     with saying("loading transformers"):
         from master_service.arithmetic.export import export_encoder
 
-        export_encoder(out, state, parameters, log.payloads, note)
+        export_encoder(out, state, settings, parameters, log.payloads, note)
     print(
         f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters {parameters.digest()}"
     )
@@ -240,24 +243,29 @@ def _decide_anew(
     *,
     encoder: str | None,
     out: Path | None,
-    how: str,
+    how: Callable[[Sequence[str]], str],
 ) -> None:
+    """`how`: in words, given what to call the nodes that are left out."""
     from master_service.history.replay import Refold
 
     nodes = {row.sender for row in log.rows() if row.kind == "request.join"}
     if unknown := sorted(set(without) - nodes):
         raise UserError(f"no node {unknown[0]!r} is in the log; there are: {', '.join(sorted(nodes)) or 'none'}")
     refold = Refold(log, change, frozenset(without))
-    with counting(f"deciding {how}", "messages", log.last_offset + 1) as (_, advance):
+    with counting(f"deciding {how(without)}", "messages", log.last_offset + 1) as (_, advance):
         for _entry in refold.run():
             advance()
     published = _verified(log, encoder, None, every=False)
-    note = _COUNTERFACTUAL.format(how=how)
-    _print_compared(published, refold, encoder, how)
-    console().print(note, highlight=False)
+    _print_compared(published, refold, encoder, how(without))
+    console().print(_COUNTERFACTUAL.format(how=how(without)), highlight=False)
     if out is not None:
         state = _chosen(refold.fold, encoder)
-        _export(log, state, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
+        members = published.coordinator.state.encoders[state.encoder].members
+        # the card is for others: a node that was left out is named in it no more than one that took part
+        agreed = [node if node in members and members[node].named else "a node" for node in without]
+        note = _COUNTERFACTUAL.format(how=how(agreed))
+        decided = refold.fold.coordinator.state.settings
+        _export(log, state, decided, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
 
 
 def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, how: str) -> None:

@@ -11,6 +11,7 @@ from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate
 from master_service.decisions.records import Generated
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
 from master_service.history.fold import Fold
 from master_service.history.snapshot import SnapshotDirectory
@@ -39,7 +40,7 @@ class GivenAggregator(Aggregator):
         )
         return [Outcome(body, parameters.to_bytes())]
 
-    def export(self, directory: Path, encoder: EncoderState) -> None:
+    def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
         """Whoever drives the simulation takes what it needs from the nodes."""
 
 

@@ -25,6 +25,7 @@ from master_service.arithmetic.export import export_encoder
 from master_service.arithmetic.generation import fingerprint, generated
 from master_service.arithmetic.outer import new_momentum, outer_step
 from master_service.decisions.effects import Generate, Step
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
 from master_service.log.payloads import Payloads
 
@@ -86,8 +87,8 @@ class Aggregator:
     def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
         return encode_vector(self.targets[encoder].parameters.vector, encoding)
 
-    def export(self, directory: Path, encoder: EncoderState) -> None:
-        export_encoder(directory, encoder, self.targets[encoder.encoder].parameters, self._payloads)
+    def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
+        export_encoder(directory, encoder, settings, self.targets[encoder.encoder].parameters, self._payloads)
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint()

@@ -12,6 +12,7 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.records import Generated, GenerationFailed, Provided, StepFailed, Versioned
+from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
 
 
@@ -62,8 +63,9 @@ class Arithmetic(Protocol):
     def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
         """The current version, slice by slice, as it is published."""
 
-    def export(self, directory: Path, encoder: EncoderState) -> None:
-        """Write the current version for transformers' Auto classes. Raises UserError, OSError."""
+    def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
+        """Write the current version for transformers' Auto classes, and a card that says by which settings it was made.
+        Raises UserError, OSError."""
 
     def fingerprint(self) -> dict[str, str]:
         """What the bits of these numbers depend on."""

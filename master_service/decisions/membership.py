@@ -51,6 +51,7 @@ def ack(state: State, body: InstructionAck, at: float, advance: Advance) -> list
     remember(member, body.incarnation)
     with changing(encoder, member):
         member.accepted, member.present, member.samples = True, True, body.samples
+        member.named = body.named
     return _rules(state, encoder, [body.node], at) if encoder.started else _begin(state, encoder, at)
 
 

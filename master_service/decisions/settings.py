@@ -24,6 +24,9 @@ class LossPlateau(BaseModel):
     min_change: Annotated[float, Field(ge=0)] = 0.005
 
 
+#: What the operator says for the front matter of a card: a licence's or a language's code.
+CardWord = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
+
 #: How many versions are made where no limit is given.
 DEFAULT_VERSIONS = 400
 
@@ -58,12 +61,17 @@ class Settings(BaseModel):
     reference: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
+    license: CardWord | None = None
+    language: CardWord | None = None
 
 
 #: Where a setting stands in the configuration, if not under its own name.
 _CONFIGURED_AS = {"update_rule": "update"} | {
     name: f"encoder.{name}"
-    for name in ("min_nodes", "generation", "source", "tokenizer", "reference", "architecture", "seed")
+    for name in (
+        *("min_nodes", "generation", "source", "tokenizer", "reference", "architecture", "seed"),
+        *("license", "language"),
+    )
 }
 
 

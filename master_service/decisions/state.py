@@ -71,6 +71,7 @@ class Member(_State):
     incarnation, because one may come back (from a backup) after another. `may_owe`: the most updates without an answer
     that a rule has ever allowed it. `pending`: its updates that wait for a version, or are being made one, by
     `incarnation/sequence`, with their digests; `buffered` is how many of them wait. `held_out`: its newest measurement.
+    `named`: its owner agrees that the name is published.
     """
 
     node: str
@@ -93,6 +94,7 @@ class Member(_State):
     held_out: Measured | None = None
     may_owe: int = 0
     buffered: int = 0
+    named: bool = False
     pending: dict[str, str] = Field(default_factory=dict)
     settled: dict[str, Settled] = Field(default_factory=dict)
 
@@ -201,6 +203,14 @@ class EncoderState(_State):
     best_version: int | None = None
     best_measured: dict[str, float] = Field(default_factory=dict)
     askers: list[str] = Field(default_factory=list)
+
+    def public_names(self) -> dict[str, str]:
+        """What may be published of each member's name: the name where its owner agreed, else its number in the order of
+        joining."""
+        return {
+            node: member.node if member.named else f"node {number}"
+            for number, (node, member) in enumerate(self.members.items(), 1)
+        }
 
     def active(self) -> dict[str, Member]:
         """The members that the rules count on, in the order in which they joined."""

@@ -9,9 +9,10 @@ from typing import Any
 import structlog
 import torch
 
+from common import cards
 from common.encoders import get_encoder_type
 from common.errors import UserError
-from common.exports import TITLE, replacing
+from common.exports import replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.wire.messages import Instruction, Receipt, UpdateRule
@@ -213,10 +214,13 @@ class Session:
         """Stem + shared encoder + head for transformers' Auto classes, in the place of an earlier export. A failure
         leaves what was there."""
         model = directory or self.directory / "model"
+        kind = self.instruction.encoder_type
         card = (
-            f"{TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
-            f"Type `{self.instruction.encoder_type}`. Stem and head were fitted to this node's own samples: they have "
-            f"never left it, and are its owner's to hand on or to keep.{note}\n"
+            f"{cards.front_matter(kind, whole=True)}"
+            f"{cards.TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
+            f"Type `{kind}`, version {self.version}. What is private of it was fitted to this node's own samples: it has "
+            f"never left it, and is its owner's to hand on or to keep.{note}\n\n"
+            f"{cards.loading(kind, whole=True)}{cards.architecture(self.instruction.architecture)}"
         )
         with torch.no_grad(), replacing(model, card, ours=directory is None) as beside:
             self.model.eval()

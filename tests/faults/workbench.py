@@ -81,7 +81,7 @@ class Tokens:
         digest = self.digest(encoder)
         return [digest[:32].encode(), digest[32:].encode()]
 
-    def export(self, directory: Path, encoder: object) -> None:
+    def export(self, directory: Path, encoder: object, settings: object) -> None:
         """Where nothing is written."""
 
     def fingerprint(self) -> dict[str, str]:

@@ -360,7 +360,7 @@ class SmallArithmetic(Aggregator):
         ]
         return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), start.to_bytes())]
 
-    def export(self, directory: Path, encoder: object) -> None:
+    def export(self, directory: Path, encoder: object, settings: object) -> None:
         """Where nothing is written."""
 
 

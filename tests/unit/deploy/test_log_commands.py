@@ -119,7 +119,8 @@ def test_versions_and_counterfactuals_open_with_transformers(command: Command, t
     assert AutoModel.from_pretrained(out).config.model_type == "modernbert"
     code, printed, err = command("replay", "--state", state, "--without", "a", "--out", out)
     assert code == 0 and digest not in printed, err
-    assert "trained on what was really published" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "trained on what was really published" in card and "upon without a node, and" in card, "it did not agree"
     assert AutoModel.from_pretrained(out).config.model_type == "modernbert"
 
 

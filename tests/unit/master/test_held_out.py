@@ -115,7 +115,8 @@ def test_at_the_end_what_was_measured_counts_at_once_and_another_run_begins_anew
     run.update("a", 3.0)
     run.scenario.apply(Stop(sender="operator"))
     assert run.encoder.status == "finished" and (run.encoder.best_held_out, run.encoder.best_version) == (3.0, 0)
-    assert "3.000 about version 0" in card(run.encoder) and "| 3.000 (0) |" in card(run.encoder)
+    text = card(run.encoder, Settings())
+    assert "3.000 about version 0" in text and "| 3.000 (0) |" in text
     run.scenario.apply(Continue(sender="operator", encoder=run.name))
     assert run.encoder.best_version is None and not run.encoder.best_measured
     run.scenario.join("a", run.name)

@@ -195,7 +195,7 @@ def test_a_generation_is_a_row_for_each_asset_and_then_the_encoder(tmp_path: Pat
         run.apply(outcome.body)
     state = run.coordinator.state.encoders[get.encoder]
     parameters = rebuilt(version.body, version.payload)
-    export_encoder(tmp_path / "out", state, parameters, log.payloads)
+    export_encoder(tmp_path / "out", state, Settings(), parameters, log.payloads)
     assert (tmp_path / "out/curve.json").read_bytes() == ASSETS["curve.json"]
     going_on = generated(order(generation="continue", source=str(tmp_path / "out")))
     assert going_on[0] == asset and going_on[1].body.kind == "generated"
