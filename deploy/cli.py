@@ -265,12 +265,56 @@ def evaluate(
         bool, typer.Option("--pooled", help="also train one trunk on all corpora together; needs all of them here")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the figures as JSON")] = None,
+    card: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write the figures into the card of this exported encoder")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Compare the shared encoder with a random one and one trained alone, on held-out samples and a probe."""
     from deploy.commands.evaluate import run_evaluation
 
-    run_evaluation(config, names or [], encoders=encoder or (), pooled=pooled, out=out, threads=threads)
+    run_evaluation(config, names or [], encoders=encoder or (), pooled=pooled, out=out, card=card, threads=threads)
+
+
+@app.command()
+def attach(
+    encoder: Annotated[Path, typer.Argument(metavar="ENCODER", help="directory of an exported encoder of texts")],
+    corpus: Annotated[list[str], typer.Option(metavar="PATH", help="your texts: files, folders or globs; repeats")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where model and tokenizer go")] = Path("attached"),
+    field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="text field of .jsonl .csv .parquet", show_default="text")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="take this tokenizer", show_default="the encoder's, or a new one")
+    ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="train a vocabulary of N entries on the texts", show_default="4096, if needed"),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=0, help="at most N steps with all parameters free")] = 800,
+    frozen_steps: Annotated[
+        int, typer.Option(metavar="N", min=0, help="at most N steps before, with the encoder frozen")
+    ] = 400,
+    seed: Annotated[int, typer.Option(metavar="N", help="of everything that is left to chance")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    threads: Threads = None,
+) -> None:
+    """Fit an exported encoder to your texts, and save a whole model for transformers: first what it lacks, then all."""
+    from deploy.commands.attach import run_attach
+
+    run_attach(
+        encoder,
+        corpus,
+        out,
+        field=field,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        steps=steps,
+        frozen_steps=frozen_steps,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
 
 
 @app.command()

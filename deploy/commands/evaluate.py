@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from common import cards
 from common.durable import write_durably
 from common.errors import UserError
 from common.exports import check_file
@@ -38,11 +39,15 @@ def run_evaluation(
     pooled: bool,
     out: Path | None,
     threads: int | None,
+    card: Path | None = None,
 ) -> None:
     """Evaluate nodes of a configuration and print the table; every encoder after the first is a column of its own.
 
-    With `out`, the figures of each node are there as soon as they are known. Raises UserError for what is not there.
+    With `out`, the figures of each node are there as soon as they are known. With `card`, they become a section of that
+    export's card at the end. Raises UserError for what is not there.
     """
+    if card is not None:
+        read_card(card)
     if out is not None:
         check_file(out, "JSON file of figures", lambda file: "domains" in json.loads(file.read_bytes()))
     config = load_config(file, {})
@@ -87,6 +92,45 @@ def run_evaluation(
     print_table(figures)
     if out is not None:
         print(f"figures written to {out}")
+    if card is not None:
+        shown = [name for name in figures if config.nodes[name].named]
+        section = evaluation_section(figures, shown)
+        write_durably(card / "README.md", cards.with_evaluation(read_card(card), section).encode())
+        print(f"figures written into the card of {card}")
+
+
+def read_card(directory: Path) -> str:
+    """The card of an export. Raises UserError for a directory that is none of ours."""
+    try:
+        text = (directory / "README.md").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not cards.is_card(text):
+        raise UserError(f"{directory} has no card of an exported encoder; name the directory of an export")
+    return text
+
+
+def evaluation_section(figures: Figures, named: Sequence[str]) -> str:
+    """The figures for a card: losses and linear probes by domain. A domain is called by its node's name only if that is
+    among `named`: its owner agreed to it."""
+    names = {domain: domain if domain in named else f"domain {row}" for row, domain in enumerate(figures, 1)}
+    kinds = list(next(iter(figures.values())))
+    parts = [
+        "*random* is an encoder that was never trained, *alone* one that was trained on its domain's samples only, as "
+        "many steps as the node took. All have the same private parts' settings, seeds and held-out samples."
+    ]
+    for key, heading in (
+        ("loss", "masked loss, held-out samples (lower is better)"),
+        ("probe", "linear probe, accuracy"),
+    ):
+        rows = [
+            (names[domain], *(number(scores[kind][key], 3) for kind in kinds))
+            for domain, scores in figures.items()
+            if scores["shared"][key] is not None
+        ]
+        if rows:
+            parts.append(cards.table((heading, *kinds), rows))
+    return "\n\n".join(parts)
 
 
 def evaluate_domains(

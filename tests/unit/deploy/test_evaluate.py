@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import node_service.evaluation.evaluate as evaluation
+from common.cards import TITLE, front_matter, is_card
 from common.encoders import get_encoder_type
 from common.numbers.parameters import ParameterSet
 from node_service.training.checkpoint import Checkpoint, Facts, write_checkpoint
@@ -124,3 +125,27 @@ def test_f18_evaluate_looks_first_whether_it_can_write(command: Command, tmp_pat
     (tmp_path / "encoder").mkdir()
     code, _, err = command("evaluate", "--config", tmp_path / "none.toml", "--out", tmp_path / out)
     assert (code, err.count("\n")) == (2, 1) and str(tmp_path / out) in err and words in err
+
+
+def test_figures_go_into_the_card_and_name_whoever_agreed(
+    command: Command, arguments: list[object], tmp_path: Path
+) -> None:
+    file, card = tmp_path / "run.toml", tmp_path / "encoder" / "README.md"
+    file.write_text(file.read_text().replace("[nodes.plain]\n", "[nodes.plain]\nnamed = true\n"))
+    code, _, err = command(*arguments, "--card", tmp_path / "encoder")
+    assert code == 2 and "has no card of an exported encoder" in err.splitlines()[-1], "before anything is trained"
+    card.write_text(f"{front_matter('text', whole=False)}{TITLE}text-1\n\n## Limits\n\nsome\n")
+    for _ in range(2):
+        code, printed, err = command(*arguments, "--card", tmp_path / "encoder", "--out", tmp_path / "figures.json")
+        assert code == 0 and "figures written into the card" in printed, err
+        text = card.read_text()
+        assert is_card(text) and text.count("## Evaluation") == 1 and text.endswith("## Limits\n\nsome\n")
+        assert [line.split(" | ")[0] for line in text.splitlines() if line.startswith(("| domain", "| plain"))] == [
+            "| domain 1",
+            "| plain",
+            "| domain 3",
+            "| domain 1",
+        ], "three losses, and the probe of the one that has labels"
+        assert "labelled" not in text and "alike" not in text
+        shared = json.loads((tmp_path / "figures.json").read_text())["domains"]["plain"]["shared"]["loss"]
+        assert f"{shared:.3f}" in next(line for line in text.splitlines() if line.startswith("| plain"))

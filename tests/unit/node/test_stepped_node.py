@@ -19,6 +19,7 @@ from common.wire.messages import (
     Alive,
     Finish,
     Instruction,
+    InstructionAck,
     Join,
     Leave,
     Notice,
@@ -64,6 +65,14 @@ def training_node(
 def handed_in(master: HandMaster) -> list[UpdateManifest]:
     """Every update, without those that were sent again."""
     return [update for update in master.heard(UpdateManifest) if update.attempt == 0]
+
+
+@pytest.mark.parametrize("config", [{"named": True}, {}])
+def test_a_node_is_named_to_others_only_if_its_owner_said_so(
+    server: MemoryServer, clock: VirtualClock, config: dict[str, Any]
+) -> None:
+    master, _ = training_node(server, clock, **config)
+    assert [ack.named for ack in master.heard(InstructionAck)] == [bool(config)]
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

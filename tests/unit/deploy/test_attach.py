@@ -1,0 +1,153 @@
+"""`attach`: an export and some texts become a model that transformers opens, and what was trained is better for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
+
+from common.cards import is_card
+from common.encoders import get_encoder_type, vocabulary
+from common.errors import UserError
+from common.numbers.parameters import ParameterSet
+from deploy.attach import AttachBudget, attach, attached, fast_tokenizer
+from tests.unit.deploy.conftest import Command
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+TEXTS = [
+    f"the {kind} of patient {i} was seen on day {i % 7} and again on day {i % 5}" for i in range(60) for kind in "ab"
+]
+BUDGET = AttachBudget(frozen_steps=20, steps=20, lr=2e-2, batch_size=8)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A master's export with a trunk alone."""
+    text = get_encoder_type("text")
+    architecture = text.architecture(SMALL)
+    tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
+    text.export_shared(tmp_path / "encoder", architecture, tensors, "# Shared encoder text-1\n", {})
+    return tmp_path / "encoder"
+
+
+def trunk(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+        if "layers." in name
+    }
+
+
+def test_a_trunk_gets_a_vocabulary_and_a_head_and_opens_everywhere(encoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "whole"
+    model, tokenizer = attach(encoder, TEXTS, entries=300, out=out, budget=BUDGET)
+    assert isinstance(model, ModernBertForMaskedLM) and len(tokenizer) == 300 == model.config.vocab_size
+    opened, report = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    again = AutoTokenizer.from_pretrained(out)
+    inputs = again(TEXTS[0], return_tensors="pt")
+    assert inputs["input_ids"].tolist() == tokenizer(TEXTS[0], return_tensors="pt")["input_ids"].tolist()
+    assert again.mask_token_id == vocabulary.MASK_ID == tokenizer.mask_token_id
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
+    assert is_card((out / "README.md").read_text()) and "Shared encoder text-1 with" in (out / "README.md").read_text()
+    for name in [module["path"] for module in json.loads((out / "modules.json").read_text())]:
+        assert (out / name).is_dir()
+
+
+@pytest.mark.parametrize(("frozen", "free"), [(10, 0), (0, 10)])
+def test_the_trunk_stands_still_while_it_is_frozen_and_moves_after(
+    encoder: Path, tmp_path: Path, frozen: int, free: int
+) -> None:
+    out = tmp_path / "whole"
+    attach(encoder, TEXTS, entries=300, out=out, budget=AttachBudget(frozen_steps=frozen, steps=free, lr=2e-2))
+    before, after = trunk(encoder), trunk(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before) is (free == 0)
+
+
+def figures(encoder: Path, texts: list[str] = TEXTS, **changes: object):  # type: ignore[no-untyped-def]
+    usual = {"tokenizer": None, "entries": 300, "own_vocabulary": False, "out": None, "budget": BUDGET, "device": "cpu"}
+    return attached(encoder, texts, progress=lambda *_: None, **{**usual, **changes})  # type: ignore[arg-type]
+
+
+def test_the_held_out_loss_falls_in_both_stages_and_the_best_is_kept(encoder: Path) -> None:
+    found = figures(encoder)
+    assert found.before > found.after_frozen > found.after_free
+    assert found.before == pytest.approx(5.7, abs=0.6), "nothing is known yet: the logarithm of 300 entries"
+    # a rate that only destroys: training stops early, and what is kept is what was there
+    wild = figures(encoder, budget=AttachBudget(frozen_steps=50, steps=50, lr=1e4))
+    assert wild.after_free <= wild.after_frozen <= wild.before
+    assert wild.frozen_steps == wild.free_steps == 30
+
+
+def test_an_export_with_a_vocabulary_keeps_it_unless_another_is_asked_for(encoder: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    attach(encoder, TEXTS, entries=300, out=first, budget=BUDGET)
+    untouched = AttachBudget(frozen_steps=5, steps=0)
+    kept = figures(first, budget=untouched)
+    assert len(kept.tokenizer) == 300 and kept.frozen_steps == 0, "nothing is missing, so nothing is fitted alone"
+    assert torch.equal(kept.model.get_input_embeddings().weight, embeddings(first))
+    other = figures(first, budget=untouched, own_vocabulary=True, entries=280)
+    assert len(other.tokenizer) == 280 and other.frozen_steps == 5
+    given = fast_tokenizer(vocabulary.train_vocabulary(["other words entirely"] * 3, 270))
+    found = figures(first, budget=AttachBudget(frozen_steps=0, steps=0), tokenizer=given)
+    assert found.tokenizer is given and found.model.config.vocab_size == len(given)
+    same = dict(found.model.named_parameters())["model.layers.0.mlp.Wi.weight"]
+    assert torch.equal(same, dict(kept.model.named_parameters())["model.layers.0.mlp.Wi.weight"])
+    head = dict(found.model.named_parameters())["head.dense.weight"]
+    assert torch.equal(head, dict(kept.model.named_parameters())["head.dense.weight"]), "a head fits any vocabulary"
+
+
+def embeddings(directory: Path) -> torch.Tensor:
+    return AutoModelForMaskedLM.from_pretrained(directory).get_input_embeddings().weight
+
+
+def test_any_masked_language_model_of_transformers(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=50, max_position_embeddings=40, type_vocab_size=1, **SMALL)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    found = figures(tmp_path / "bert")
+    assert isinstance(found.model, BertForMaskedLM) and found.after_free < found.before
+    assert found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight, "still tied"
+
+
+def test_what_cannot_be_attached_is_one_line(encoder: Path, tmp_path: Path, command: Command) -> None:
+    texts, empty, other = tmp_path / "texts.jsonl", tmp_path / "empty.txt", tmp_path / "other"
+    texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    empty.write_text("\n")
+    other.mkdir()
+    (other / "notes").write_text("mine")
+    image = tmp_path / "image"
+    kind = get_encoder_type("image")
+    architecture = kind.architecture(SMALL)
+    kind.export_shared(image, architecture, kind.initial(architecture, 0), "# Shared encoder image-1\n", {})
+    for arguments, words in (
+        ([tmp_path / "none", "--corpus", texts], "is no exported encoder: it has no config.json"),
+        ([image, "--corpus", texts], "does not open as a masked language model"),
+        ([encoder, "--corpus", empty], "empty.txt"),
+        ([encoder, "--corpus", tmp_path / "no.txt"], "no such file"),
+        ([encoder, "--corpus", texts, "--tokenizer", other], "holds no tokenizer that opens"),
+        ([encoder, "--corpus", texts, "--vocabulary", 20], "a vocabulary has at least 259 entries"),
+        ([encoder, "--corpus", texts, "--out", other], "holds something else than an exported encoder"),
+    ):
+        code, _, err = command("attach", *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "out"]))
+        assert (code, words in err.splitlines()[-1]) == (2, True), err
+        assert "Traceback" not in err and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="at least two that differ"):
+        attach(encoder, ["alike", "alike"])
+
+
+def test_the_command_says_the_losses_and_where_the_model_is(encoder: Path, tmp_path: Path, command: Command) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "out"
+    texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    arguments = ["--corpus", texts, "--out", out, "--vocabulary", 300, "--frozen-steps", 10, "--steps", 10]
+    code, printed, err = command("attach", encoder, *arguments)
+    assert code == 0, err
+    assert "held-out loss 5." in printed and "after 10 steps with the trunk frozen" in printed and str(out) in printed
+    assert AutoModelForMaskedLM.from_pretrained(out).config.vocab_size == 300
