@@ -139,6 +139,8 @@ def attached(
     words, is_new = _tokenizer(directory, tokenizer, train, entries, own=own_vocabulary)
     with hugging_face.seeded(budget.seed):
         network, fresh = _around(directory, words, is_new)
+    # a tokenizer of transformers does not cut what its model cannot hold unless it is told how much that is
+    words.model_max_length = min(words.model_max_length, getattr(network.config, "max_position_embeddings", 512))
     model = _MaskedLanguageModel(network, words)
     losses, steps = _fitted(model, (train, [texts[row] for row in held_out]), fresh, budget, device, progress)
     model.network.cpu().eval()

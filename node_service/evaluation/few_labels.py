@@ -39,9 +39,15 @@ class FewLabels:
     per_class: tuple[int, ...] = (4, 16, 64)
     draws: int = 10
     test_rows: int = 500
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 32
     rates: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
+
+    @property
+    def steps_in_all(self) -> int:
+        """The training steps for one encoder, to be said before it is begun: 4,800 by default, about 0.1 s each for
+        32 texts of 125 tokens through 82 k parameters on one core."""
+        return self.draws * len(self.per_class) * (len(self.rates) + 1) * self.steps
 
 
 #: Ten draws of 4, 16 and 64 labels a class.

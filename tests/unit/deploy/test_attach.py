@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,31 @@ def test_a_trunk_gets_a_vocabulary_and_a_head_and_opens_everywhere(encoder: Path
     again = AutoTokenizer.from_pretrained(out)
     inputs = again(TEXTS[0], return_tensors="pt")
     assert inputs["input_ids"].tolist() == tokenizer(TEXTS[0], return_tensors="pt")["input_ids"].tolist()
+    assert again.model_max_length == 512 == model.config.max_position_embeddings
     assert again.mask_token_id == vocabulary.MASK_ID == tokenizer.mask_token_id
     with torch.no_grad():
         assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
     assert is_card((out / "README.md").read_text()) and "Shared encoder text-1 with" in (out / "README.md").read_text()
     for name in [module["path"] for module in json.loads((out / "modules.json").read_text())]:
         assert (out / name).is_dir()
+
+
+def test_the_page_on_using_it_reads_features_that_tell_texts_apart_whatever_stands_beside_them(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines are run as they stand there, and again with a long text in the batch: padding changes nothing."""
+    attach(encoder, TEXTS, entries=300, out=tmp_path / "mine", budget=BUDGET)
+    page = (Path(__file__).parents[3] / "docs/use-the-encoder.md").read_text()
+    [lines] = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "features = (hidden * mask)" in block
+    ]
+    monkeypatch.chdir(tmp_path)
+    alone, beside = {}, {}
+    exec(lines, alone)
+    exec(lines.replace('documents."]', 'documents.", "a long one " * 30]'), beside)
+    assert alone["features"].shape == (2, 16) and beside["features"].shape == (3, 16)
+    assert torch.allclose(alone["features"], beside["features"][:2], atol=1e-5)
+    assert not torch.allclose(alone["features"][0], alone["features"][1], atol=1e-2)
 
 
 @pytest.mark.parametrize(("frozen", "free"), [(10, 0), (0, 10)])

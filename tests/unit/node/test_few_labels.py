@@ -22,7 +22,7 @@ from tests.unit.node.test_probe import Toy
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-SMALL = FewLabels(per_class=(4, 16), draws=2, test_rows=200, steps=30, rates=(1e-4, 1e-2))
+SMALL = FewLabels(per_class=(4, 16), draws=2, test_rows=200, steps=15, rates=(1e-4, 1e-2))
 KINDS = ("wind", "bank", "court")
 
 
@@ -87,14 +87,13 @@ def test_draws_follow_from_labels_and_seed_and_grow_within_a_seed(labels: list[s
 
 
 def test_fine_tuning_finds_what_a_linear_classifier_on_top_cannot() -> None:
-    budget = FewLabels(per_class=(64,), draws=2, test_rows=300, steps=150, rates=(0.0, 3e-2))
+    budget = FewLabels(per_class=(64,), draws=1, test_rows=300, steps=120, rates=(0.0, 3e-2))
     train, test = crossed(0, 400), crossed(1, 400)
-    tuned = list(few_label_accuracy(Hidden(0), train, test, budget))
-    stuck = list(few_label_accuracy(Hidden(0), train, test, FewLabels(**{**vars(budget), "rates": (0.0,)})))
-    for with_encoder, without in zip(tuned, stuck, strict=True):
-        assert with_encoder.rate == 3e-2 and without.rate == 0.0
-        assert with_encoder.accuracy > 0.85 and with_encoder.accuracy > without.accuracy + 0.1
-        assert (with_encoder.rows, with_encoder.test_rows) == (128, 300)
+    [tuned] = list(few_label_accuracy(Hidden(0), train, test, budget))
+    [stuck] = list(few_label_accuracy(Hidden(0), train, test, FewLabels(**{**vars(budget), "rates": (0.0,)})))
+    assert tuned.rate == 3e-2 and stuck.rate == 0.0
+    assert tuned.accuracy > 0.85 and tuned.accuracy > stuck.accuracy + 0.1
+    assert (tuned.rows, tuned.test_rows) == (128, 300)
 
 
 def test_the_model_stays_and_the_same_call_gives_the_same_scores_and_other_encoders_get_the_same_draws() -> None:

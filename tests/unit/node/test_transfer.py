@@ -94,7 +94,7 @@ def test_a_rate_is_chosen_by_the_validation_part_and_a_trunk_that_fits_is_worth_
     trainer = Trainer(model, model.encode(one.train), InnerOptimizer(warmup_steps=1), seed=0, device="cpu")
     for _ in range(300):
         trainer.step()
-    budget = TransferBudget(steps=100, rates=(1e4, 1e-2), seeds=(0, 1, 2), inner=InnerOptimizer(warmup_steps=1))
+    budget = TransferBudget(steps=60, rates=(1e4, 1e-2), seeds=(0, 1), inner=InnerOptimizer(warmup_steps=1))
     trunk = {name: parameter.detach() for name, parameter in model.shared_parameters().items()}
     scores = list(transfer(TINY, ARCHITECTURE, {"own": trunk, "random": None}, [one], budget))
     assert {score.rate for score in scores} == {1e-2}
