@@ -14,20 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from common import cards
-from common.encoders import hugging_face, vocabulary
-from common.encoders.base import Batch, EncoderModel, Samples
-from common.errors import NotProbed, UserError
+from common.encoders import hugging_face
+from common.encoders.base import Samples
+from common.errors import UserError
 from common.exports import check_export_directory, replacing
 from common.wire.messages import InnerOptimizer
+from deploy.masked_model import MaskedLanguageModel, around, check_encoder, tokenizer_for
 from node_service.corpus.corpus import split_by_content
 from node_service.evaluation.probe import masked_loss
 from node_service.training.trainer import Trainer
@@ -40,10 +36,6 @@ _LOOKS = 20
 _RARELY = 10
 _LOOKED_AT = 4
 _PATIENCE = 3
-#: Tokens of a window and share of them to predict, where config.json has no such numbers of the training.
-_WINDOW = 128
-_MASKED = 0.15
-
 #: Called after each step with (stage, steps done, steps at most).
 Progress = Callable[[str, int, int], None]
 
@@ -128,7 +120,7 @@ def attached(
     directory = Path(encoder)
     if out is not None:
         check_export_directory(Path(out))
-    _check_directory(directory)
+    check_encoder(directory)
     try:
         kept, held_out = split_by_content(texts, budget.held_out)
     except ValueError:
@@ -136,12 +128,12 @@ def attached(
             f"{len(texts)} texts cannot be split into training and held-out ones; give at least two that differ"
         ) from None
     train = [texts[row] for row in kept]
-    words, is_new = _tokenizer(directory, tokenizer, train, entries, own=own_vocabulary)
+    words, is_new = tokenizer_for(directory, tokenizer, train, entries, own=own_vocabulary)
     with hugging_face.seeded(budget.seed):
-        network, fresh = _around(directory, words, is_new)
+        network, fresh = around(directory, words, is_new)
     # a tokenizer of transformers does not cut what its model cannot hold unless it is told how much that is
     words.model_max_length = min(words.model_max_length, getattr(network.config, "max_position_embeddings", 512))
-    model = _MaskedLanguageModel(network, words)
+    model = MaskedLanguageModel(network, words)
     losses, steps = _fitted(model, (train, [texts[row] for row in held_out]), fresh, budget, device, progress)
     model.network.cpu().eval()
     found = Attached(model.network, words, *losses, *steps)
@@ -150,150 +142,11 @@ def attached(
     return found
 
 
-# --- what is opened --------------------------------------------------------------------------------------------------
-
-
-def _check_directory(directory: Path) -> None:
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} is no exported encoder: it has no config.json; name the directory of an export")
-
-
-def _tokenizer(
-    directory: Path,
-    given: PreTrainedTokenizerFast | Path | str | None,
-    texts: Sequence[str],
-    entries: int,
-    *,
-    own: bool,
-) -> tuple[PreTrainedTokenizerFast, bool]:
-    """The tokenizer, and whether it is another than the export's."""
-    if given is not None:
-        found = _opened(Path(given)) if isinstance(given, Path | str) else given
-    elif not own and (directory / "tokenizer.json").is_file():
-        return _opened(directory), False
-    else:
-        if entries < vocabulary.SMALLEST:
-            raise UserError(f"a vocabulary has at least {vocabulary.SMALLEST} entries, not {entries}; ask for more")
-        return fast_tokenizer(vocabulary.train_vocabulary(texts, entries)), True
-    if found.mask_token_id is None:
-        raise UserError("the tokenizer has no mask token, which a masked language model needs; give another one")
-    return found, True
-
-
-def _opened(directory: Path) -> PreTrainedTokenizerFast:
-    try:
-        found = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{directory} holds no tokenizer that opens ({reason}); give one with tokenizer.json") from None
-    if not isinstance(found, PreTrainedTokenizerFast) and not hasattr(found, "backend_tokenizer"):
-        raise UserError(f"{directory} holds a slow tokenizer; give one with tokenizer.json")
-    return found
-
-
-def fast_tokenizer(serialised: str) -> PreTrainedTokenizerFast:
-    """A vocabulary of `common.encoders.vocabulary` for transformers."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(serialised),
-        pad_token=vocabulary.PAD,
-        mask_token=vocabulary.MASK,
-        sep_token=vocabulary.SEPARATOR,
-    )
-
-
-def _around(directory: Path, tokenizer: PreTrainedTokenizerFast, is_new: bool) -> tuple[Any, set[str]]:
-    """The whole model, and the names of its parameters that were not in the export."""
-    try:
-        with hugging_face.quiet():
-            found, report = AutoModelForMaskedLM.from_pretrained(
-                directory, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{directory} does not open as a masked language model ({reason}); name another") from None
-    missing = set(report["missing_keys"])
-    if missing >= set(dict(found.base_model.named_parameters(prefix=found.base_model_prefix))):
-        raise UserError(f"{directory} holds none of the encoder's tensors; export or download it again")
-    if not is_new:
-        return found, {name for name, _ in found.named_parameters() if name in missing}
-    config = found.config
-    config.vocab_size = len(tokenizer)
-    for name in ("pad", "sep", "cls", "bos", "eos"):
-        # ids of the vocabulary before would point anywhere in this one
-        setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    network = AutoModelForMaskedLM.from_config(config)
-    # embeddings, and the head's part behind them, belong to a vocabulary; the rest fits any
-    of_vocabulary = {
-        id(parameter)
-        for module in (network.get_input_embeddings(), network.get_output_embeddings())
-        for parameter in (module.parameters() if module is not None else ())
-    }
-    source, fresh = dict(found.named_parameters()), set()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            same = name in source and source[name].shape == parameter.shape and name not in missing
-            if same and id(parameter) not in of_vocabulary:
-                parameter.copy_(source[name])
-            else:
-                fresh.add(name)
-    return network, fresh
-
-
 # --- how it is trained -----------------------------------------------------------------------------------------------
 
 
-class _MaskedLanguageModel(EncoderModel):
-    """A masked language model of transformers with any fast tokenizer, for our trainer; nothing of it is shared."""
-
-    def __init__(self, network: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__()
-        self.network = network
-        self._tokenizer = tokenizer
-        config = network.config
-        longest = getattr(config, "max_position_embeddings", _WINDOW)
-        self.window = min(int(getattr(config, "sequence_length", _WINDOW)), longest)
-        rate = float(getattr(config, "mask_rate", _MASKED))
-        self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=rate)
-        self._special = torch.tensor(sorted(tokenizer.all_special_ids))
-
-    def shared_parameters(self) -> dict[str, nn.Parameter]:
-        return {}
-
-    def encode(self, samples: Samples) -> NDArray[np.int32]:
-        """All texts in one array of token ids, int32 (tokens,), each between its tokenizer's own special tokens."""
-        parts = [
-            np.array(encoding.ids, dtype=np.int32)
-            for start in range(0, len(samples), 1000)
-            for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(list(samples[start : start + 1000]))
-        ]
-        return np.concatenate(parts)
-
-    def batch(self, encoded: NDArray[np.int32], size: int, generator: torch.Generator) -> Batch:
-        """Random windows, masked as BERT's were (Devlin et al. 2019, section 3.1) at the rate of the training."""
-        length = min(self.window, len(encoded))
-        starts = torch.randint(len(encoded) - length + 1, (size, 1), generator=generator)
-        ids = torch.from_numpy(encoded[(starts + torch.arange(length)).numpy()].astype(np.int64))
-        self._collator.generator = generator
-        shown, labels = self._collator.torch_mask_tokens(ids, torch.isin(ids, self._special))
-        return {"input_ids": shown, "labels": labels}
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy in nats, mean over the masked positions; 0 where there is none."""
-        device = self.network.device
-        labels = batch["labels"].to(device)
-        logits = self.network(input_ids=batch["input_ids"].to(device)).logits
-        masked = labels >= 0
-        return cross_entropy(logits[masked], labels[masked], reduction="sum") / masked.sum().clamp(min=1)
-
-    def features(self, samples: Samples) -> Tensor:
-        raise NotProbed("this model is trained here, and not probed")
-
-    def export(self, directory: Path) -> None:
-        hugging_face.save(self.network, directory)
-
-
 def _fitted(
-    model: _MaskedLanguageModel,
+    model: MaskedLanguageModel,
     parts: tuple[Samples, Samples],
     fresh: set[str],
     budget: AttachBudget,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
 
 from common.cards import is_card
 from common.encoders import get_encoder_type, vocabulary
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
-from deploy.attach import AttachBudget, attach, attached, fast_tokenizer
+from deploy.attach import AttachBudget, attach, attached
+from deploy.masked_model import fast_tokenizer
 from tests.unit.deploy.conftest import Command
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -159,6 +161,15 @@ def test_what_cannot_be_attached_is_one_line(encoder: Path, tmp_path: Path, comm
         code, _, err = command("attach", *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "out"]))
         assert (code, words in err.splitlines()[-1]) == (2, True), err
         assert "Traceback" not in err and not (tmp_path / "out").exists()
+    torn = tmp_path / "torn"
+    shutil.copytree(encoder, torn)
+    kept = {name: tensor for name, tensor in load_file(torn / "model.safetensors").items() if "Wi" not in name}
+    save_file(kept, torn / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors of the encoder, '.*layers\.0\.mlp\.Wi\.weight' the first"):
+        attach(torn, TEXTS, entries=300)
+    fast_tokenizer(vocabulary.train_vocabulary(TEXTS, 300)).save_pretrained(encoder)
+    with pytest.raises(UserError, match="has 1 embeddings for a vocabulary of 300"):
+        attach(encoder, TEXTS)
     with pytest.raises(UserError, match="at least two that differ"):
         attach(encoder, ["alike", "alike"])
 
