@@ -30,11 +30,11 @@ from node_service.training.trainer import Trainer
 
 #: Entries of a vocabulary that is trained here, unless another size is given.
 ENTRIES = 4096
-#: The held-out loss is looked at so many times in a stage, but not more often than that many steps, on so many batches
-#: of 128 windows; and a stage ends after so many looks without a better one.
+#: The held-out loss is looked at so many times in a stage, but not more often than that many steps, on so many windows;
+#: and a stage ends after so many looks without a better one.
 _LOOKS = 20
 _RARELY = 10
-_LOOKED_AT = 4
+_LOOKED_AT = 256
 _PATIENCE = 3
 #: Called after each step with (stage, steps done, steps at most).
 Progress = Callable[[str, int, int], None]
@@ -159,20 +159,30 @@ def _fitted(
 
     def stage(name: str, best: float, steps: int, trained: set[str] | None) -> tuple[float, int]:
         trainer = Trainer(model, train, budget.inner(name), seed=budget.seed, device=device, trained=trained)
-        return _until_no_better(trainer, held_out, best, steps, lambda done: progress(name, done, steps))
+        return _until_no_better(model, trainer, held_out, best, steps, lambda done: progress(name, done, steps))
 
-    before = masked_loss(model, held_out, batches=_LOOKED_AT)
+    before = _looked(model, held_out, budget.batch_size)
     # an export with its own vocabulary and head lacks nothing
     frozen, frozen_steps = stage("frozen", before, budget.frozen_steps if fresh else 0, {f"network.{n}" for n in fresh})
     free, free_steps = stage("free", frozen, budget.steps, None)
     return (before, frozen, free), (frozen_steps, free_steps)
 
 
+def _looked(model: MaskedLanguageModel, held_out: Any, size: int) -> float:
+    """The held-out loss, by batches no larger than those of the training: logits of many tokens over a large vocabulary
+    are what fills a memory."""
+    return masked_loss(model, held_out, batches=max(1, _LOOKED_AT // size), size=size)
+
+
 def _until_no_better(
-    trainer: Trainer, held_out: Any, best: float, steps: int, after: Callable[[int], None]
+    model: MaskedLanguageModel,
+    trainer: Trainer,
+    held_out: Any,
+    best: float,
+    steps: int,
+    after: Callable[[int], None],
 ) -> tuple[float, int]:
     """Train until the held-out loss has not fallen for a while; the model is left as it was at its best."""
-    model = trainer.model
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     worse, every = 0, max(_RARELY, steps // _LOOKS)
     for step in range(1, steps + 1):
@@ -181,7 +191,7 @@ def _until_no_better(
         after(step)
         if step % every and step != steps:
             continue
-        loss = masked_loss(model, held_out, batches=_LOOKED_AT)
+        loss = _looked(model, held_out, trainer.inner.batch_size)
         worse = worse + 1
         if loss < best and math.isfinite(loss):
             best, worse = loss, 0
