@@ -35,21 +35,25 @@ class Switch:
         self.on = True
 
 
-def correct(module: nn.Module, correction: LowRank, switch: Switch) -> None:
-    """Let a correction act on a Linear or an Embedding, while the switch is on."""
+class _Added:
+    """The forward hook of a corrected module. An object and no closure: a copy of the model has its own corrections."""
 
-    def linear(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not switch.on:
+    def __init__(self, correction: LowRank, switch: Switch) -> None:
+        self.correction, self.switch = correction, switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not self.switch.on:
             return output
-        added: Tensor = (args[0] @ correction.down.T) @ correction.up.T
+        down, up = self.correction.down, self.correction.up
+        if isinstance(module, nn.Embedding):
+            return output + embedding(args[0], up) @ down
+        added: Tensor = (args[0] @ down.T) @ up.T
         return output + added
 
-    def lookup(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not switch.on:
-            return output
-        return output + embedding(args[0], correction.up) @ correction.down
 
-    module.register_forward_hook(lookup if isinstance(module, nn.Embedding) else linear)
+def correct(module: nn.Module, correction: LowRank, switch: Switch) -> None:
+    """Let a correction act on a Linear or an Embedding, while the switch is on."""
+    module.register_forward_hook(_Added(correction, switch))
 
 
 def within(block: nn.Module, width: int) -> dict[str, nn.Linear]:

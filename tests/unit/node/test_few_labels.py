@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,36 @@ def test_tfidf_sees_the_same_rows_and_the_word_that_tells() -> None:
         tfidf_accuracy((["?", "!"], ["a", "b"]), test)
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", ["private text", "shared text", "image"])
 def test_pooled_is_features_with_a_gradient(kind: str) -> None:
-    encoder_type = get_encoder_type(kind)
+    vocabulary, _, name = kind.rpartition(" ")
+    encoder_type = get_encoder_type(name)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    architecture = encoder_type.architecture(small)
-    samples = texts(0, 12)[0] if kind == "text" else np.random.default_rng(0).integers(0, 255, (6, 8, 8), np.uint8)
-    model = encoder_type.build(architecture, encoder_type.fit_private(samples, architecture, {}, {}), 0).eval()
+    given = small | ({"vocabulary": vocabulary} if vocabulary else {})
+    architecture, assets = encoder_type.assets(encoder_type.architecture(given), {"tokenizer": "bytes"})
+    samples = texts(0, 12)[0] if name == "text" else np.random.default_rng(0).integers(0, 255, (6, 8, 8), np.uint8)
+    model = encoder_type.build(architecture, encoder_type.fit_private(samples, architecture, {}, assets), 0).eval()
     pooled = model.pooled(samples)
     assert torch.equal(pooled, model.features(samples)) and not model.features(samples).requires_grad
     pooled.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.shared_parameters().values())
+    # a head that is shared too has no part in what is pooled
+    encoder = {key: each for key, each in model.shared_parameters().items() if not key.startswith("head.")}
+    assert encoder and all(parameter.grad is not None for parameter in encoder.values())
+
+
+def test_corrections_of_a_shared_vocabulary_are_fine_tuned_with_the_rest_and_the_model_stays() -> None:
+    text = get_encoder_type("text")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    architecture, assets = text.assets(text.architecture(small), {"tokenizer": "bytes"})
+    train, test = texts(0, 200), texts(1, 60)
+    model = text.build(architecture, text.fit_private(train[0], architecture, {}, assets), 0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    budget = FewLabels(per_class=(16,), draws=1, test_rows=60, steps=60, rates=(1e-2,))
+    [score] = few_label_accuracy(model, train, test, budget)
+    assert score.accuracy > 0.6, "a third is guessed"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()), "what was tuned is a copy, corrections too"
+    same = copy.deepcopy(model)
+    for correction in same.adapters.values():
+        torch.nn.init.ones_(correction.up)
+    assert not torch.allclose(same.features(test[0]), model.features(test[0]), atol=1e-3)
