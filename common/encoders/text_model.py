@@ -111,9 +111,14 @@ class TextModel(EncoderModel):
         shown = ids.masked_fill(masked & (fate < 0.8), self.vocabulary.mask_id)
         shown = torch.where(masked & (fate >= 0.9), others, shown)
         batch = {"input_ids": shown, "labels": ids.masked_fill(~masked, NOT_MASKED)}
-        if self.training and len(self.adapters) and self._rest:
+        if self.training and len(self.adapters) and self._rest and self._shared_moves:
             batch[WITH_PRIVATE] = torch.rand((), generator=generator) >= self._rest
         return batch
+
+    @property
+    def _shared_moves(self) -> bool:
+        """Where the shared parameters stand still, a batch without the private ones would teach nobody anything."""
+        return masked_lm.embeddings(self.network).weight.requires_grad
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy in nats, mean over the masked positions; 0 if a batch has none (nothing but special tokens).

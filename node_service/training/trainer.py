@@ -88,9 +88,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         with self._without_frozen():
+            batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
             loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
             self.model.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,18 @@ import torch
 
 import node_service.evaluation.transfer as measured
 from common.encoders import get_encoder_type
+from common.encoders.text_model import WITH_PRIVATE, TextModel
 from common.wire.messages import InnerOptimizer
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.transfer import Column, TransferBudget, column, transfer
 from node_service.training.trainer import Trainer
-from tests.faults.tiny import TinyEncoderType, samples
+from tests.faults.tiny import ASSETS, TinyEncoderType, samples
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TINY = TinyEncoderType()
 ARCHITECTURE = {"width": 8}
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 BUDGET = TransferBudget(steps=12, rates=(1e-3, 3e-2), seeds=(0, 1), inner=InnerOptimizer(warmup_steps=1))
 
 
@@ -29,19 +32,20 @@ def corpus(seed: int) -> Corpus:
 
 
 def columns() -> list[Column]:
-    return [column(f"domain-{seed}", corpus(seed), TINY, ARCHITECTURE, {}) for seed in (3, 4)]
+    return [column(f"domain-{seed}", corpus(seed), TINY, ARCHITECTURE, ASSETS) for seed in (3, 4)]
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", ["private text", "shared text", "image"])
 @pytest.mark.parametrize("part", ["private", "shared", "all"])
 def test_frozen_parameters_do_not_move_and_the_others_do(kind: str, part: str) -> None:
-    encoder_type = get_encoder_type(kind)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    architecture = encoder_type.architecture(small)
+    vocabulary, _, name = kind.rpartition(" ")
+    encoder_type = get_encoder_type(name)
+    given = SMALL | ({"vocabulary": vocabulary} if vocabulary else {})
+    architecture, assets = encoder_type.assets(encoder_type.architecture(given), {"tokenizer": "bytes"})
     own: Any = [f"text {i} of many words" for i in range(40)]
     if kind == "image":
         own = np.random.default_rng(0).integers(0, 255, (40, 8, 8), np.uint8)
-    model = encoder_type.build(architecture, encoder_type.fit_private(own, architecture, {}, {}), 0)
+    model = encoder_type.build(architecture, encoder_type.fit_private(own, architecture, {}, assets), 0)
     shared, private = set(map(id, model.shared_parameters().values())), model.private_parameters()
     moving = {
         name
@@ -130,3 +134,33 @@ def test_a_row_of_another_architecture_is_refused() -> None:
 
     with pytest.raises(ValueError, match="was expected"):
         next(cells())
+
+
+def test_an_export_with_its_vocabulary_is_a_row_and_frozen_steps_all_go_to_the_private_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the directory is enough: architecture, shared tensors, and the tokenizer as an asset."""
+    text = get_encoder_type("text")
+    made, given = text.assets(text.architecture(SMALL), {"tokenizer": "bytes"})
+    text.export_shared(tmp_path / "encoder", made, text.initial(made, 3), "# Shared encoder text-1\n", given)
+
+    architecture, row = text.architecture_of(tmp_path / "encoder")
+    architecture, assets = text.assets(architecture, {"tokenizer": str(tmp_path / "encoder")})
+    rows = [f"the {i % 7} and the {i % 5} of {i}" for i in range(80)]
+    domain = column("texts", Corpus("text", rows, None, rows[:20], None), text, architecture, assets)
+    assert domain.spec["tokenizer"].encode() == assets["tokenizer.json"], "no vocabulary of its own"
+    alone: list[bool] = []
+    original = TextModel.loss
+
+    def loss(model: TextModel, batch: Any) -> Any:
+        alone.append(not batch.get(WITH_PRIVATE, True))
+        return original(model, batch)
+
+    monkeypatch.setattr(TextModel, "loss", loss)
+    found = {}
+    for mode in ("frozen", "free"):
+        alone.clear()
+        budget = TransferBudget(steps=30, rates=(3e-2,), seeds=(0,), modes=(mode,))  # type: ignore[arg-type]
+        [found[mode]] = transfer(text, architecture, {"shared": row}, [domain], budget)
+        assert any(alone) is (mode == "free"), "a step without the private parts teaches only the shared ones"
+    assert found["free"].loss < found["frozen"].loss < np.log(made["vocab_size"])
