@@ -1,8 +1,9 @@
 """From an exported encoder and some texts to a whole masked language model: for who has texts and runs no node.
 
-What the export lacks (a vocabulary with its embeddings, a prediction head) is made afresh and fitted while everything
-else stands still; then all of it is trained. Works on tensors and names of transformers, so on any of its masked
-language models.
+What the export lacks (where each organisation has its own vocabulary: that, its embeddings and a prediction head) is
+made afresh and fitted while everything else stands still; then all of it is trained. An export with a vocabulary lacks
+nothing, and only the second stage is left. Works on tensors and names of transformers, so on any of its masked language
+models.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Attached:
     """What `attach` gives. Losses are masked-token losses in nats, on texts that were held out: before any step, after
-    the stage with the trunk frozen, and after all was free."""
+    the stage with the trunk frozen, and after all was free. `lacked`: something had to be made afresh; if
+    nothing had, there is the second stage alone."""
 
     model: Any
     tokenizer: PreTrainedTokenizerFast
+    lacked: bool
     before: float
     after_frozen: float
     after_free: float
@@ -136,7 +139,7 @@ def attached(
     model = MaskedLanguageModel(network, words)
     losses, steps = _fitted(model, (train, [texts[row] for row in held_out]), fresh, budget, device, progress)
     model.network.cpu().eval()
-    found = Attached(model.network, words, *losses, *steps)
+    found = Attached(model.network, words, bool(fresh), *losses, *steps)
     if out is not None:
         _save(found, directory, Path(out), model.window)
     return found
@@ -162,7 +165,6 @@ def _fitted(
         return _until_no_better(model, trainer, held_out, best, steps, lambda done: progress(name, done, steps))
 
     before = _looked(model, held_out, budget.batch_size)
-    # an export with its own vocabulary and head lacks nothing
     frozen, frozen_steps = stage("frozen", before, budget.frozen_steps if fresh else 0, {f"network.{n}" for n in fresh})
     free, free_steps = stage("free", frozen, budget.steps, None)
     return (before, frozen, free), (frozen_steps, free_steps)
@@ -209,16 +211,25 @@ def _until_no_better(
 
 def _save(found: Attached, encoder: Path, out: Path, window: int) -> None:
     config = found.model.config
+    looks = {"before": found.before, "trunk frozen": found.after_frozen, "all free": found.after_free}
+    if found.lacked:
+        how = (
+            "What the shared encoder came without was fitted to texts of the reader's own in "
+            f"{found.frozen_steps} steps, and all of it in {found.free_steps} more."
+        )
+    else:
+        del looks["trunk frozen"]
+        how = (
+            "Vocabulary and head are those that the encoder came with; all of it was fitted to texts of the reader's "
+            f"own in {found.free_steps} steps."
+        )
     card = (
-        f"{cards.front_matter('text', whole=True)}{cards.TITLE}{_name(encoder)} with private parts of its reader's\n\n"
-        f"A `{config.model_type}` whose vocabulary has {len(found.tokenizer):,} entries. What the shared encoder came "
-        f"without was fitted to texts of the reader's own in {found.frozen_steps} steps, and all of it in "
-        f"{found.free_steps} more.\n\n"
+        f"{cards.front_matter('text', whole=True)}{cards.TITLE}{_name(encoder)}, fitted to texts of its reader's\n\n"
+        f"A `{config.model_type}` whose vocabulary has {len(found.tokenizer):,} entries. {how}\n\n"
         f"{cards.loading('text', whole=True)}"
         "## Evaluation\n\n"
         + cards.table(
-            ("masked-token loss on held-out texts, nats", "before", "trunk frozen", "all free"),
-            [("", *(f"{loss:.3f}" for loss in (found.before, found.after_frozen, found.after_free)))],
+            ("masked-token loss on held-out texts, nats", *looks), [("", *(f"{loss:.3f}" for loss in looks.values()))]
         )
     )
     with replacing(out, card) as beside:

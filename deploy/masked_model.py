@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from common.encoders import hugging_face, vocabulary
 from common.encoders.base import Batch, EncoderModel, Samples
+from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
 from common.errors import NotProbed, UserError
 
 #: Tokens of a window and share of them to predict, where config.json has no such numbers of the training.
@@ -65,13 +66,8 @@ def _opened(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def fast_tokenizer(serialised: str) -> PreTrainedTokenizerFast:
-    """A vocabulary of `common.encoders.vocabulary` for transformers."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(serialised),
-        pad_token=vocabulary.PAD,
-        mask_token=vocabulary.MASK,
-        sep_token=vocabulary.SEPARATOR,
-    )
+    """A vocabulary of `common.encoders.vocabulary` for transformers, not cut to any length."""
+    return Vocabulary(serialised, OWN_TOKENS).for_transformers(VERY_LARGE_INTEGER)
 
 
 def around(directory: Path, tokenizer: PreTrainedTokenizerFast, is_new: bool) -> tuple[Any, set[str]]:

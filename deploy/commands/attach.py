@@ -42,11 +42,12 @@ def run_attach(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     with Progress(*columns, TimeRemainingColumn(), console=screen, disable=not screen.is_terminal) as bar:
         tasks = {
-            "frozen": bar.add_task("trunk frozen", total=frozen_steps),
+            "frozen": bar.add_task("trunk frozen", total=frozen_steps, visible=False),
             "free": bar.add_task("all free", total=steps),
         }
         if not screen.is_terminal:
-            print(f"at most {frozen_steps} steps with the trunk frozen and {steps} with all free", file=sys.stderr)
+            first = f"{frozen_steps} steps with the trunk frozen, if it lacks a vocabulary,"
+            print(f"at most {first} and {steps} with all free", file=sys.stderr)
         found = attached(
             encoder,
             texts,
@@ -56,10 +57,11 @@ def run_attach(
             out=out,
             budget=AttachBudget(steps=steps, frozen_steps=frozen_steps, seed=seed),
             device=choose_device(device),
-            progress=lambda stage, done, of: bar.update(tasks[stage], completed=done),
+            progress=lambda stage, done, of: bar.update(tasks[stage], completed=done, visible=True),
         )
+    frozen = f", after {found.frozen_steps} steps with the trunk frozen {number(found.after_frozen, 3)}"
     print(
-        f"held-out loss {number(found.before, 3)}, after {found.frozen_steps} steps with the trunk frozen "
-        f"{number(found.after_frozen, 3)}, after {found.free_steps} more with all free {number(found.after_free, 3)}"
+        f"held-out loss {number(found.before, 3)}{frozen if found.lacked else ''}, after {found.free_steps} "
+        f"{'more' if found.lacked else 'steps'} with all free {number(found.after_free, 3)}"
     )
     print(f"model and tokenizer written to {out}")

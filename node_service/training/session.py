@@ -218,8 +218,8 @@ class Session:
         card = (
             f"{cards.front_matter(kind, whole=True)}"
             f"{cards.TITLE}{self.instruction.encoder} with the private parts of one node\n\n"
-            f"Type `{kind}`, version {self.version}. What is private of it was fitted to this node's own samples: it has "
-            f"never left it, and is its owner's to hand on or to keep.{note}\n\n"
+            f"Type `{kind}`, version {self.version}. Its private parts were fitted to this node's own samples: they "
+            f"have never left it, and are its owner's to hand on or to keep.{note}\n\n"
             f"{cards.loading(kind, whole=True)}{cards.architecture(self.instruction.architecture)}"
         )
         with torch.no_grad(), replacing(model, card, ours=directory is None) as beside:

@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 
 from common.cards import is_card
 from common.encoders import get_encoder_type, vocabulary
+from common.encoders.text_model import TextModel
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
 from deploy.attach import AttachBudget, attach, attached
@@ -33,10 +34,30 @@ BUDGET = AttachBudget(frozen_steps=20, steps=20, lr=2e-2, batch_size=8)
 def encoder(tmp_path: Path) -> Path:
     """A master's export with a trunk alone."""
     text = get_encoder_type("text")
-    architecture = text.architecture(SMALL)
+    architecture = text.architecture({**SMALL, "vocabulary": "private"})
     tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
     text.export_shared(tmp_path / "encoder", architecture, tensors, "# Shared encoder text-1\n", {})
     return tmp_path / "encoder"
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A master's export with the vocabulary that everybody uses."""
+    return exported_whole(tmp_path / "whole-encoder")[0]
+
+
+def exported_whole(directory: Path) -> tuple[Path, TextModel]:
+    """The export, and a node's model around it whose private corrections are not zero."""
+    text = get_encoder_type("text")
+    words = directory.with_name("words.jsonl")
+    words.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    architecture, assets = text.assets(text.architecture({**SMALL, "entries": 300}), {"reference": str(words)})
+    text.export_shared(directory, architecture, text.initial(architecture, 3), "# Shared encoder text-1\n", assets)
+    model = text.build(architecture, text.fit_private(TEXTS, architecture, {}, assets), 0)
+    assert isinstance(model, TextModel)
+    for correction in model.adapters.values():
+        torch.nn.init.normal_(correction.up, std=0.1)
+    return directory, model
 
 
 def trunk(directory: Path) -> dict[str, torch.Tensor]:
@@ -60,7 +81,8 @@ def test_a_trunk_gets_a_vocabulary_and_a_head_and_opens_everywhere(encoder: Path
     assert again.mask_token_id == vocabulary.MASK_ID == tokenizer.mask_token_id
     with torch.no_grad():
         assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
-    assert is_card((out / "README.md").read_text()) and "Shared encoder text-1 with" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert is_card(card) and "Shared encoder text-1, fitted to" in card and "trunk frozen" in card
     for name in [module["path"] for module in json.loads((out / "modules.json").read_text())]:
         assert (out / name).is_dir()
 
@@ -127,6 +149,50 @@ def test_an_export_with_a_vocabulary_keeps_it_unless_another_is_asked_for(encode
     assert torch.equal(head, dict(kept.model.named_parameters())["head.dense.weight"]), "a head fits any vocabulary"
 
 
+def test_an_export_with_the_shared_vocabulary_lacks_nothing_and_is_trained_on_as_it_is(
+    whole: Path, tmp_path: Path
+) -> None:
+    before = AutoModelForMaskedLM.from_pretrained(whole)
+    found = figures(whole, out=tmp_path / "mine")
+    assert (found.lacked, found.frozen_steps) == (False, 0) and found.before == found.after_frozen > found.after_free
+    ours, theirs = (
+        tokenizer(TEXTS[0])["input_ids"] for tokenizer in (found.tokenizer, AutoTokenizer.from_pretrained(whole))
+    )
+    assert ours == theirs and len(found.tokenizer) == before.config.vocab_size
+    assert found.model.get_output_embeddings().weight is found.model.get_input_embeddings().weight, "still tied"
+    assert found.model.get_output_embeddings().bias.any(), "zero in the export, and learned now"
+    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "mine", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    card = (tmp_path / "mine/README.md").read_text()
+    assert "those that the encoder came with" in card and "trunk frozen" not in card
+    # what is left of it under another vocabulary is encoder and head
+    other = figures(whole, own_vocabulary=True, entries=280, budget=AttachBudget(frozen_steps=0, steps=0))
+    assert other.lacked and len(other.tokenizer) == other.model.config.vocab_size == 280
+    kept, names = dict(other.model.named_parameters()), dict(before.named_parameters())
+    same = {name for name in names if names[name].shape == kept[name].shape and torch.equal(names[name], kept[name])}
+    assert names.keys() - same == {"model.embeddings.tok_embeddings.weight", "decoder.bias"}
+
+
+def test_a_nodes_own_export_is_a_plain_model_too_with_its_decoder_untied(tmp_path: Path) -> None:
+    _, node = exported_whole(tmp_path / "encoder")
+    (tmp_path / "node").mkdir()
+    node.export(tmp_path / "node")
+    untouched = figures(tmp_path / "node", budget=AttachBudget(frozen_steps=5, steps=0))
+    assert not untouched.lacked and untouched.frozen_steps == 0
+    inputs = untouched.tokenizer(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        theirs, ours = untouched.model(**inputs).logits, node.eval().network(**inputs).logits
+    assert torch.allclose(theirs, ours, atol=1e-4), "corrections are in the matrices"
+    found = figures(tmp_path / "node", out=tmp_path / "mine")
+    assert found.after_free < found.before
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "mine")
+    assert not torch.equal(again.get_output_embeddings().weight, again.get_input_embeddings().weight)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, found.model(**inputs).logits)
+    other = figures(tmp_path / "node", own_vocabulary=True, entries=280)
+    assert other.lacked and other.after_free < other.after_frozen < other.before
+
+
 def embeddings(directory: Path) -> torch.Tensor:
     return AutoModelForMaskedLM.from_pretrained(directory).get_input_embeddings().weight
 
@@ -174,7 +240,9 @@ def test_what_cannot_be_attached_is_one_line(encoder: Path, tmp_path: Path, comm
         attach(encoder, ["alike", "alike"])
 
 
-def test_the_command_says_the_losses_and_where_the_model_is(encoder: Path, tmp_path: Path, command: Command) -> None:
+def test_the_command_says_the_losses_and_where_the_model_is(
+    encoder: Path, whole: Path, tmp_path: Path, command: Command
+) -> None:
     texts, out = tmp_path / "texts.jsonl", tmp_path / "out"
     texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     arguments = ["--corpus", texts, "--out", out, "--vocabulary", 300, "--frozen-steps", 10, "--steps", 10]
@@ -182,3 +250,6 @@ def test_the_command_says_the_losses_and_where_the_model_is(encoder: Path, tmp_p
     assert code == 0, err
     assert "held-out loss 5." in printed and "after 10 steps with the trunk frozen" in printed and str(out) in printed
     assert AutoModelForMaskedLM.from_pretrained(out).config.vocab_size == 300
+    code, printed, err = command("attach", whole, "--corpus", texts, "--out", out, "--steps", 10)
+    assert code == 0, err
+    assert "after 10 steps with all free" in printed and "frozen" not in printed
