@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,15 +23,29 @@ class Killed(BaseException):
     """No error: what ends a process from outside."""
 
 
-def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text", held_out: float = 0.2) -> str:
+def prepared(vocabulary: str, **overrides: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """An architecture and its assets."""
+    text = get_encoder_type("text")
+    return text.assets(text.architecture({**SMALL, "vocabulary": vocabulary, **overrides}), {"tokenizer": "bytes"})
+
+
+def trained_node(
+    directory: Path,
+    name: str,
+    *,
+    labels: int,
+    type_: str = "text",
+    held_out: float = 0.2,
+    vocabulary: str = "private",
+) -> str:
     """Corpus and private parts as a node leaves them, and its table of the configuration. `labels`: how many kinds."""
     texts = [f"{name} says {i} and {i * i}" for i in range(60)]
     rows = [{"text": text} | ({"label": str(i % labels)} if labels else {}) for i, text in enumerate(texts)]
     corpus, private = directory / f"{name}.jsonl", directory / name / "encoders" / "text-1"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     text = get_encoder_type("text")
-    architecture = text.architecture({**SMALL, "vocabulary": "private"})
-    spec = text.fit_private(texts, architecture, {"vocabulary": 300}, {})
+    architecture, assets = prepared(vocabulary)
+    spec = text.fit_private(texts, architecture, {"vocabulary": 300}, assets)
     save_spec(private, spec)
     parts = text.build(architecture, spec, 0).private_parameters()
     facts = Facts(encoder="text-1", version=1, steps=2, type=type_, architecture=architecture)
@@ -41,12 +56,12 @@ def trained_node(directory: Path, name: str, *, labels: int, type_: str = "text"
     )
 
 
-def encoder(directory: Path, **overrides: int) -> Path:
+def encoder(directory: Path, vocabulary: str = "private", **overrides: int) -> Path:
     text = get_encoder_type("text")
-    architecture = text.architecture({**SMALL, "vocabulary": "private", **overrides})
+    architecture, assets = prepared(vocabulary, **overrides)
     directory.mkdir()
     tensors = ParameterSet.from_tensors(text.initial(architecture, 3)).tensors()
-    text.export_shared(directory, architecture, tensors, "# card", {})
+    text.export_shared(directory, architecture, tensors, "# card", assets)
     return directory
 
 
@@ -149,3 +164,20 @@ def test_figures_go_into_the_card_and_name_whoever_agreed(
         assert "labelled" not in text and "alike" not in text
         shared = json.loads((tmp_path / "figures.json").read_text())["domains"]["plain"]["shared"]["loss"]
         assert f"{shared:.3f}" in next(line for line in text.splitlines() if line.startswith("| plain"))
+
+
+def test_an_encoder_with_the_vocabulary_that_everybody_uses_is_evaluated_and_its_card_written(
+    command: Command, tmp_path: Path
+) -> None:
+    """Its nodes' private parts are corrections of its own matrices; the shared column is not the random one's."""
+    file, shared = tmp_path / "run.toml", encoder(tmp_path / "encoder", "shared")
+    file.write_text("".join(trained_node(tmp_path, name, labels=2, vocabulary="shared") for name in ("a", "b")))
+    (shared / "README.md").write_text(f"{front_matter('text', whole=True)}{TITLE}text-1\n\n## Limits\n\nsome\n")
+    arguments = ("--config", file, "--encoder", shared, "--card", shared, "--out", tmp_path / "figures.json")
+    code, _, err = command("evaluate", *arguments, "--pooled")
+    assert code == 0, err
+    told = json.loads((tmp_path / "figures.json").read_text())["domains"]
+    for kinds in told.values():
+        assert len({scores["loss"] for scores in kinds.values()}) == 4 and kinds["shared"]["probe"] is not None
+    text = (shared / "README.md").read_text()
+    assert "| domain 2" in text and f"{told['a']['shared']['loss']:.3f}" in text

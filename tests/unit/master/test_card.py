@@ -10,7 +10,7 @@ from common.cards import title
 from common.wire.messages import InstructionAck, Join, Stop
 from master_service.arithmetic.export import card
 from master_service.decisions.settings import Settings
-from master_service.decisions.state import Member
+from master_service.decisions.state import Measured, Member
 from node_service.agent import Agent, CheckSamples, Say
 from tests.unit.node.test_node import instruction
 from tests.unit.scenario import Scenario
@@ -44,6 +44,25 @@ def test_a_name_is_shown_where_its_owner_agreed_and_a_number_elsewhere() -> None
     # whoever agreed may think better of it, and the newest answer holds
     accepted(scenario, "clinic-b", name, named=False)
     assert "clinic-b" not in card(encoder, settings) and "| node 2 | 10 |" in card(encoder, settings)
+
+
+def test_an_encoder_with_vocabulary_and_head_is_a_whole_model_and_losses_name_nobody() -> None:
+    scenario = Scenario()
+    name = scenario.generate()
+    for node in ("clinic-a", "clinic-b"):
+        accepted(scenario, node, name, named=False)
+    encoder = scenario.coordinator.state.encoders[name]
+    member = encoder.members["clinic-b"].model_copy(update={"held_out": Measured(7, 2.5)})
+    told = {"held_out": 2.75, "held_out_version": 9, "best_held_out": 2.5, "best_version": 7}
+    members = {**encoder.members, "clinic-b": member}
+    architecture = {"vocabulary": "shared", "shared": "all", "tokens": {"pad": "[PAD]"}}
+    whole = encoder.model_copy(update={**told, "members": members, "architecture": architecture})
+    text = card(whole, Settings())
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "fill-mask" and "AutoModelForMaskedLM" in text
+    assert "| 2.500 (7) |" in text and "2.750 about version 9, at its best 2.500 about version 7" in text
+    assert "clinic" not in text and "which rows of the embeddings moved" in text
+    trunk = card(whole.model_copy(update={"architecture": {"vocabulary": "shared", "shared": "trunk"}}), Settings())
+    assert "AutoModelForMaskedLM" not in trunk and "which rows" not in trunk
 
 
 def test_who_stopped_it_is_not_told_to_everybody() -> None:
