@@ -18,7 +18,7 @@ class Numbers:
     """A model whose tokens are given, and which predicts every position."""
 
     def __init__(self, window: int) -> None:
-        self.window = window
+        self.span, self.lead = window, 0
 
     def encode(self, samples: list[list[int]]) -> NDArray[np.int64]:  # type: ignore[override]
         return np.array([token for sample in samples for token in sample], dtype=np.int64)
@@ -45,7 +45,13 @@ def test_every_token_of_every_text_is_predicted_once_in_whole_windows(lengths: l
 def model() -> EncoderModel:
     kind = get_encoder_type("text")
     architecture = kind.architecture(
-        {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "vocabulary": "private",
+        }
     )
     private = kind.fit_private(["the quick brown fox", "over the lazy dog"], architecture, {"vocabulary": "bytes"}, {})
     return kind.build(architecture, private, 0).eval()
