@@ -22,7 +22,7 @@ from common.wire.transfer import CompleteVersion
 from node_service.handover.receipt_book import Ledger
 from node_service.training.looks import Looks
 from node_service.training.session import Session
-from tests.faults.tiny import TinyEncoderType, samples
+from tests.faults.tiny import ASSETS, TinyEncoderType, samples
 
 TYPE = TinyEncoderType()
 START = ParameterSet.from_tensors(TYPE.initial(TYPE.architecture({}), 1))
@@ -48,7 +48,17 @@ def _tiny_type() -> Iterator[None]:
 
 def opened(directory: Path, validation: Any = VALIDATION, of: Instruction = INSTRUCTION) -> Session:
     ledger = Ledger("first", {}, {})
-    return Session(of, TRAIN, directory, private={}, seed=0, device="cpu", ledger=ledger, validation=validation)
+    return Session(
+        of,
+        TRAIN,
+        directory,
+        private={},
+        assets=ASSETS,
+        seed=0,
+        device="cpu",
+        ledger=ledger,
+        validation=validation,
+    )
 
 
 def version(number: int, vector: Tensor = START.vector) -> CompleteVersion:
