@@ -68,7 +68,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -
     screen.print(f"[bold]shared-encoder demo[/bold]: four private corpora, one shared encoder; results go to {out}/")
     corpora = write_corpora(out / "data")
     file = out / "demo.toml"
-    file.write_text(_configuration(out, corpora, quick=quick, broker_url=broker_url, seed=seed))
+    file.write_text(configuration(out, corpora, quick=quick, broker_url=broker_url, seed=seed))
     config = load_config(file, {})
     with saying("loading torch and transformers, a few seconds"):
         import torch
@@ -84,7 +84,7 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -
     trained = time.monotonic() - started
     screen.print(f"trained in {trained:.0f} s; now each topic alone, for as many steps, and all measured")
 
-    from deploy.demo.comparison import Topic, compared
+    from deploy.demo.comparison import QUICK, Effort, Topic, compared
     from deploy.demo.report import print_figures, print_nodes, write_report
 
     topics, states = [], {}
@@ -97,7 +97,8 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -
         seeds = {"seed": config.nodes[name].seed, "encoder_seed": config.encoder.seed}
         topics.append(Topic(name, "text", found.facts.architecture, found.spec, corpus, steps=found.steps, **seeds))
     with counting("measured", "topics", len(topics)) as (_, advance):
-        figures = compared(topics, states, min(2, os.cpu_count() or 1), lambda name: advance())
+        effort = QUICK if quick else Effort()
+        figures = compared(topics, states, effort, min(2, os.cpu_count() or 1), lambda name: advance())
     summary = write_report(out, config.master.state_dir, report, figures, time.monotonic() - started, seed)
     print_figures(figures)
     print_nodes(summary)
@@ -173,7 +174,7 @@ def _prepare(out: Path) -> None:
             path.unlink()
 
 
-def _configuration(
+def configuration(
     out: Path, corpora: dict[str, tuple[Path, Path]], *, quick: bool, broker_url: str | None, seed: int
 ) -> str:
     """The TOML text of the demo's configuration; `--config` reads the same file."""
