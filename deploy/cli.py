@@ -370,6 +370,18 @@ def replay(
     )
 
 
+@app.command()
+def vocabulary(
+    reference: Annotated[Path, typer.Argument(metavar="PATH", help="file or folder of texts that no node holds")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="where the tokenizer.json goes")],
+    entries: Annotated[int, typer.Option(min=1, metavar="N", help="entries of it at most")] = 2048,
+) -> None:
+    """Train a vocabulary on a text that no node holds, to look at before an encoder shares it."""
+    from deploy.commands.vocabulary import write_vocabulary
+
+    write_vocabulary(reference, entries, out)
+
+
 @broker_app.command("clean")
 def broker_clean(
     state: State = DEFAULT_STATE,

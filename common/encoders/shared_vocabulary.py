@@ -3,7 +3,7 @@ bytes, or the one that lies here. It travels once, as an asset of the encoder.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def make(sources: Mapping[str, str], entries: int) -> Vocabulary:
     if "tokenizer" in sources and "reference" in sources:
         raise UserError("encoder.tokenizer and encoder.reference name a vocabulary each; leave one of them out")
     if "reference" in sources:
-        return Vocabulary(train_vocabulary(_texts(Path(sources["reference"])), entries), OWN_TOKENS)
+        return trained(texts_of(Path(sources["reference"])), entries)
     if "tokenizer" not in sources:
         shipped = files("common.encoders").joinpath(_SHIPPED).read_text("utf-8")
         return Vocabulary(shipped, OWN_TOKENS)
@@ -72,8 +72,13 @@ def read(place: Path) -> Vocabulary:
     return Vocabulary(tokenizer.backend_tokenizer.to_str(), tokens)
 
 
-def _texts(place: Path) -> list[str]:
-    """Every text of a file, or of a folder's files of kinds that are read."""
+def trained(texts: Sequence[str], entries: int) -> Vocabulary:
+    """A vocabulary of at most `entries` entries of these texts. Raises UserError if all are empty."""
+    return Vocabulary(train_vocabulary(texts, entries), OWN_TOKENS)
+
+
+def texts_of(place: Path) -> list[str]:
+    """Every text of a file, or of a folder's files of kinds that are read. Raises UserError if there is none."""
     if not place.exists():
         raise UserError(f"{place} does not exist; set encoder.reference to a file or folder of texts")
     if place.is_file():
