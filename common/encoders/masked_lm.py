@@ -168,6 +168,12 @@ def blocks(network: Any) -> nn.ModuleList:
     raise AssertionError(f"no list of {layers} blocks in a {network.config.model_type}")
 
 
+def most_tokens(network: Any) -> int:
+    """Tokens of the longest text that the model reads."""
+    lost = KINDS[network.config.model_type].lost_positions
+    return int(network.config.max_position_embeddings) - lost
+
+
 def embeddings(network: Any) -> nn.Embedding:
     """The token embeddings, (entries, width)."""
     return cast(nn.Embedding, network.get_input_embeddings())

@@ -161,7 +161,7 @@ class TextEncoderType:
                 model = network_of(architecture, architecture["vocab_size"], found.ids)
             hugging_face.fill(_everything(model), tensors)
             hugging_face.save(model, directory)
-            found.for_transformers(model.config.max_position_embeddings).save_pretrained(directory)
+            found.for_transformers(masked_lm.most_tokens(model)).save_pretrained(directory)
         else:
             with hugging_face.seeded(0):  # the placeholders too: the same encoder is the same file
                 model = _bare(architecture)

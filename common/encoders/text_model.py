@@ -191,7 +191,7 @@ class TextModel(EncoderModel):
         """Write model and tokenizer for `AutoModelForMaskedLM` and `AutoTokenizer`, corrections merged into the
         matrices: a plain model, whose decoder is no longer tied to its embeddings if it has any."""
         hugging_face.save(self._merged(), directory)
-        tokenizer = self.vocabulary.for_transformers(self.network.config.max_position_embeddings)
+        tokenizer = self.vocabulary.for_transformers(masked_lm.most_tokens(self.network))
         tokenizer.save_pretrained(directory)
 
     @torch.no_grad()
