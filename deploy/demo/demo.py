@@ -202,6 +202,12 @@ def configuration(
         "\n[update]",
         "when = { steps = 10 }",
         f"finish = {finish}",
+        "\n# `compare --arms alone` chose rate and decay of the encoder that is trained alone; see docs/learning.md",
+        "[compare]",
+        f"steps = {steps}",
+        "seeds = 1",
+        "learning_rates = [2e-3, 4e-3, 8e-3]",
+        "weight_decays = [0.01, 0.1]",
     ]
     for index, (name, (train, test)) in enumerate(corpora.items()):
         lines += [f"\n[nodes.{name}]", f"state_dir = {text(out / 'nodes' / name)}", "alive_every_seconds = 1.0"]
