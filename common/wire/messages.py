@@ -305,12 +305,12 @@ class FinishRule(BaseModel):
     It takes `share` of the steps that the node took until then (0.67 makes 40 % of all), or `steps` if given. `what`:
     "all" tunes shared and private parameters, "private" the latter alone, "none" leaves the phase out. Every
     `look_every` steps (default: a tenth of the phase, at least 10), and at its end, the node looks at its validation
-    loss; after `patience` looks without gain it ends early.
+    loss. Its best moment is exported, the one before the phase included; with `patience` it ends early after so many
+    looks without gain.
 
-    The inner optimiser goes on, its moments included. A cosine schedule runs at the full rate for the first 60 % of
-    the phase, and falls to `final_fraction` of it in the rest; a constant one stays at the full rate, as in the runs
-    that the share was chosen by: five domains with one vocabulary did best with 40 % of all steps, five owners of one
-    field with 10 %, which is why the validation loss decides.
+    The inner optimiser goes on, its moments included, at the full rate for the first 60 % of the phase; then the rate
+    falls along a cosine to `final_fraction` of it. What that gains comes at its end, and the loss may rise before: with
+    a patience of three looks, nodes whose rate had fallen while they trained together gave up at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -318,7 +318,7 @@ class FinishRule(BaseModel):
     share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.67
     steps: Annotated[int, Field(ge=0)] | None = None
     what: Literal["all", "private", "none"] = "all"
-    patience: Annotated[int, Field(ge=1)] = 3
+    patience: Annotated[int, Field(ge=1)] | None = None
     look_every: Annotated[int, Field(ge=1)] | None = None
 
 

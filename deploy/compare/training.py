@@ -17,12 +17,11 @@ from common.encoders.base import EncoderModel, Samples
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.evaluate import tie
 from node_service.evaluation.probe import masked_loss
+from node_service.training.looks import Looks
 from node_service.training.trainer import Trainer
 
 #: Windows of a validation part that go through a model at once.
 _LOOK_BATCH = 128
-#: The share of a finishing phase that runs at the full rate; a cosine ends it.
-_FULL_RATE = 0.6
 
 #: All parameters of a model by name (one that is tied to another is there once), float32 copies.
 State = dict[str, Tensor]
@@ -132,9 +131,11 @@ def finish(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
     """The finishing phase: a node goes on with its own copy, as the trainer stands; at the full rate first, then down a
     cosine. The moment before it counts too, so that it is never worse by the validation part."""
 
+    planned = Looks(pace.steps, pace.look_every, patience=None)
+
     def take(step: int) -> None:
-        trainer.progress = max(0.0, (step / pace.steps - _FULL_RATE) / (1.0 - _FULL_RATE))
-        trainer.step()
+        planned.steps = step
+        trainer.step(planned.rate(trainer.inner))
 
     return _one(trainer.model, take, validation, pace)
 

@@ -25,7 +25,7 @@ from node_service.handover.receipt_book import Ledger
 from node_service.node import Build
 
 #: Bytes a second of each node's line, each way.
-_LINK = 1e6
+_LINK = 2e7
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Looks:
 
     total: int
     every: int
-    patience: int
+    patience: int | None
     steps: int = 0
     before: float | None = None
     newest: float | None = None
@@ -86,12 +86,11 @@ class Looks:
 
     @property
     def over(self) -> bool:
-        return self.steps >= self.total or self.without_gain >= self.patience
+        tired = self.patience is not None and self.without_gain >= self.patience
+        return self.steps >= self.total or tired
 
     def rate(self, inner: InnerOptimizer) -> float:
         """The learning rate of the next step: see FinishRule."""
         falling = max(0.0, (self.steps / self.total - _FULL_RATE) / (1.0 - _FULL_RATE))
-        if inner.schedule == "constant":
-            falling = 0.0
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, falling)))
         return inner.lr * (inner.final_fraction + (1.0 - inner.final_fraction) * cosine)
