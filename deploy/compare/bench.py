@@ -85,7 +85,7 @@ class Bench:
 
     def _alone(self, cell: Cell, point: Point) -> tuple[CellResult, dict[str, State]]:
         domain = cell.domain or ""
-        inner = self.inner(point).model_copy(update={"schedule": "cosine"})  # a rate that falls serves it better
+        inner = self.inner(point)
         trainer = self.trainer(domain, cell.seed, inner, self.model(domain, cell.seed))
         pace = self._pace(self.comparison.steps(domain))
         best = train_alone(trainer, self.validation(domain, cell.seed), pace)
@@ -98,8 +98,7 @@ class Bench:
         return result, {domain: best.state[""]}
 
     def _pooled(self, cell: Cell, point: Point) -> tuple[CellResult, dict[str, State]]:
-        seed, steps = cell.seed, self.comparison.pooled_steps(cell.arm)
-        inner = self.inner(point).model_copy(update={"schedule": "cosine"})
+        seed, inner, steps = cell.seed, self.inner(point), self.comparison.pooled_steps(cell.arm)
         specs = [self._spec(name, seed) for name in self._domains]
         # with the same private spec everywhere nothing keeps the domains apart: one model on the union of the samples
         one = all(spec == specs[0] for spec in specs)

@@ -118,26 +118,27 @@ def load_state(model: EncoderModel, state: Mapping[str, Tensor], *, shared_only:
 
 
 def train_alone(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
-    """One model on one corpus."""
-
-    def take(step: int) -> None:
-        trainer.progress = step / pace.steps
-        trainer.step()
-
-    return _one(trainer.model, take, validation, pace)
+    """One model on one corpus, at the full rate first and then down a cosine, as a finishing phase."""
+    return _one(trainer.model, _falling(trainer, pace), validation, pace)
 
 
 def finish(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
     """The finishing phase: a node goes on with its own copy, as the trainer stands; at the full rate first, then down a
     cosine. The moment before it counts too, so that it is never worse by the validation part."""
+    return _one(trainer.model, _falling(trainer, pace), validation, pace)
 
-    planned = Looks(pace.steps, pace.look_every, patience=None)
+
+def _falling(trainer: Trainer, pace: Pace) -> Callable[[int], None]:
+    """Takes a step of so many, at the rate that warms up with the trainer's first steps and falls in the last two
+    fifths of these."""
+    planned, inner = Looks(pace.steps, pace.look_every, patience=None), trainer.inner
 
     def take(step: int) -> None:
         planned.steps = step
-        trainer.step(planned.rate(trainer.inner))
+        warm = min(1.0, (trainer.steps + 1) / inner.warmup_steps) if inner.warmup_steps else 1.0
+        trainer.step(planned.rate(inner) * warm)
 
-    return _one(trainer.model, take, validation, pace)
+    return take
 
 
 def _one(model: EncoderModel, take: Callable[[int], None], validation: Validation, pace: Pace) -> Best:
@@ -167,11 +168,12 @@ def train_pooled(
     domains = list(trainers)
     everything = torch.nn.ModuleList(models.values()).parameters()  # each once, however many models it is in
     optimizer = trainers[domains[0]].optimizer_for(list(everything))
+    falling = {trainer: _falling(trainer, pace) for trainer in trainers.values()}
 
     def take(step: int) -> None:
         trainer = trainers[domains[step % len(domains)]]
-        trainer.optimizer, trainer.steps, trainer.progress = optimizer, step, step / pace.steps
-        trainer.step()
+        trainer.optimizer, trainer.steps = optimizer, step
+        falling[trainer](step)
 
     def look() -> float:
         return float(np.mean([validations[domain].loss(models[domain]) for domain in domains]))
