@@ -131,6 +131,20 @@ def test_elsewhere_they_are_lines_and_a_quiet_display_says_nothing(capsys: pytes
         assert capsys.readouterr().err.splitlines()[1:] == expected
 
 
+def test_held_out_losses_stand_beside_the_claimed_ones_where_there_are_any() -> None:
+    given = plain()
+    encoder = given["encoders"]["text-1"]
+    encoder |= {"held_out": 3.5, "held_out_version": 40, "best_held_out": 3.25, "best_version": 30}
+    encoder["members"]["clinic-a"] |= {"held_out": 3.75, "held_out_version": 41}
+    report = read_report(given)
+    [table] = federation_tables(report)
+    [column] = [each for each in table.columns if each.header == "held-out"]
+    assert list(column.cells) == ["3.750", "–"]
+    for shown in (str(table.title), federation_line(report)):
+        assert "held-out 3.500 (best 3.250, version 30)" in shown
+    assert "held-out" not in federation_line(made())
+
+
 def test_a_table_has_a_row_per_node() -> None:
     [table] = federation_tables(made())
     screen = io.StringIO()
