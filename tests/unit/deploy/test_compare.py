@@ -205,6 +205,7 @@ def test_the_choice_is_the_least_validation_loss_for_each_domain_alone_and_for_a
         ("shared", None),
     ]
     for choice in outcome.choices:
+        assert len({point["validation"] for point in choice["grid"]}) == 2, "the rate reaches the training of every arm"
         best = min(choice["grid"], key=lambda point: point["validation"])
         assert {key: choice[key] for key in ("lr", "weight_decay", "finish_share")} == {
             key: best[key] for key in ("lr", "weight_decay", "finish_share")
