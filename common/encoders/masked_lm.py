@@ -54,6 +54,9 @@ KINDS: dict[str, Kind] = {
 #: No model is made that has more: 32 GiB in float32. Whoever asks for one must not fill the memory first.
 MOST_PARAMETERS = 1 << 33
 
+#: The ids of a model whose vocabulary is not known: they say nothing about its parameters.
+NO_TOKENS: dict[str, int | None] = {"pad": 0, "separator": None, "classifier": None}
+
 #: Of a configuration, what says nothing about the parameters, or is set by the type `text` itself.
 _NOT_SET = ("vocab_size", "tie_word_embeddings", "architectures", "problem_type", "transformers_version", "dtype")
 
@@ -122,7 +125,7 @@ def network_of(model_type: str, settings: Mapping[str, Any], entries: int, token
 
 def bare(model_type: str, settings: Mapping[str, Any]) -> Any:
     """A freshly initialised encoder without a head, whose vocabulary is one entry. Raises UserError as `network_of`."""
-    return _made(AutoModel, model_type, settings, 1, {"pad": 0, "separator": None, "classifier": None})
+    return _made(AutoModel, model_type, settings, 1, NO_TOKENS)
 
 
 def _made(
@@ -188,6 +191,12 @@ def named_trunk(network: Any) -> set[str]:
     """The names of the bare encoder's parameters within its masked language model."""
     inside = {id(parameter) for parameter in network.base_model.parameters()}
     return {name for name, parameter in network.named_parameters() if id(parameter) in inside}
+
+
+def everything(network: Any) -> dict[str, nn.Parameter]:
+    """All parameters of a masked language model but the bias of its decoder, by its own names after tying."""
+    bias = decoder(network).bias
+    return {name: parameter for name, parameter in network.named_parameters() if parameter is not bias}
 
 
 def trunk(base: Any) -> dict[str, nn.Parameter]:

@@ -25,8 +25,6 @@ from common.errors import UserError
 log = structlog.get_logger()
 
 _WHAT = "architecture of type text"
-#: The ids of a vocabulary of one unused entry: the reader's to bring.
-_PLACEHOLDER: dict[str, int | None] = {"pad": 0, "separator": None, "classifier": None}
 
 
 class TextEncoderType:
@@ -70,7 +68,7 @@ class TextEncoderType:
         architecture = self.architecture({**settings, **task})
         if whole:
             architecture["vocab_size"] = config.vocab_size
-            shared = _everything(network)
+            shared = masked_lm.everything(network)
             missing -= set(shared) - set(masked_lm.named_trunk(network))
         else:
             shared = masked_lm.trunk(network)
@@ -99,7 +97,7 @@ class TextEncoderType:
         """The shared float32 tensors at version 0, in layout order; the same for the same seed."""
         with hugging_face.seeded(seed):
             if architecture.get("shared", "trunk") == "all":
-                shared = _everything(network_of(architecture, architecture["vocab_size"], _PLACEHOLDER))
+                shared = masked_lm.everything(network_of(architecture, architecture["vocab_size"], masked_lm.NO_TOKENS))
             else:
                 base = _bare(architecture)
                 shared = masked_lm.trunk(base)
@@ -159,7 +157,7 @@ class TextEncoderType:
             found = _read(assets[shared_vocabulary.TOKENIZER], architecture)
             with hugging_face.seeded(0):
                 model = network_of(architecture, architecture["vocab_size"], found.ids)
-            hugging_face.fill(_everything(model), tensors)
+            hugging_face.fill(masked_lm.everything(model), tensors)
             hugging_face.save(model, directory)
             found.for_transformers(masked_lm.most_tokens(model)).save_pretrained(directory)
         else:
@@ -174,12 +172,6 @@ def _bare(architecture: Architecture) -> nn.Module:
     """The bare encoder, whose vocabulary is one unused entry."""
     base: nn.Module = masked_lm.bare(architecture.get("model_type", "modernbert"), settings_for_model(architecture))
     return base
-
-
-def _everything(network: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of a masked language model but the bias of its decoder, by its own names after tying."""
-    bias = masked_lm.decoder(network).bias
-    return {name: parameter for name, parameter in network.named_parameters() if parameter is not bias}
 
 
 def _read(words: bytes, architecture: Architecture) -> Vocabulary:

@@ -73,8 +73,7 @@ class TextModel(EncoderModel):
         network = self.network
         if not self._everything:
             return masked_lm.trunk(network.base_model)
-        bias = masked_lm.decoder(network).bias
-        return {name: parameter for name, parameter in network.named_parameters() if parameter is not bias}
+        return masked_lm.everything(network)
 
     def encode(self, samples: Samples) -> NDArray[Any]:
         """All texts in one array of token ids, shape (tokens,), uint16 where that suffices; the separator ends each."""

@@ -24,11 +24,10 @@ from deploy.compare.training import (
     State,
     Validation,
     around_one_trunk,
-    finish,
     load_state,
     parts,
     state_of,
-    train_alone,
+    train_one,
     train_pooled,
 )
 from deploy.compare_settings import ALONE, RANDOM
@@ -88,7 +87,7 @@ class Bench:
         inner = self.inner(point)
         trainer = self.trainer(domain, cell.seed, inner, self.model(domain, cell.seed))
         pace = self._pace(self.comparison.steps(domain))
-        best = train_alone(trainer, self.validation(domain, cell.seed), pace)
+        best = train_one(trainer, self.validation(domain, cell.seed), pace)
         result = CellResult(
             {ALONE: {domain: best.loss}},
             {ALONE: {domain: ModelOf(domain)}},
@@ -161,7 +160,7 @@ class Bench:
             fresh = self.model(name, seed)
             load_state(fresh, shared, shared_only=True)
             validation[WITHOUT][name] = looks.loss(fresh)
-            best[name] = finish(trainer, looks, self._pace(plan.finishing_steps(name, point)))
+            best[name] = train_one(trainer, looks, self._pace(plan.finishing_steps(name, point)))
             states[f"{FINISHED} {name}"] = best[name].state[""]
             validation[SHARED][name] = best[name].looks[0][1]
             validation[FINISHED][name] = best[name].loss

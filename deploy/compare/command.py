@@ -24,6 +24,7 @@ from deploy.commands.run import check_node_id, load_corpora
 from deploy.compare_settings import ALONE, BASELINES, ArmConfig, CompareConfig
 from deploy.config import Config, load_config
 from deploy.logging import configure_logging
+from master_service.decisions.requests import sources
 from master_service.decisions.rules.model import AggregationRule, aggregation_rule
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def comparison_of(
         architecture = kind.architecture_of(encoder.source)[0]
     else:
         architecture = kind.architecture(encoder.architecture)
-    architecture, assets = kind.assets(architecture, _sources(config))
+    architecture, assets = kind.assets(architecture, sources(config.settings()))
     return Comparison(
         settings=settings,
         encoder_type=encoder_type,
@@ -205,12 +206,6 @@ def federated_arm(config: Config, settings: CompareConfig, name: str, arm: ArmCo
     except ValidationError as error:
         raise explained(error, UpdateRule, f"{where}.update") from None
     return FederatedArm(rule, update, arm.finish_shares or settings.finish_shares)
-
-
-def _sources(config: Config) -> dict[str, str]:
-    """What the operator named for the encoder's assets; the configuration may not know all of these."""
-    named = {name: getattr(config.encoder, name, None) for name in ("tokenizer", "reference")}
-    return {name: str(value) for name, value in named.items() if value is not None}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

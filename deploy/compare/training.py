@@ -37,8 +37,8 @@ class Parts:
 
 def parts(corpus: Corpus, share: float, seed: int) -> Parts:
     """The corpus's own validation part where it has one; else a `share` of its training samples, drawn by the seed."""
-    if len(own := getattr(corpus, "validation", ())):
-        return Parts(corpus.train, own)
+    if len(corpus.validation):
+        return Parts(corpus.train, corpus.validation)
     order = np.random.default_rng([seed, 1]).permutation(len(corpus.train))
     count = min(max(1, round(share * len(order))), len(order) - 1)
     chosen = [np.sort(order[count:]), np.sort(order[:count])]
@@ -117,32 +117,24 @@ def load_state(model: EncoderModel, state: Mapping[str, Tensor], *, shared_only:
             parameter.copy_(state[name])
 
 
-def train_alone(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
-    """One model on one corpus, at the full rate first and then down a cosine, as a finishing phase."""
-    return _one(trainer.model, _falling(trainer, pace), validation, pace)
-
-
-def finish(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
-    """The finishing phase: a node goes on with its own copy, as the trainer stands; at the full rate first, then down a
-    cosine. The moment before it counts too, so that it is never worse by the validation part."""
-    return _one(trainer.model, _falling(trainer, pace), validation, pace)
+def train_one(trainer: Trainer, validation: Validation, pace: Pace) -> Best:
+    """One model on one corpus, as the trainer stands: an organisation alone, or a node that finishes its own copy. At
+    the full rate first, then down a cosine; the moment before the first step counts too."""
+    return best_of(
+        _falling(trainer, pace), lambda: validation.loss(trainer.model), lambda: {"": state_of(trainer.model)}, pace
+    )
 
 
 def _falling(trainer: Trainer, pace: Pace) -> Callable[[int], None]:
     """Takes a step of so many, at the rate that warms up with the trainer's first steps and falls in the last two
     fifths of these."""
-    planned, inner = Looks(pace.steps, pace.look_every, patience=None), trainer.inner
+    planned = Looks(pace.steps, pace.look_every, patience=None)
 
     def take(step: int) -> None:
         planned.steps = step
-        warm = min(1.0, (trainer.steps + 1) / inner.warmup_steps) if inner.warmup_steps else 1.0
-        trainer.step(planned.rate(inner) * warm)
+        trainer.step(planned.rate(trainer.inner) * trainer.warm_up)
 
     return take
-
-
-def _one(model: EncoderModel, take: Callable[[int], None], validation: Validation, pace: Pace) -> Best:
-    return best_of(take, lambda: validation.loss(model), lambda: {"": state_of(model)}, pace)
 
 
 def around_one_trunk(models: Mapping[str, EncoderModel]) -> None:

@@ -20,7 +20,7 @@ from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel, PrivateSpec
 from common.wire.messages import InnerOptimizer
 from deploy.compare.held_out import bounded, document_losses
-from deploy.compare.training import Pace, State, Validation, load_state, state_of, train_alone
+from deploy.compare.training import Pace, State, Validation, load_state, state_of, train_one
 from deploy.demo.report import Figures
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.probe import linear_probe
@@ -112,7 +112,7 @@ def _alone(topic: Topic, effort: Effort) -> State:
     model = topic.fresh()
     trainer = Trainer(model, model.encode(topic.corpus.train), ALONE, seed=topic.seed, device="cpu")
     validation = Validation(model, topic.corpus.validation, effort.windows, topic.encoder_seed)
-    return train_alone(trainer, validation, Pace(topic.steps, max(1, topic.steps // effort.looks))).state[""]
+    return train_one(trainer, validation, Pace(topic.steps, max(1, topic.steps // effort.looks))).state[""]
 
 
 def _few_labels(model: EncoderModel, corpus: Corpus, effort: Effort) -> float:

@@ -73,10 +73,14 @@ class Trainer:
         """Forget the moments."""
         self.optimizer.state.clear()
 
+    @property
+    def warm_up(self) -> float:
+        """The share of the rate that the next step has by the linear warm-up over this trainer's steps, 0 to 1."""
+        return min(1.0, (self.steps + 1) / self.inner.warmup_steps) if self.inner.warmup_steps else 1.0
+
     def learning_rate(self) -> float:
         """Linear warm-up over this node's steps, then a cosine over the announced progress (Loshchilov & Hutter)."""
-        inner = self.inner
-        warm = min(1.0, (self.steps + 1) / inner.warmup_steps) if inner.warmup_steps else 1.0
+        inner, warm = self.inner, self.warm_up
         if inner.schedule == "constant":
             return inner.lr * warm
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
