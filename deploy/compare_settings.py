@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from common.config import Section
+from node_service.config import Precision
 
 #: The arms that are there without a table of their own.
 RANDOM, ALONE, POOLED, POOLED_ALL = "random", "alone", "pooled", "pooled-all"
@@ -50,7 +51,9 @@ class CompareConfig(Section):
     loss of `look_windows` windows of the validation part is measured, and the best moment is kept. `validation` is the
     share of the training samples set aside for that. `test_documents` bounds the test part of each domain, None: all of
     it. `speeds`, by node, and `speed`, of all others, are steps a second of the virtual clock, `link` bytes a second of
-    a node's line. `pooled_steps`: steps of the arm pooled-all; None: those of all nodes together.
+    a node's line. `pooled_steps`: steps of the arm pooled-all; None: those of all nodes together. `device` and
+    `precision` are as a node's, for all arms alike; processes share a GPU. `cut`: each node's training samples are
+    dealt out to so many nodes, which have its test and validation part in common.
     """
 
     steps: Annotated[int, Field(ge=2)] = 2000
@@ -66,7 +69,10 @@ class CompareConfig(Section):
     pooled_steps: Annotated[int, Field(ge=2)] | None = None
     speeds: dict[str, Rate] = Field(default_factory=dict)
     speed: Rate = 20.0
+    cut: Annotated[int, Field(ge=1, le=1000)] = 1
     link: Rate = 10e6
+    device: str = "cpu"
+    precision: Precision = "float32"
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")], ArmConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")

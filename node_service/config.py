@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from common.config import Section
 from node_service.corpus.corpus import CorpusConfig
 
+#: What forward and backward passes are computed in; parameters, optimiser and updates are float32 in either.
+Precision = Literal["float32", "bfloat16"]
+
 
 class NodeConfig(Section):
     """One node. `corpus` may be one table or a list of them, at most one per encoder type.
 
-    `device`: auto, cpu, cuda, cuda:1, mps. `max_steps_per_second` leaves the machine to others. `get` asks the master
-    for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is away: then a node
-    trains on beyond what it may hand in. `private` are the settings of the private parts (for text: vocabulary).
-    `named`: the cards of encoders that this node takes part in may say its name; else it is a number there.
+    `device`: auto, cpu, cuda, cuda:1, mps. `precision`: bfloat16 is mixed precision (autocast), for GPUs that are fast
+    at it: parameters, optimiser and updates stay float32. `max_steps_per_second` leaves the machine to others. `get`
+    asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is
+    away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for text:
+    vocabulary). `named`: the cards of encoders that this node takes part in may say its name; else it is a number
+    there.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -25,6 +30,7 @@ class NodeConfig(Section):
     export_dir: Path | None = None
     private: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
+    precision: Precision = "float32"
     threads: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
     get: str | None = None

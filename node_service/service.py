@@ -182,6 +182,7 @@ class NodeService:
             private=self.config.private,
             seed=self.config.seed,
             device=device,
+            precision=self.config.precision,
             ledger=ledger,
             assets=assets,
             validation=corpus.validation,

@@ -148,7 +148,16 @@ class Bench:
         )
         with tempfile.TemporaryDirectory(prefix="shared-encoder-compare-") as folder:
             initial = plan.architecture, self._initial(seed)
-            federation = TrainedFederation(members, settings, initial, Path(folder), seed=seed, link=plan.settings.link)
+            federation = TrainedFederation(
+                members,
+                settings,
+                initial,
+                Path(folder),
+                seed=seed,
+                link=plan.settings.link,
+                device=plan.settings.device,
+                precision=plan.settings.precision,
+            )
             trained = federation.train(self._on_step)
         validation: dict[str, dict[str, float]] = {view: {} for view in (FINISHED, SHARED, WITHOUT)}
         states: dict[str, State] = {}
@@ -239,11 +248,12 @@ class Bench:
         """As every arm begins: version 0 within fresh private parts."""
         model = self._type.build(self.comparison.architecture, self._spec(domain, seed), seed)
         self._initial(seed).scatter({name: parameter.data for name, parameter in model.shared_parameters().items()})
-        return model
+        return model.to(self.comparison.settings.device)
 
     def trainer(self, domain: str, seed: int, inner: InnerOptimizer, model: EncoderModel) -> Trainer:
         """Of a model on the domain's training samples; the windows and masks are the seed's."""
-        return Trainer(model, model.encode(self.parts(domain, seed).train), inner, seed=seed, device="cpu")
+        settings, encoded = self.comparison.settings, model.encode(self.parts(domain, seed).train)
+        return Trainer(model, encoded, inner, seed=seed, device=settings.device, precision=settings.precision)
 
     def validation(self, domain: str, seed: int) -> Validation:
         """The domain's validation part, by which everything is chosen."""

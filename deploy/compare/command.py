@@ -21,6 +21,7 @@ from common.locks import DirectoryLock
 from common.wire.messages import UpdateRule
 from deploy.commands.display import console, saying
 from deploy.commands.run import check_node_id, load_corpora
+from deploy.compare.cut import dealt, owner
 from deploy.compare_settings import ALONE, BASELINES, ArmConfig, CompareConfig
 from deploy.config import Config, load_config
 from deploy.logging import configure_logging
@@ -56,7 +57,7 @@ def run_comparison(
     settings = config.compare.rehearsal() if quick else config.compare
     chosen = chosen_arms(settings, arms)
     encoder_type = encoder_type_of(config)
-    corpora = read_corpora(config, encoder_type, file)
+    corpora = dealt(read_corpora(config, encoder_type, file), settings.cut)
     with saying("loading torch and transformers, a few seconds"):
         import torch
 
@@ -66,7 +67,9 @@ def run_comparison(
         from deploy.compare.progress import Narrator
         from deploy.compare.report import HTML, PNG, described, print_report, write_report
         from deploy.compare.run import run
+        from node_service.training.trainer import choose_device
     torch.set_num_threads(1)
+    settings = settings.model_copy(update={"device": choose_device(settings.device)})
     comparison = comparison_of(config, settings, encoder_type, chosen, corpora)
     command = shlex.join(["shared-encoder", *sys.argv[1:]])
     started = time.monotonic()
@@ -181,7 +184,7 @@ def comparison_of(
             name: federated_arm(config, settings, name, arm) for name, arm in settings.federated.items() if name in arms
         },
         arms=tuple(arms),
-        private={name: config.nodes[name].private for name in corpora},
+        private={name: config.nodes[owner(name, settings.cut)].private for name in corpora},
         fingerprints={name: fingerprint(corpus.train) for name, corpus in corpora.items()},
     )
 

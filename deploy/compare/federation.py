@@ -21,7 +21,7 @@ from deploy.simulation.timed import TimedSession
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
-from node_service.config import NodeConfig
+from node_service.config import NodeConfig, Precision
 from node_service.corpus.corpus import Corpus
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Build
@@ -74,10 +74,13 @@ class TrainedFederation(SteppedFederation):
         *,
         seed: int,
         link: float,
+        device: str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         estimated = max(member.steps / member.speed for member in members.values())
         super().__init__(seed=seed, link=link, estimated=estimated)
         self._sessions: dict[str, TimedSession] = {}
+        self._device, self._precision = device, precision
         kinds = {member.encoder_type for member in members.values()}
         assert len(kinds) == 1, "one federation, one encoder type"
         config = MasterConfig(
@@ -131,7 +134,8 @@ class TrainedFederation(SteppedFederation):
                 place,
                 private={},  # the spec is there already
                 seed=self.seed,
-                device="cpu",
+                device=self._device,
+                precision=self._precision,
                 ledger=ledger,
                 assets=assets,
                 speed=member.speed,

@@ -186,6 +186,8 @@ class Comparison:
             "domains": {name: [self.fingerprints[name], self.private[name], self.steps(name)] for name in domains},
             "validation": settings.validation,
         }
+        if (settings.device, settings.precision) != ("cpu", "float32"):
+            on["computed"] = [settings.device, settings.precision]
         if cell.point is not None:
             on["looks"] = [settings.look_every, settings.look_windows]
             inner = (arm.update if arm else self.update).inner.model_dump(mode="json")

@@ -10,14 +10,12 @@ from common.encoders.base import EncoderModel
 
 
 @torch.no_grad()
-def masked_loss(
-    model: EncoderModel, encoded: Any, seed: int = 0, batches: int = 10, size: int = 128, device: str = "cpu"
-) -> float:
+def masked_loss(model: EncoderModel, encoded: Any, seed: int = 0, batches: int = 10, size: int = 128) -> float:
     """The self-supervised loss on `encoded` (held-out) samples, mean of `batches` batches of `size`.
 
     The same seed draws the same samples and masks: two models with the same private spec are compared on equal terms.
-    `device` is where the model is.
     """
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()

@@ -17,6 +17,7 @@ from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
+from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.finishing import FinishingPhase
@@ -50,6 +51,7 @@ class Session:
         private: dict[str, Any],
         seed: int,
         device: str,
+        precision: Precision = "float32",
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
@@ -63,7 +65,8 @@ class Session:
             save_spec(directory, spec)
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)
-        self.trainer = Trainer(self.model, self.model.encode(samples), UpdateRule().inner, seed=seed, device=device)
+        encoded = self.model.encode(samples)
+        self.trainer = Trainer(self.model, encoded, UpdateRule().inner, seed=seed, device=device, precision=precision)
         difference = Layout(instruction.layout).difference(self.trainer.layout)
         if difference is not None:
             raise UserError(f"this node builds another encoder than the instruction says: {difference}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from common.errors import UserError
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import InnerOptimizer
+from node_service.config import Precision
 from node_service.training.held_out import masked_loss
 
 #: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
@@ -25,6 +27,8 @@ class Trainer:
     """A model, its encoded corpus and the inner optimiser (AdamW). Deterministic given seed, device and threads.
 
     `trained`: the names of the model's parameters that are trained (None: all); the others stay as they are.
+    `precision` bfloat16: the loss and its gradients are computed by autocast (Micikevicius et al. 2018, without a loss
+    scale, which bfloat16's range makes needless); what is kept, sent and measured is float32.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Trainer:
         *,
         seed: int,
         device: str,
+        precision: Precision = "float32",
         trained: Collection[str] | None = None,
     ) -> None:
         self.model = model.to(device)
@@ -48,6 +53,9 @@ class Trainer:
         self._all = [parameter for name, parameter in named.items() if trained is None or name in trained]
         self._frozen = [named[name] for name in named if trained is not None and name not in trained]
         self._device = device
+        self._cast = partial(
+            torch.autocast, torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16"
+        )
         self.set_inner(inner)
 
     def set_inner(self, inner: InnerOptimizer) -> None:
@@ -95,7 +103,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with self._without_frozen():
             batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
-            loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
+            with self._cast():
+                loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
             self.model.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
         self.optimizer.step()
@@ -105,7 +114,7 @@ class Trainer:
     def held_out_loss(self, encoded: Any) -> float:
         """The masked loss on `encoded` samples; the same ones, masked alike, at every call under one batch size."""
         batches, size = _MEASURED_BATCHES, self.inner.batch_size
-        return masked_loss(self.model, encoded, batches=batches, size=size, device=self._device)
+        return masked_loss(self.model, encoded, batches=batches, size=size)
 
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:

@@ -17,9 +17,11 @@ import structlog
 import torch
 
 from common.encoders import get_encoder_type
+from common.errors import UserError
 from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
+from deploy.compare.cut import dealt, owner
 from deploy.compare.plan import FINISHED, SHARED, WITHOUT, Cell, Comparison, FederatedArm, Point
 from deploy.compare.pool import OneProcess, Task, pool
 from deploy.compare.run import Outcome, run
@@ -427,3 +429,18 @@ def test_a_folder_of_something_else_is_left_alone(command: Command, config: Path
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     code, _, err = command("compare", "--config", config, "--out", tmp_path / "out", "--resume")
     assert code == 2 and "something else" in err
+
+
+def test_samples_that_are_dealt_out_are_all_there_once_and_measured_by_the_same() -> None:
+    labels = [str(row) for row in range(10)]
+    whole = {name: Corpus("text", list(labels), list(labels), ["test"], ["a"], ["look"]) for name in ("one", "two-x")}
+    found = dealt(whole, 3)
+    assert {owner(name, 3) for name in found} == set(whole) and len(found) == 6
+    for name in whole:
+        parts = [corpus for each, corpus in found.items() if owner(each, 3) == name]
+        assert sorted(text for part in parts for text in part.train) == labels
+        assert {len(part.train) for part in parts} == {3, 4}
+        assert all(part.train_labels == part.train and part.test == ["test"] for part in parts)
+        assert all(part.validation == ["look"] for part in parts)
+    with pytest.raises(UserError, match=r"compare\.cut 6: node 'one' has 10 training samples, too few; lower it"):
+        dealt(whole, 6)
