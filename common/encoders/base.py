@@ -92,8 +92,11 @@ class EncoderType(Protocol):
     def architecture(self, overrides: Mapping[str, Any]) -> Architecture:
         """The architecture with defaults filled in. Raises UserError for a wrong key, suggesting the right one."""
 
-    def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
-        """Architecture and shared tensors of an export or a Hugging Face directory, to continue from it."""
+    def architecture_of(
+        self, directory: Path, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[Architecture, dict[str, Tensor]]:
+        """Architecture and shared tensors of an export or a Hugging Face directory, to continue from it; `overrides`
+        may change how it is trained. Raises UserError for one that the tensors do not fit."""
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
         """What nodes need beside the architecture, made from what the operator named (`sources`: paths and words, by

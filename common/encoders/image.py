@@ -21,7 +21,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 from common.encoders import hugging_face
 from common.encoders.base import Architecture, Assets, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.image_settings import ImageArchitecture, ImagePrivate
-from common.encoders.settings import checked
+from common.encoders.settings import checked, overridden
 from common.errors import UserError
 
 #: Patches along the longer side, unless `patch_size` is set: 49 to 64 patches are a batch that two cores can afford.
@@ -47,8 +47,13 @@ class ImageEncoderType:
         """
         return checked(ImageArchitecture, "architecture of type image", overrides).model_dump()
 
-    def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
-        """Architecture and shared tensors of our export or any ViT-MAE directory. Raises UserError if it is none."""
+    def architecture_of(
+        self, directory: Path, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[Architecture, dict[str, Tensor]]:
+        """Architecture and shared tensors of our export or any ViT-MAE directory; `mask_ratio` may be another.
+
+        Raises UserError if it is none, and for an override of anything else.
+        """
         hugging_face.read_config(directory, "vit_mae")
         model, missing = hugging_face.load_base_model(directory)
         config = cast(Any, model).config
@@ -56,7 +61,8 @@ class ImageEncoderType:
         hugging_face.require(directory, shared, missing)
         architecture = {key: getattr(config, key) for key in ImageArchitecture.model_fields}
         architecture["mask_ratio"] = getattr(config, _TRAINED_MASK_RATIO, config.mask_ratio)
-        return self.architecture(architecture), {name: tensor.detach() for name, tensor in shared.items()}
+        architecture = self.architecture(overridden(directory, architecture, overrides or {}, ("mask_ratio",)))
+        return architecture, {name: tensor.detach() for name, tensor in shared.items()}
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
         """None: the architecture says it all."""

@@ -88,9 +88,13 @@ class OwnersEncoderType:
             found = self._inner.architecture(overrides)
         return self._plain("architecture", found)
 
-    def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    def architecture_of(
+        self, directory: Path, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[Architecture, dict[str, Tensor]]:
         with owners_code(self._whose, "architecture_of"):
-            architecture, tensors = self._inner.architecture_of(directory)
+            # so that a type which cannot change anything need not take them
+            changes = (overrides,) if overrides else ()
+            architecture, tensors = self._inner.architecture_of(directory, *changes)
         return self._plain("architecture_of", architecture), self._tensors("architecture_of", tensors)
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:

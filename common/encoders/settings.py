@@ -5,13 +5,15 @@ A type's models say its keys, their order, their defaults and their bounds; outs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from transformers.activations import ACT2FN
 
 from common.config import Section, explained, suggestion
+from common.errors import UserError
 
 #: No width, length or depth is larger: what anybody may ask for must not keep a service busy for ever.
 LARGEST = 1 << 20
@@ -57,3 +59,18 @@ def checked(model: type[S], what: str, given: Mapping[str, Any]) -> S:
         return model.model_validate(dict(given))
     except ValidationError as error:
         raise explained(error, model, what) from None
+
+
+def overridden(
+    directory: Path, found: Mapping[str, Any], overrides: Mapping[str, Any], free: Collection[str]
+) -> dict[str, Any]:
+    """What was `found` of an encoder in `directory`, with `overrides` of what is `free` to be another. Raises UserError
+    for an override of anything else, unless it says the same."""
+    for key, value in overrides.items():
+        if key not in free and (key not in found or found[key] != value):
+            has = f"has {key} {found[key]!r}" if key in found else f"has no {key}"
+            raise UserError(
+                f"{directory} {has}, and architecture.{key} says {value!r}; leave it out: who continues may set "
+                f"{', '.join(free)}"
+            )
+    return {**found, **{key: value for key, value in overrides.items() if key in free}}

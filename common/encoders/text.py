@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from common.encoders import hugging_face, masked_lm, shared_vocabulary, vocabulary
 from common.encoders.base import Architecture, Assets, PrivateSpec, Samples
-from common.encoders.settings import checked
+from common.encoders.settings import checked, overridden
 from common.encoders.text_model import TextModel, network_of, settings_for_model
 from common.encoders.text_settings import TextArchitecture, TextPrivate, TextTask
 from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
@@ -25,6 +25,8 @@ from common.errors import UserError
 log = structlog.get_logger()
 
 _WHAT = "architecture of type text"
+#: What who continues from a model may change: none of its parameters depends on it.
+_FREE = ("sequence_length", "mask_rate")
 
 
 class TextEncoderType:
@@ -48,11 +50,14 @@ class TextEncoderType:
         _check_length(found)
         return found
 
-    def architecture_of(self, directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    def architecture_of(
+        self, directory: Path, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[Architecture, dict[str, Tensor]]:
         """Architecture and shared tensors of our own export, or of a directory of a model that this type knows: all of
-        a masked language model (a head that is missing begins anew), or the trunk of a bare encoder of ours.
+        a masked language model (a head that is missing begins anew), or the trunk of a bare encoder of ours. Windows,
+        masks and what travels may be others.
 
-        Raises UserError if it is none, or of a variant that this type cannot build.
+        Raises UserError if it is none, of a variant that this type cannot build, or not what `overrides` say.
         """
         plain = hugging_face.read_config(directory, *masked_lm.KINDS)
         whole = plain.get("shared") == "all" or ("vocabulary" not in plain and plain.get("vocab_size", 1) > 1)
@@ -65,13 +70,15 @@ class TextEncoderType:
         task = {key: plain[key] for key in TextTask.model_fields if key in plain}
         task["shared"] = "all" if whole else "trunk"
         task.setdefault("vocabulary", "shared" if whole else "private")
-        architecture = self.architecture({**settings, **task})
+        free = (*_FREE, "shared") if whole else _FREE
+        architecture = self.architecture(overridden(directory, {**settings, **task}, overrides or {}, free))
         if whole:
             architecture["vocab_size"] = config.vocab_size
+        if architecture["shared"] == "all":
             shared = masked_lm.everything(network)
             missing -= set(shared) - set(masked_lm.named_trunk(network))
         else:
-            shared = masked_lm.trunk(network)
+            shared = masked_lm.trunk(cast(Any, network).base_model)
         hugging_face.require(directory, shared, missing)
         return architecture, {name: tensor.detach().clone() for name, tensor in shared.items()}
 

@@ -239,7 +239,7 @@ class Bench:
         """Version 0 of every arm."""
         generation, source = self.comparison.initial
         if generation == "continue":
-            tensors = self._type.architecture_of(Path(source or ""))[1]
+            tensors = self._type.architecture_of(Path(source or ""), self.comparison.overrides)[1]
         else:
             tensors = self._type.initial(self.comparison.architecture, seed)
         return ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})

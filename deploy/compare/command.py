@@ -168,7 +168,7 @@ def comparison_of(
     if encoder.generation == "continue":
         if encoder.source is None:
             raise UserError("generation 'continue' needs encoder.source: the directory of an exported encoder")
-        architecture = kind.architecture_of(encoder.source)[0]
+        architecture = kind.architecture_of(encoder.source, encoder.architecture)[0]
     else:
         architecture = kind.architecture(encoder.architecture)
     architecture, assets = kind.assets(architecture, sources(config.settings()))
@@ -178,6 +178,7 @@ def comparison_of(
         architecture=architecture,
         assets=assets,
         initial=(encoder.generation, str(encoder.source) if encoder.source else None),
+        overrides=encoder.architecture,
         base_seed=encoder.seed,
         update=config.update,
         federated={

@@ -67,7 +67,8 @@ class FederatedArm:
 class Comparison:
     """Everything that a cell depends on, but for the samples; `fingerprints` are those of the training samples.
 
-    `architecture` and `assets` are the encoder's, `initial` where its first version comes from (generation and source).
+    `architecture` and `assets` are the encoder's, `initial` where its first version comes from (generation and source),
+    `overrides` what was asked for of the architecture, all of which is in it.
     """
 
     settings: CompareConfig
@@ -75,6 +76,7 @@ class Comparison:
     architecture: dict[str, Any]
     assets: dict[str, bytes]
     initial: tuple[str, str | None]
+    overrides: dict[str, Any]
     base_seed: int
     update: UpdateRule
     federated: dict[str, FederatedArm]

@@ -81,7 +81,7 @@ def _generate(effect: Generate) -> Made:
     if effect.generation == "continue":
         if effect.source is None:
             raise UserError("generation 'continue' needs encoder.source: the directory of an exported encoder")
-        architecture, tensors = encoder_type.architecture_of(Path(effect.source))
+        architecture, tensors = encoder_type.architecture_of(Path(effect.source), effect.architecture)
         architecture, assets = encoder_type.assets(architecture, effect.sources)
     else:
         architecture = encoder_type.architecture(effect.architecture)

@@ -303,6 +303,14 @@ def test_continue_from_any_modernbert(tmp_path: Path) -> None:
     assert architecture["attention_bias"] and architecture["local_attention"] == 8
     assert architecture["max_position_embeddings"] == 8192 and architecture["sequence_length"] == 32
 
+    wanted = {"sequence_length": 64, "mask_rate": 0.15, "hidden_size": 24}
+    again, same = text.architecture_of(tmp_path, wanted)
+    assert again == {**architecture, **wanted} and list(same) == list(tensors)
+    trunk, shared = text.architecture_of(tmp_path, {"shared": "trunk"})
+    assert trunk["shared"] == "trunk" and set(shared) < {name.removeprefix("model.") for name in tensors}
+    with pytest.raises(UserError, match=r"has hidden_size 24, and architecture.hidden_size says 48; leave it out: who"):
+        text.architecture_of(tmp_path, {"hidden_size": 48})
+
 
 def test_directories_that_are_no_model_of_this_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist"):

@@ -91,6 +91,7 @@ def comparison(**settings: Any) -> Comparison:
         architecture=kind.architecture({}),
         assets=dict(ASSETS),
         initial=("fresh", None),
+        overrides={},
         base_seed=5,
         update=update,
         federated={"shared": FederatedArm(aggregation_rule("fedbuff"), update, (0.25,))},
