@@ -117,7 +117,9 @@ def evaluation_section(figures: Figures, named: Sequence[str]) -> str:
     kinds = list(next(iter(figures.values())))
     parts = [
         "*random* is an encoder that was never trained, *alone* one that was trained on its domain's samples only, as "
-        "many steps as the node took. All have the same private parts' settings, seeds and held-out samples."
+        "many steps as the node took"
+        + (", *finished* a node's own copy after its finishing phase" if "finished" in kinds else "")
+        + ". All have the same private parts' settings, seeds and held-out samples."
     ]
     for key, heading in (
         ("loss", "masked loss, held-out samples (lower is better)"),
@@ -145,17 +147,26 @@ def evaluate_domains(
 ) -> Figures:
     """Train the baselines and score everything, with a progress bar; takes about as long as the nodes' training.
 
-    `others` are further encoders by name, within the same private parts, which fit the shared one best. `on_domain` is
-    called whenever a domain is done, with the figures so far. Raises UserError, before anything is trained, for an
-    encoder that does not fit into a domain's private parts.
+    `others` are further encoders by name, within the same private parts, which fit the shared one best; *finished* are
+    the nodes' own copies, where all of them have one. `on_domain` is called whenever a domain is done, with the figures
+    so far. Raises UserError, before anything is trained, for an encoder that does not fit into a domain's private
+    parts.
     """
-    from node_service.evaluation.evaluate import fresh_model, score, shared_model, train_alone, train_pooled
+    from node_service.evaluation.evaluate import (
+        finished_model,
+        fresh_model,
+        score,
+        shared_model,
+        train_alone,
+        train_pooled,
+    )
 
     total = sum(domain.steps for domain in domains) * (2 if pooled else 1)
     figures: Figures = {}
     for domain in domains:
         for tensors in (encoder, *(others or {}).values()):
             fresh_model(domain, tensors)
+    finished = {domain.name: model for domain in domains if (model := finished_model(domain)) is not None}
     with _progress(total) as advance:
         together = train_pooled(domains, inner, lambda done, of: advance("pooled")) if pooled else {}
         for domain in domains:
@@ -169,6 +180,8 @@ def evaluate_domains(
                 "shared": shared_model(domain, encoder),
                 **{name: shared_model(domain, other) for name, other in (others or {}).items()},
             }
+            if len(finished) == len(domains):
+                models["finished"] = finished[domain.name]
             if domain.name in together:
                 models["pooled"] = together[domain.name]
             figures[domain.name] = {
@@ -180,7 +193,7 @@ def evaluate_domains(
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """A column's name for each: the folder's, or all of the path where that is taken."""
-    taken = {"random", "alone", "shared", "pooled"}
+    taken = {"random", "alone", "shared", "finished", "pooled"}
     names = []
     for directory in directories:
         name = directory.name if directory.name not in taken else str(directory)
@@ -190,7 +203,8 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def print_table(figures: Figures) -> None:
-    """Losses (lower is better) and accuracies (higher is better) per domain; the better of alone and shared is bold."""
+    """Losses (lower is better) and accuracies (higher is better) per domain; the best of alone, shared and finished is
+    bold."""
     kinds = list(next(iter(figures.values())))
     for key, title, better in (
         ("loss", "masked loss on held-out samples (nats for text; lower is better)", min),
@@ -208,7 +222,7 @@ def print_table(figures: Figures) -> None:
         for domain, scores in figures.items():
             values = {kind: scores[kind][key] for kind in kinds}
             # a corpus without labels has no probe: a row of dashes, and nothing that is best
-            rivals = [value for kind in ("alone", "shared") if (value := values[kind]) is not None]
+            rivals = [value for kind in ("alone", "shared", "finished") if (value := values.get(kind)) is not None]
             best = better(rivals) if rivals else None
             cells = [
                 f"[bold]{number(value, 3)}[/bold]" if value is not None and value == best else number(value, 3)

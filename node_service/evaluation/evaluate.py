@@ -22,6 +22,7 @@ from common.wire.messages import InnerOptimizer
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.probe import masked_loss, probe
 from node_service.training.checkpoint import Facts, read_checkpoint
+from node_service.training.finishing import load_finished
 from node_service.training.private_parts import load_private, load_spec
 from node_service.training.trainer import Trainer
 
@@ -102,6 +103,12 @@ def shared_model(domain: Domain, encoder: Mapping[str, Tensor]) -> EncoderModel:
     if load_private(domain.directory, model) is None:
         raise UserError(f"{domain.directory}: no private parts")
     return model
+
+
+def finished_model(domain: Domain) -> EncoderModel | None:
+    """The node's own copy after its finishing phase; None if it had none. Raises UserError for a damaged one."""
+    model = fresh_model(domain)
+    return model if load_finished(domain.directory, model, domain.pinned.version) else None
 
 
 def fresh_model(domain: Domain, encoder: Mapping[str, Tensor] | None = None, seed: int = 0) -> EncoderModel:

@@ -1,6 +1,7 @@
 """The finishing phase: after the last version a node tunes its own copy by itself, and keeps its best moment.
 
-It has a file of its own, `finishing.safetensors`, beside the checkpoint, which stays pinned to the shared version.
+It has a file of its own, `finishing.safetensors`, beside the checkpoint, which stays pinned to the shared version. What
+came of it stays as `finished.safetensors`: the export is for transformers, this for `evaluate`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from common.encoders.base import EncoderModel
 from common.errors import UserError
 from common.wire.messages import FinishRule, InnerOptimizer
 from node_service.training.checkpoint import read_tensors, write_tensors
 from node_service.training.looks import Looks
 from node_service.training.trainer import Trainer
 
-_FILE = "finishing.safetensors"
+_FILE, _FINISHED = "finishing.safetensors", "finished.safetensors"
 
 
 class _Facts(BaseModel):
@@ -30,6 +32,12 @@ class _Facts(BaseModel):
     rule: FinishRule
     inner: InnerOptimizer
     looks: Looks
+
+
+class _Finished(BaseModel):
+    """What the tensors of a finished copy are: the shared version that it was tuned from."""
+
+    version: int
 
 
 class FinishingPhase:
@@ -127,6 +135,27 @@ class FinishingPhase:
             if name not in self._moving:
                 parameter.requires_grad_(everything)
                 parameter.grad = None
+
+
+def keep_finished(directory: Path, model: EncoderModel, version: int) -> None:
+    """Write the whole model, as it is after a phase that began with `version`. Raises OSError."""
+    write_tensors(directory / _FINISHED, {"model": _data(dict(model.named_parameters()))}, _Finished(version=version))
+
+
+def load_finished(directory: Path, model: EncoderModel, version: int) -> bool:
+    """Put the finished copy into a model of the same build; False where there is none that began with `version`.
+
+    Raises UserError if the file is damaged or of another model.
+    """
+    read = read_tensors(directory / _FINISHED, _Finished, ("model",))
+    if read is None or read[0].version != version:
+        return False
+    parameters = dict(model.named_parameters())
+    tensors = read[1]["model"]
+    if {name: each.shape for name, each in parameters.items()} != {name: each.shape for name, each in tensors.items()}:
+        raise UserError(f"{directory / _FINISHED} is of another model; remove it to do without")
+    _copy(tensors, parameters)
+    return True
 
 
 def _data(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:

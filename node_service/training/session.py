@@ -20,7 +20,7 @@ from common.wire.transfer import CompleteVersion
 from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
-from node_service.training.finishing import FinishingPhase
+from node_service.training.finishing import FinishingPhase, keep_finished
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
 from node_service.training.trainer import Trainer
@@ -135,6 +135,7 @@ class Session:
         assert self._phase is not None
         phase, self._phase, self.since = self._phase, None, SinceReturn()
         phase.end()
+        keep_finished(self.directory, self.model, phase.version)
         model = self._export(export, _finished(phase.looks))
         phase.forget(self.directory)
         # whoever trains on goes on from what fits the shared version

@@ -13,7 +13,8 @@ from common.cards import TITLE, front_matter, is_card
 from common.encoders import get_encoder_type
 from common.numbers.parameters import ParameterSet
 from node_service.training.checkpoint import Checkpoint, Facts, write_checkpoint
-from node_service.training.private_parts import save_spec
+from node_service.training.finishing import keep_finished
+from node_service.training.private_parts import load_spec, save_spec
 from tests.unit.deploy.conftest import Command
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -181,3 +182,15 @@ def test_an_encoder_with_the_vocabulary_that_everybody_uses_is_evaluated_and_its
         assert len({scores["loss"] for scores in kinds.values()}) == 4 and kinds["shared"]["probe"] is not None
     text = (shared / "README.md").read_text()
     assert "| domain 2" in text and f"{told['a']['shared']['loss']:.3f}" in text
+
+    places = [tmp_path / name / "encoders" / "text-1" for name in ("a", "b")]
+    for place in places:
+        assert "finished" not in told["a"], "only where every node has one"
+        architecture, _ = prepared("shared")
+        keep_finished(place, get_encoder_type("text").build(architecture, load_spec(place) or {}, 9), 1)
+        code, printed, err = command("evaluate", *arguments)
+        assert code == 0, err
+        told = json.loads((tmp_path / "figures.json").read_text())["domains"]
+    assert list(told["b"]) == ["random", "alone", "shared", "finished"] and "finished" in printed
+    assert told["b"]["finished"]["loss"] not in {told["b"][kind]["loss"] for kind in ("random", "shared")}
+    assert "*finished* a node's own copy" in (shared / "README.md").read_text()

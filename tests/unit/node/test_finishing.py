@@ -20,7 +20,9 @@ from common.numbers.parameters import ParameterSet
 from common.wire.messages import FinishRule, InnerOptimizer, Instruction, ParameterChunk, UpdateRule
 from common.wire.transfer import CompleteVersion
 from node_service.handover.receipt_book import Ledger
+from node_service.training.finishing import load_finished
 from node_service.training.looks import Looks
+from node_service.training.private_parts import load_spec
 from node_service.training.session import Session
 from tests.faults.tiny import ASSETS, TinyEncoderType, samples
 
@@ -178,6 +180,10 @@ def test_what_is_exported_is_the_best_moment(tmp_path: Path, what: Any) -> None:
     assert again.trainer.held_out_loss(again.model.encode(VALIDATION)) == looks.best
     assert torch.equal(again.trainer.shared().vector, pinned) == (what == "private")
     assert not (tmp_path / "finishing.safetensors").exists()
+
+    other = TYPE.build(INSTRUCTION.architecture, load_spec(tmp_path) or {}, 1)
+    assert not load_finished(tmp_path, other, 5), "of another version"
+    assert load_finished(tmp_path, other, 4) and same(other.state_dict(), model)
 
 
 def test_a_phase_that_only_harms_exports_the_shared_version_and_ends_early(tmp_path: Path) -> None:
