@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from deploy.cli import app
@@ -74,7 +75,10 @@ def test_every_row_of_the_table_of_deaths_is_a_test() -> None:
         assert match is not None and f"def {match[1]}(" in tests, match
 
 
-def test_the_example_is_a_valid_configuration() -> None:
-    config = load_config(ROOT / "deploy/examples/run.toml", {})
-    assert config.settings().stop.updates == 1200 and config.settings().stop.versions is None
-    assert set(config.nodes) == {"news", "medical", "banking", "assistant", "literature"}
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy/examples").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    config = load_config(path, {})
+    assert config.nodes and (config.settings().stop.updates is not None) == config.master.exit_when_finished
+    for line in (line for line in path.read_text().splitlines() if line.startswith("#   shared-encoder")):
+        for word in line.split():
+            assert not word.endswith(".toml") or (ROOT / word).is_file(), f"{path.name} names {word}"
