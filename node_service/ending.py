@@ -79,7 +79,15 @@ class Ending:
 
     def _exported(self, training: Training, model: Path) -> None:
         self._figures.note = "finished"
-        log.info("encoder finished", **self._about(training), model=str(model))
+        figures = self._figures
+        log.info(
+            "encoder finished",
+            **self._about(training),
+            model=str(model),
+            steps=training.steps,
+            seconds=round(figures.training_seconds + figures.waiting_seconds, 1),
+            step_seconds=round(figures.step_seconds, 1),
+        )
         self.finished = True
 
     def _about(self, training: Training) -> dict[str, object]:

@@ -12,9 +12,11 @@ from common.wire.messages import Alive
 class NodeFigures:
     """Of the training of one `encoder`: nothing of another one is shown under it.
 
-    Seconds in which it could not train for want of the master count as waiting. `waiting_since`, in seconds since 1970,
-    is when it began to wait for the master, while that lasts; away for long, it is trained on meanwhile. `bytes_before`
-    were sent before this training. `held_out` is the newest measurement of a version by the validation samples.
+    Seconds in which it could not train for want of the master count as waiting; all others as training, of which
+    `step_seconds` went into steps, and the rest into handing in, adopting versions and looking about. `waiting_since`,
+    in seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
+    meanwhile. `bytes_before` were sent before this training. `held_out` is the newest measurement of a version by the
+    validation samples.
     """
 
     steps: int = 0
@@ -28,6 +30,7 @@ class NodeFigures:
     last_weight: float = 0.0
     waiting_seconds: float = 0.0
     training_seconds: float = 0.0
+    step_seconds: float = 0.0
     note: str = "starting"
     waiting_since: float | None = None
     encoder: str | None = None
@@ -44,6 +47,7 @@ class NodeFigures:
     def trained(self, steps: int, loss: float, seconds: float) -> None:
         """A step was taken: the count of all of them, the running mean loss, and how long this one took."""
         self.steps, self.loss = steps, loss
+        self.step_seconds += seconds
         rate = 1.0 / max(seconds, 1e-9)
         self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
 
