@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from common.config import Section
 from node_service.config import Precision
+from node_service.corpus.corpus import CorpusConfig
 
 #: The arms that are there without a table of their own.
 RANDOM, ALONE, POOLED, POOLED_ALL = "random", "alone", "pooled", "pooled-all"
@@ -18,6 +19,9 @@ DEFAULT_ARM = "shared"
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+#: A domain's name: that of a node, or of a corpus that no node holds.
+Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
 class ArmConfig(Section):
@@ -41,6 +45,81 @@ class ArmConfig(Section):
         return value
 
 
+class FewLabelConfig(Section):
+    """Fine-tuning on `per_class` labels a class: `steps` of `batch_size` rows at each of the `rates`, and once more at
+    the best; at most `test_rows` rows are tested. There are `draws` of the labels or a few more, dealt to the seeds in
+    equal parts.
+
+    It is what costs most. `columns` "unseen": only those that no node holds, and `pooled_labels`; "all": every one with
+    labels. `rows` "chosen": the start, the best single organisation, what is pooled, and the final versions; "all":
+    every encoder.
+    """
+
+    per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 16, 64)
+    draws: Count = 10
+    test_rows: Count = 300
+    steps: Count = 25
+    batch_size: Count = 16
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (1e-3, 5e-3)
+    columns: Literal["unseen", "all"] = "unseen"
+    rows: Literal["chosen", "all"] = "chosen"
+
+
+class TransferConfig(Section):
+    """What the encoders of a comparison are worth elsewhere, in the columns of a table: the nodes' domains, and the
+    corpora of `unseen`, which no node holds.
+
+    Each encoder gets `steps` in each column, at the one of the `rates` that the column's validation part finds best,
+    in each of the `modes`: frozen (the shared parameters stay, and the private ones are trained), and free. `private`
+    are settings of the private parts in every column, over those of its node. Where there are labels, at most `classes`
+    of them are told apart (of all columns, or by column), drawn by the seed; probes see `probe_rows` rows, and TF-IDF
+    `tfidf_rows` (None: all). `pooled_labels` names one more column: the rows of all nodes together, and whose they are
+    is to be told.
+    """
+
+    unseen: dict[Domain, CorpusConfig] = Field(default_factory=dict)
+    steps: Count = 100
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
+    modes: tuple[Literal["frozen", "free"], ...] = ("frozen", "free")
+    private: dict[str, Any] = Field(default_factory=dict)
+    classes: Annotated[int, Field(ge=2)] | dict[Domain, Annotated[int, Field(ge=2)]] = 10
+    probe_rows: Count = 1000
+    tfidf_rows: Count | None = None
+    pooled_labels: Domain | None = None
+    few_labels: FewLabelConfig | None = FewLabelConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> TransferConfig:
+        if self.pooled_labels in self.unseen:
+            raise ValueError(f"pooled_labels {self.pooled_labels!r} is the name of a corpus in unseen; take another")
+        return self
+
+    def most_classes(self, column: str) -> int | None:
+        """How many labels of a column are told apart at most; None: all."""
+        return self.classes.get(column) if isinstance(self.classes, dict) else self.classes
+
+    def rehearsal(self) -> TransferConfig:
+        """The same in a hurry: a twentieth of the steps, one rate, and one draw of the fewest labels for a seed."""
+        few = self.few_labels and self.few_labels.model_copy(
+            update={
+                "per_class": (min(self.few_labels.per_class),),
+                "draws": 1,
+                "test_rows": min(50, self.few_labels.test_rows),
+                "steps": min(4, self.few_labels.steps),
+                "rates": self.few_labels.rates[:1],
+            }
+        )
+        return self.model_copy(
+            update={
+                "steps": max(2, self.steps // 20),
+                "rates": (self.rates[len(self.rates) // 2],),
+                "probe_rows": min(self.probe_rows, 100),
+                "tfidf_rows": min(self.tfidf_rows or 200, 200),
+                "few_labels": few,
+            }
+        )
+
+
 class CompareConfig(Section):
     """What is compared, and how thoroughly.
 
@@ -54,6 +133,7 @@ class CompareConfig(Section):
     a node's line. `pooled_steps`: steps of the arm pooled-all; None: those of all nodes together. `device` and
     `precision` are as a node's, for all arms alike; processes share a GPU. `cut`: each node's training samples are
     dealt out to so many nodes, which have its test and validation part in common.
+    `transfer`: measure, too, what the encoders are worth in other domains and with few labels.
     """
 
     steps: Annotated[int, Field(ge=2)] = 2000
@@ -74,6 +154,7 @@ class CompareConfig(Section):
     device: str = "cpu"
     precision: Precision = "float32"
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")], ArmConfig] = Field(default_factory=dict)
+    transfer: TransferConfig | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> CompareConfig:
@@ -103,5 +184,6 @@ class CompareConfig(Section):
                 "test_documents": min(self.test_documents or 200, 200),
                 "pooled_steps": self.pooled_steps and max(2, self.pooled_steps // 20),
                 "arms": {name: arm.model_copy(update={"finish_shares": None}) for name, arm in self.arms.items()},
+                "transfer": self.transfer and self.transfer.rehearsal(),
             }
         )

@@ -265,5 +265,19 @@ class Bench:
         rates = {"lr": point.lr, "weight_decay": point.weight_decay}
         return (inner or self.comparison.update.inner).model_copy(update=rates)
 
+    @property
+    def corpora(self) -> Mapping[str, Corpus]:
+        """By name: of the domains, and of those that no node holds."""
+        return self._corpora
+
+    @property
+    def cells(self) -> Cells:
+        """Where results are kept."""
+        return self._cells
+
+    def on_step(self) -> None:
+        """To be called between steps; may raise."""
+        self._on_step()
+
     def _pace(self, steps: int) -> Pace:
         return Pace(steps, self.comparison.settings.look_every, self._on_step)

@@ -19,7 +19,7 @@ from common.durable import save_tensors, write_durably
 from deploy.compare.statistics import DocumentLosses
 from deploy.compare.training import State
 
-TRAINED, TESTED = "cells", "tests"
+TRAINED, TESTED, TRANSFERRED = "cells", "tests", "transfer"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cells:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        for folder in (TRAINED, TESTED):
+        for folder in (TRAINED, TESTED, TRANSFERRED):
             (directory / folder).mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, digest: str, result: CellResult, states: Mapping[str, State]) -> None:
@@ -101,6 +101,14 @@ class Cells:
             }
             for view, row in found["losses"].items()
         }
+
+    def write_plain(self, folder: str, name: str, digest: str, content: Mapping[str, Any]) -> None:
+        """Keep plain values in one of the folders."""
+        self._write(folder, name, {"digest": digest, **content})
+
+    def read_plain(self, folder: str, name: str, digest: str) -> dict[str, Any] | None:
+        """What `write_plain` kept under this digest; None if there is nothing."""
+        return self._read(folder, name, digest)
 
     def _models(self, name: str) -> Path:
         return self.directory / TRAINED / f"{name}.safetensors"

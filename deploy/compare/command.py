@@ -22,6 +22,7 @@ from common.wire.messages import UpdateRule
 from deploy.commands.display import console, saying
 from deploy.commands.run import check_node_id, load_corpora
 from deploy.compare.cut import dealt, owner
+from deploy.compare.transfer.corpora import read_unseen
 from deploy.compare_settings import ALONE, BASELINES, ArmConfig, CompareConfig
 from deploy.config import Config, load_config
 from deploy.logging import configure_logging
@@ -58,6 +59,7 @@ def run_comparison(
     chosen = chosen_arms(settings, arms)
     encoder_type = encoder_type_of(config)
     corpora = dealt(read_corpora(config, encoder_type, file), settings.cut)
+    unseen = read_unseen(settings.transfer, encoder_type, corpora, file and file.parent) if settings.transfer else {}
     with saying("loading torch and transformers, a few seconds"):
         import torch
 
@@ -71,6 +73,7 @@ def run_comparison(
     torch.set_num_threads(1)
     settings = settings.model_copy(update={"device": choose_device(settings.device)})
     comparison = comparison_of(config, settings, encoder_type, chosen, corpora)
+    corpora = {**corpora, **unseen}
     command = shlex.join(["shared-encoder", *sys.argv[1:]])
     started = time.monotonic()
     with closing(DirectoryLock(out, "--out")):

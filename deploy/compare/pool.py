@@ -11,33 +11,52 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from common.errors import SharedEncoderError
 from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
 from deploy.compare.plan import Cell, Comparison
+from deploy.compare.transfer.bench import TransferBench
+from deploy.compare.transfer.plan import TransferCell
 from node_service.corpus.corpus import Corpus
 
-Task = Literal["train", "test"]
+Task = Literal["train", "test", "transfer"]
+AnyCell = TypeVar("AnyCell", Cell, TransferCell)
 
 
 class Pool(Protocol):
     """Does tasks."""
 
-    def do(self, task: Task, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def do(self, task: Task, cells: Sequence[AnyCell]) -> Iterator[AnyCell]:
         """Give each cell once it is done, in whatever order. Raises what a cell raises."""
+
+
+class _Benches:
+    """Both benches of a process: what they have prepared serves the next cell."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._transfer = TransferBench(bench)
+
+    def do(self, task: Task, cell: Cell | TransferCell) -> None:
+        if isinstance(cell, TransferCell):
+            self._transfer.do(cell)
+        elif task == "train":
+            self._bench.train(cell)
+        else:
+            self._bench.test(cell)
 
 
 class OneProcess:
     """A pool that is a bench."""
 
     def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+        self._benches = _Benches(bench)
 
-    def do(self, task: Task, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def do(self, task: Task, cells: Sequence[AnyCell]) -> Iterator[AnyCell]:
         for cell in cells:
-            _do(self._bench, task, cell)
+            self._benches.do(task, cell)
             yield cell
 
 
@@ -47,7 +66,7 @@ class ManyProcesses:
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self._executor = executor
 
-    def do(self, task: Task, cells: Sequence[Cell]) -> Iterator[Cell]:
+    def do(self, task: Task, cells: Sequence[AnyCell]) -> Iterator[AnyCell]:
         waiting = {self._executor.submit(_work, task, cell): cell for cell in cells}
         try:
             for future in as_completed(waiting):
@@ -85,12 +104,12 @@ def pool(jobs: int, bench: Bench, corpora: Mapping[str, Corpus], directory: Path
 
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
-_bench: Bench | None = None
+_benches: _Benches | None = None
 
 
 def _begin(comparison: Comparison, corpora: Mapping[str, Corpus], directory: Path, stop: Event, parent: int) -> None:
     """Ctrl-C reaches every process of a terminal: only the one that was started by hand answers it."""
-    global _bench
+    global _benches
     import torch
 
     from deploy.logging import configure_logging
@@ -105,16 +124,9 @@ def _begin(comparison: Comparison, corpora: Mapping[str, Corpus], directory: Pat
         if stop.is_set():
             raise Cancelled
 
-    _bench = Bench(comparison, corpora, Cells(directory), on_step)
+    _benches = _Benches(Bench(comparison, corpora, Cells(directory), on_step))
 
 
-def _work(task: Task, cell: Cell) -> None:
-    assert _bench is not None
-    _do(_bench, task, cell)
-
-
-def _do(bench: Bench, task: Task, cell: Cell) -> None:
-    if task == "train":
-        bench.train(cell)
-    else:
-        bench.test(cell)
+def _work(task: Task, cell: Cell | TransferCell) -> None:
+    assert _benches is not None
+    _benches.do(task, cell)

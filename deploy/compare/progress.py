@@ -13,6 +13,10 @@ from deploy.compare.bench import Bench
 from deploy.compare.cost import Cost, measured, test_seconds, train_seconds, words
 from deploy.compare.plan import Cell
 from deploy.compare.pool import Task
+from deploy.compare.transfer.bench import TransferBench
+from deploy.compare.transfer.cost import TransferCost
+from deploy.compare.transfer.cost import measured as measured_transfer
+from deploy.compare.transfer.plan import TransferCell
 from node_service.corpus.corpus import Corpus
 
 
@@ -21,12 +25,13 @@ class Narrator:
 
     def __init__(self, bench: Bench, jobs: int, corpora: Mapping[str, Corpus]) -> None:
         most = bench.comparison.settings.test_documents
-        sizes = [len(corpus.test) for corpus in corpora.values()]
+        sizes = [len(corpora[name].test) for name in bench.comparison.domains]
         self.done = 0
         self._documents = sum(size if most is None else min(size, most) for size in sizes)
         self._bench = bench
         self._jobs = jobs
         self._cost: Cost | None = None
+        self._transfer: TransferCost | None = None
         self._begun = time.monotonic()
         #: Work in seconds of one process, as it was estimated: all, done now, and done by an earlier run.
         self._all = self._now = self._before = 0.0
@@ -56,8 +61,18 @@ class Narrator:
         cells = list(dict.fromkeys([*tuning, *plan.chosen(points)]))
         steps = sum(map(plan.cost, cells))
         self._all = train_seconds(bench, cells, self._cost) + test_seconds(bench, self._documents, self._cost)
+        transfer = ""
+        if plan.settings.transfer is not None:
+            measures = TransferBench(bench)
+            self._transfer = measured_transfer(measures, self._cost)
+            # which single organisation is the best is not known yet
+            best = {column.name: measures.plan.alone[0] for column in measures.plan.columns if measures.plan.alone}
+            elsewhere = [*measures.plan.loss_cells(points), *measures.plan.few_label_cells(points, best)]
+            seconds = sum(map(self._transfer.seconds, elsewhere))
+            self._all += seconds
+            transfer = f", {len(elsewhere):,} of transfer (about {seconds / self._all:.0%} of the time)"
         self._screen.print(
-            f"{len(cells):,} cells ({len(tuning):,} for the choice), {steps:,} training steps; "
+            f"{len(cells):,} cells ({len(tuning):,} for the choice), {steps:,} training steps{transfer}; "
             f"{1000 * self._cost.step:.0f} ms a step here: about {words(self._all / self._jobs)} with "
             f"{self._jobs} {'process' if self._jobs == 1 else 'processes'}",
             highlight=False,
@@ -66,10 +81,13 @@ class Narrator:
         self._begun = time.monotonic()
         self._bar.start()
 
-    def on_cell(self, task: Task, cell: Cell, kept: bool) -> None:
+    def on_cell(self, task: Task, cell: Cell | TransferCell, kept: bool) -> None:
         """A cell is done, or was there already (`kept`)."""
         assert self._cost is not None, "announced first"
-        if task == "train":
+        if isinstance(cell, TransferCell):
+            assert self._transfer is not None, "announced too"
+            work = self._transfer.seconds(cell)
+        elif task == "train":
             work = train_seconds(self._bench, [cell], self._cost)
             self.done += 1
         else:

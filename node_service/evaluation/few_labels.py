@@ -33,7 +33,7 @@ class FewLabels:
 
     `per_class`: labels a class. `steps` of at most `batch_size` rows each, once for each of the `rates` (of the
     encoder, Adam) on three quarters of the labelled rows, and once more, at the rate that named the last quarter best,
-    on all of them. At most `test_rows` rows are tested.
+    on all of them. At most `test_rows` rows are tested. The draws are numbered from `first_draw` on.
     """
 
     per_class: tuple[int, ...] = (4, 16, 64)
@@ -42,6 +42,7 @@ class FewLabels:
     steps: int = 40
     batch_size: int = 32
     rates: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
+    first_draw: int = 0
 
     @property
     def steps_in_all(self) -> int:
@@ -88,7 +89,7 @@ def draws(labels: Sequence[str], budget: FewLabels) -> list[Draw]:
         raise NotProbed("few-label accuracy needs two different labels for training")
     of_class = {name: np.flatnonzero(np.asarray(labels) == name) for name in classes}
     found = []
-    for seed in range(budget.draws):
+    for seed in range(budget.first_draw, budget.first_draw + budget.draws):
         generator = np.random.default_rng(seed)
         shuffled = {name: generator.permutation(rows) for name, rows in of_class.items()}
         for count in budget.per_class:

@@ -17,7 +17,7 @@ _GRID = (1.0, 10.0, 100.0)
 _PLAIN = 10.0
 #: Parts of the cross-validation, and the rows that it looks at at most: many classes are slow.
 _FOLDS = 4
-_CHOSEN_ON = 2000
+CHOSEN_ON = 2000
 
 
 def tfidf_accuracy(
@@ -92,7 +92,7 @@ def _strength(texts: list[str], labels: Any) -> float:
     """C by cross-validation on the labelled rows, where every class has a row for each part."""
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-    rows = np.random.default_rng(0).permutation(len(texts))[:_CHOSEN_ON]
+    rows = np.random.default_rng(0).permutation(len(texts))[:CHOSEN_ON]
     texts, labels = [texts[row] for row in rows], labels[rows]
     _, counts = np.unique(labels, return_counts=True)
     if counts.min() < _FOLDS or len(counts) < 2:

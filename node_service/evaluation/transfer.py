@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -114,13 +115,22 @@ def transfer(
     Raises ValueError for a row of another architecture, when its turn comes, before it is trained.
     """
     for each in columns:
-        parts = _Parts(encoder_type, architecture, each, budget, device, advance)
+        prepared = Prepared(encoder_type, architecture, each, budget, device=device, advance=advance)
         for name, row in rows.items():
             for mode in budget.modes:
-                yield from _cell(parts, name, row, mode)
+                yield from prepared.scores(name, row, mode, budget.seeds)
 
 
-class _Parts:
+@dataclass(frozen=True)
+class Fitted:
+    """A model after the budget's steps at a rate, and its loss on the validation part."""
+
+    rate: float
+    validation: float
+    model: EncoderModel
+
+
+class Prepared:
     """What is the same for every row of a column. What samples are encoded to depends on the spec alone."""
 
     def __init__(
@@ -129,21 +139,58 @@ class _Parts:
         architecture: Architecture,
         column: Column,
         budget: TransferBudget,
-        device: str,
-        advance: Advance,
+        *,
+        device: str = "cpu",
+        advance: Advance = lambda: None,
     ) -> None:
         self._type, self._architecture, self._device, self._advance = encoder_type, architecture, device, advance
         self.column, self.budget = column, budget
-        model = encoder_type.build(architecture, column.spec, 0)
-        self._train, self._validation, self._test = (
-            model.encode(samples) for samples in (column.train, column.validation, column.test)
-        )
 
-    def fitted(self, row: Row, mode: Mode, rate: float, seed: int) -> EncoderModel:
-        """Fresh private parts around a row's shared tensors, after the budget's steps."""
+    def _encoded(self, samples: Samples) -> Any:
+        return self._type.build(self._architecture, self.column.spec, 0).encode(samples)
+
+    @cached_property
+    def _train(self) -> Any:
+        return self._encoded(self.column.train)
+
+    @cached_property
+    def _validation(self) -> Any:
+        return self._encoded(self.column.validation)
+
+    @cached_property
+    def _test(self) -> Any:
+        """Not read before a model is to be tested: until then everything is chosen."""
+        return self._encoded(self.column.test)
+
+    def scores(self, name: str, row: Row, mode: Mode, seeds: Sequence[int]) -> Iterator[TransferScore]:
+        """One row in one mode: each seed at the rate that did best on the validation part for the first."""
+        chosen = self.best(row, mode, seeds[0])
+        for seed in seeds:
+            found = chosen if seed == seeds[0] else self._at(row, mode, chosen.rate, seed)
+            loss = self.tested(found.model)
+            yield TransferScore(name, self.column.name, mode, seed, found.rate, found.validation, loss)
+
+    def best(self, row: Row, mode: Mode, seed: int) -> Fitted:
+        """The model at the rate that does best on the validation part, the first of equals. Reads no test part."""
+        return min((self._at(row, mode, rate, seed) for rate in self.budget.rates), key=lambda each: each.validation)
+
+    def _at(self, row: Row, mode: Mode, rate: float, seed: int) -> Fitted:
+        model = self.fitted(row, mode, rate, seed)
+        return Fitted(rate, self.validated(model), model)
+
+    def model(self, row: Row, seed: int) -> EncoderModel:
+        """Fresh private parts around a row's shared tensors, which begin alike in every row of a seed. Raises
+        ValueError for a row of another architecture."""
         model = self._type.build(self._architecture, self.column.spec, seed)
         fill(model.shared_parameters(), self._type.initial(self._architecture, seed) if row is None else row)
+        return model.to(self._device)
+
+    def fitted(self, row: Row, mode: Mode, rate: float, seed: int) -> EncoderModel:
+        """`model` after the budget's steps; as it is if there is nothing to train."""
+        model = self.model(row, seed)
         trained = None if mode == "free" else set(model.private_parameters())
+        if trained == set():
+            return model
         inner = self.budget.inner.model_copy(update={"lr": rate})
         trainer = Trainer(model, self._train, inner, seed=seed, device=self._device, trained=trained)
         for step in range(self.budget.steps):
@@ -154,26 +201,10 @@ class _Parts:
 
     def validated(self, model: EncoderModel) -> float:
         """Loss on the validation part; infinite for a model that diverged, so that it is never chosen."""
-        loss = masked_loss(model, self._validation, batches=self.budget.validation_batches)
+        batches = self.budget.validation_batches
+        loss = masked_loss(model, self._validation, batches=batches, device=self._device)
         return loss if math.isfinite(loss) else math.inf
 
     def tested(self, model: EncoderModel) -> float:
         """Loss on the test part."""
-        return masked_loss(model, self._test, batches=self.budget.test_batches)
-
-
-def _cell(parts: _Parts, name: str, row: Row, mode: Mode) -> Iterator[TransferScore]:
-    budget = parts.budget
-    first = budget.seeds[0]
-    tried: dict[float, tuple[float, EncoderModel]] = {}
-    for rate in budget.rates:
-        model = parts.fitted(row, mode, rate, first)
-        tried[rate] = parts.validated(model), model
-    best = min(tried, key=lambda rate: tried[rate][0])
-    for seed in budget.seeds:
-        if seed == first:
-            validation, model = tried[best]
-        else:
-            model = parts.fitted(row, mode, best, seed)
-            validation = parts.validated(model)
-        yield TransferScore(name, parts.column.name, mode, seed, best, validation, parts.tested(model))
+        return masked_loss(model, self._test, batches=self.budget.test_batches, device=self._device)

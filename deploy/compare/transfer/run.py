@@ -1,0 +1,43 @@
+"""Transfer after the comparison: first what every encoder loses in every column, then few labels for those chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from deploy.compare.plan import Point
+from deploy.compare.transfer.bench import TransferBench
+from deploy.compare.transfer.figures import choosing_mode, figures, validations
+from deploy.compare.transfer.plan import TransferCell
+
+
+class Do(Protocol):
+    """Has the cells computed that are not there yet."""
+
+    def __call__(self, cells: Sequence[TransferCell]) -> None: ...
+
+
+def run_transfer(bench: TransferBench, choices: Mapping[tuple[str, str | None], Point], do: Do) -> dict[str, Any]:
+    """All figures; see `figures`. `choices` are the comparison's. Which single organisation is the best in a column is
+    chosen by validation losses."""
+    plan = bench.plan
+    losses = plan.loss_cells(choices)
+    do(losses)
+    best = plan.best_single(validations(plan, _results(bench, losses), choosing_mode(plan)))
+    labelled = plan.few_label_cells(choices, best)
+    do(labelled)
+    return {**figures(plan, _results(bench, [*losses, *labelled])), "notes": _notes(bench, [*losses, *labelled])}
+
+
+def _results(bench: TransferBench, cells: Sequence[TransferCell]) -> dict[TransferCell, dict[str, Any]]:
+    found = {}
+    for cell in cells:
+        result = bench.done(cell)
+        assert result is not None, f"{cell.name} was measured"
+        found[cell] = result
+    return found
+
+
+def _notes(bench: TransferBench, cells: Sequence[TransferCell]) -> dict[str, str]:
+    """What could not be measured, and why, by cell."""
+    return {cell.name: found["note"] for cell, found in _results(bench, cells).items() if "note" in found}
