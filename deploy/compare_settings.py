@@ -46,9 +46,9 @@ class ArmConfig(Section):
 
 
 class FewLabelConfig(Section):
-    """Fine-tuning on `per_class` labels a class: `steps` of `batch_size` rows at each of the `rates`, and once more at
-    the best; at most `test_rows` rows are tested. There are `draws` of the labels or a few more, dealt to the seeds in
-    equal parts.
+    """Fine-tuning on `per_class` labels a class: `steps` of `batch_size` rows, at the one of the `rates` that is best
+    on a quarter of the labels of a seed's first draw, which is kept back for that. At most `test_rows` rows are tested.
+    There are `draws` of the labels or a few more, dealt to the seeds in equal parts.
 
     It is what costs most. `columns` "unseen": only those that no node holds, and `pooled_labels`; "all": every one with
     labels. `rows` "chosen": the start, the best single organisation, what is pooled, and the final versions; "all":
@@ -58,7 +58,7 @@ class FewLabelConfig(Section):
     per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 16, 64)
     draws: Count = 10
     test_rows: Count = 300
-    steps: Count = 25
+    steps: Count = 40
     batch_size: Count = 16
     rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (1e-3, 5e-3)
     columns: Literal["unseen", "all"] = "unseen"
@@ -70,7 +70,8 @@ class TransferConfig(Section):
     corpora of `unseen`, which no node holds.
 
     Each encoder gets `steps` in each column, at the one of the `rates` that the column's validation part finds best,
-    in each of the `modes`: frozen (the shared parameters stay, and the private ones are trained), and free. `private`
+    in each of the `modes`: frozen (the shared parameters stay, and the private ones are trained), and free. `windows`
+    of the test part are measured, and half as many of the validation part, the same ones for every encoder. `private`
     are settings of the private parts in every column, over those of its node. Where there are labels, at most `classes`
     of them are told apart (of all columns, or by column), drawn by the seed; probes see `probe_rows` rows, and TF-IDF
     `tfidf_rows` (None: all). `pooled_labels` names one more column: the rows of all nodes together, and whose they are
@@ -79,7 +80,8 @@ class TransferConfig(Section):
 
     unseen: dict[Domain, CorpusConfig] = Field(default_factory=dict)
     steps: Count = 100
-    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (3e-3, 1e-2)
+    windows: Annotated[int, Field(ge=2)] = 1280
     modes: tuple[Literal["frozen", "free"], ...] = ("frozen", "free")
     private: dict[str, Any] = Field(default_factory=dict)
     classes: Annotated[int, Field(ge=2)] | dict[Domain, Annotated[int, Field(ge=2)]] = 10
@@ -112,7 +114,8 @@ class TransferConfig(Section):
         return self.model_copy(
             update={
                 "steps": max(2, self.steps // 20),
-                "rates": (self.rates[len(self.rates) // 2],),
+                "rates": self.rates[:1],
+                "windows": min(self.windows, 128),
                 "probe_rows": min(self.probe_rows, 100),
                 "tfidf_rows": min(self.tfidf_rows or 200, 200),
                 "few_labels": few,

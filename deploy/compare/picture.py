@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.compare.transfer import picture as transfer_panel
 from deploy.compare_settings import ALONE, POOLED, POOLED_ALL
 
 #: Okabe & Ito's colours, which the colour-blind tell apart, and a shape for each: no arm is known by its colour alone.
@@ -17,8 +18,17 @@ _GREYS = {POOLED: "#8c8c8c", POOLED_ALL: "#4d4d4d"}
 _ROW_INCHES = 0.25
 
 
-def draw(figures: Mapping[str, Any], arms: Sequence[str], path: Path, *, unit: str, seeds: int) -> None:
-    """Draw the differences of `arms` (columns of `figures`) to the baseline: a row for each domain, and the mean."""
+def draw(
+    figures: Mapping[str, Any],
+    arms: Sequence[str],
+    path: Path,
+    *,
+    unit: str,
+    seeds: int,
+    transfer: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw the differences of `arms` (columns of `figures`) to the baseline: a row for each domain, and the mean. Below
+    it, the panel of `transfer`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +37,14 @@ def draw(figures: Mapping[str, Any], arms: Sequence[str], path: Path, *, unit: s
     rows = [*next(iter(figures.values()))["domains"], "mean"]
     height = 2.6 + _ROW_INCHES * len(rows) * (len(arms) + 1)
     with pyplot.rc_context({"font.size": 16, "font.family": "DejaVu Sans", "axes.axisbelow": True}):
-        figure, axes = pyplot.subplots(figsize=(16, height), layout="constrained")
+        below = transfer_panel.rows_of(transfer) if transfer else []
+        heights = [height, *([2.0 + 0.8 * len(below)] if below else [])]
+        figure, panels = pyplot.subplots(
+            len(heights), figsize=(16, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+        )
+        axes = panels[0, 0]
+        if transfer and below:
+            transfer_panel.draw(transfer, panels[1, 0], unit)
         for row in range(len(rows)):
             if row % 2 == 0:
                 axes.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", zorder=0)

@@ -21,6 +21,7 @@ from deploy.commands.display import number
 from deploy.compare.picture import draw
 from deploy.compare.plan import Comparison, columns
 from deploy.compare.run import Outcome
+from deploy.compare.transfer.report import tables as transfer_tables
 from deploy.compare_settings import ALONE, RANDOM
 
 JSON, HTML, PNG = "report.json", "report.html", "report.png"
@@ -78,11 +79,13 @@ def write_report(
             "choices": outcome.choices,
             "columns": outcome.columns,
             "cells": outcome.facts,
+            "transfer": outcome.transfer,
         }
     )
     write_durably(out / JSON, json.dumps(report, indent=1, allow_nan=False).encode() + b"\n")
     drawn = [name for name, (arm, view) in columns(comparison).items() if name == arm and arm not in (ALONE, RANDOM)]
-    draw(report["columns"], drawn, out / PNG, unit=unit_of(comparison.encoder_type), seeds=len(comparison.seeds))
+    unit, seeds = unit_of(comparison.encoder_type), len(comparison.seeds)
+    draw(report["columns"], drawn, out / PNG, unit=unit, seeds=seeds, transfer=report["transfer"])
     write_durably(out / HTML, _page(report, (out / PNG).read_bytes()).encode())
     return report
 
@@ -142,6 +145,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
             differences,
         ),
         ("chosen by the validation part", ["arm", "rate", "decay", "finishing", "of points"], chosen),
+        *(transfer_tables(report["transfer"], unit) if report["transfer"] else []),
     ]
 
 
@@ -169,6 +173,12 @@ th:first-child, td:first-child { text-align: left } pre { background: #f5f5f5; p
 """
 
 
+_TRANSFER = """<p>Transfer: every encoder enters a column without private parts, gets the same steps there, and the rate
+that the column's validation part finds best. <em>Frozen</em>: the shared parameters stay, and the column's own private
+parts are trained. The <em>best single</em> organisation of a column is the one of the least validation loss, mean over
+the seeds. Few labels: the encoder and a linear classifier are fine-tuned on the same draws as every other row.</p>"""
+
+
 def _page(report: Mapping[str, Any], picture: bytes) -> str:
     """One file that needs nothing else."""
     tables = []
@@ -189,6 +199,7 @@ weights, splits, windows and masks of a seed are the same for every arm.</p>
 <p>An arm's own row is that after the finishing phase. <em>shared</em>: the final version within each node's private
 parts; <em>without private parts</em>: within fresh ones. Gap closed: (alone − arm) / (alone − pooled), where pooling is
 better than alone beyond the interval.</p>
+{_TRANSFER if report["transfer"] else ""}
 <details><summary>Settings and versions</summary><pre>{html.escape(settings)}</pre></details>
 <p>Made by</p><pre>{html.escape(report["command"])}</pre></body></html>
 """

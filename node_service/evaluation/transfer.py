@@ -44,6 +44,7 @@ class TransferBudget:
     inner: InnerOptimizer = field(default_factory=lambda: InnerOptimizer(warmup_steps=20))
     validation_batches: int = 5
     test_batches: int = 10
+    batch_windows: int = 128
 
     def steps_of(self, rows: int, columns: int) -> int:
         """The training steps of a whole table, to be said before it is begun."""
@@ -201,10 +202,13 @@ class Prepared:
 
     def validated(self, model: EncoderModel) -> float:
         """Loss on the validation part; infinite for a model that diverged, so that it is never chosen."""
-        batches = self.budget.validation_batches
-        loss = masked_loss(model, self._validation, batches=batches, device=self._device)
+        loss = self._measured(model, self._validation, self.budget.validation_batches)
         return loss if math.isfinite(loss) else math.inf
 
     def tested(self, model: EncoderModel) -> float:
         """Loss on the test part."""
-        return masked_loss(model, self._test, batches=self.budget.test_batches, device=self._device)
+        return self._measured(model, self._test, self.budget.test_batches)
+
+    def _measured(self, model: EncoderModel, encoded: Any, batches: int) -> float:
+        size = self.budget.batch_windows
+        return masked_loss(model, encoded, batches=batches, size=size, device=self._device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ from node_service.evaluation.transfer import Column, Prepared, TransferBudget
 
 #: Steps in which the rate rises, of a budget that is long enough for so many.
 _WARM_UP = 20
+#: Windows that go through a model at once.
+_BATCH = 128
 #: Labelled rows of a part: samples and their labels.
 Labelled = tuple[Samples, list[str]]
 Part = Literal["train", "test"]
@@ -134,7 +136,7 @@ class TransferBench:
         else:
             yield from tfidf_few_labels(train, test, budget)
 
-    # --- rows and columns ----------------------------------------------------------------------------------------------
+    # --- rows and columns --------------------------------------------------------------------------------------------
 
     def _row(self, cell: TransferCell) -> dict[str, Tensor]:
         """The shared tensors of the cell's encoder."""
@@ -166,7 +168,17 @@ class TransferBench:
         inner = comparison.update.inner.model_copy(
             update={"schedule": "cosine", "warmup_steps": min(_WARM_UP, settings.steps // 5)}
         )
-        budget = TransferBudget(settings.steps, settings.rates, (seed,), settings.modes, inner)
+        size = min(_BATCH, settings.windows // 2)
+        budget = TransferBudget(
+            settings.steps,
+            settings.rates,
+            (seed,),
+            settings.modes,
+            inner,
+            validation_batches=max(1, settings.windows // 2 // size),
+            test_batches=max(1, settings.windows // size),
+            batch_windows=size,
+        )
         return Prepared(
             self._type,
             comparison.architecture,
@@ -216,10 +228,10 @@ def _some(part: Labelled, most: int | None) -> Labelled:
     return taken(samples, rows), [labels[row] for row in rows]
 
 
-def _joined(parts: dict[str, Sequence[Any]]) -> Labelled:
+def _joined(parts: Mapping[str, Samples]) -> Labelled:
     """All rows of several parts, each with its part's name for a label."""
     labels = [name for name, samples in parts.items() for _ in range(len(samples))]
+    joined: Any = [sample for samples in parts.values() for sample in samples]
     if all(isinstance(samples, np.ndarray) for samples in parts.values()):
-        return np.concatenate(list(parts.values())), labels
-    every: Iterable[Any] = (sample for samples in parts.values() for sample in samples)
-    return list(every), labels
+        joined = np.stack(joined)
+    return joined, labels

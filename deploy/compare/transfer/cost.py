@@ -16,10 +16,8 @@ from deploy.compare.transfer.bench import TransferBench
 from deploy.compare.transfer.plan import FEW_LABELS, LOSS, TFIDF, TransferCell, TransferPlan
 from node_service.evaluation.few_labels import taken
 from node_service.evaluation.tfidf import CHOSEN_ON, tfidf_accuracy
-from node_service.evaluation.transfer import TransferBudget
 
-#: Windows of a batch of a measurement of the loss; see `held_out.masked_loss`.
-_WINDOWS = 128
+#: Rows that are timed.
 _ROWS = 64
 #: A choice of C fits this many times all rows: in each of four parts three quarters, for each of three.
 _FITS = 9
@@ -43,9 +41,8 @@ class TransferCost:
         classes, budget = len(self.plan.classes(column.name, cell.seed)), self.plan.few_labels(cell.seed)
         if cell.what == LOSS:
             tried = len(settings.modes) * len(settings.rates)
-            usual = TransferBudget()
-            windows = (tried + 1) * usual.validation_batches + (len(settings.modes) + 1) * usual.test_batches
-            fitting = tried * settings.steps * self.step + windows * _WINDOWS * self.window if column.loss else 0.0
+            windows = (tried + 1) * settings.windows / 2 + (len(settings.modes) + 1) * settings.windows
+            fitting = tried * settings.steps * self.step + windows * self.window if column.loss else 0.0
             probed = settings.probe_rows * 1.5 if column.labels else 0.0
             return fitting + probed * self.features.get(column.name, 0.0)
         if cell.what == FEW_LABELS:

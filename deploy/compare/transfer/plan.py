@@ -23,7 +23,10 @@ from node_service.evaluation.few_labels import FewLabels
 #: What a cell measures: loss and probes of an encoder, an encoder fine-tuned on few labels, and the reference without
 #: an encoder, on the same few labels and on all.
 What = Literal["loss", "few-labels", "tfidf", "tfidf-all"]
-LOSS, FEW_LABELS, TFIDF, TFIDF_ALL = "loss", "few-labels", "tfidf", "tfidf-all"
+LOSS: What = "loss"
+FEW_LABELS: What = "few-labels"
+TFIDF: What = "tfidf"
+TFIDF_ALL: What = "tfidf-all"
 
 #: The row that has no encoder.
 REFERENCE = "TF-IDF"
@@ -50,7 +53,8 @@ class Row:
 @dataclass(frozen=True)
 class Column:
     """A domain: whether a node holds it, whether a loss is measured in it, and the labels that both of its parts have,
-    none where fewer than two. `rows` of its training part, of `length` characters in the mean (0: they are no texts)."""
+    none where fewer than two. Its training part has `rows`, of `length` characters in the mean (0: they are no texts).
+    """
 
     name: str
     seen: bool
@@ -176,8 +180,7 @@ class TransferPlan:
                 found += [
                     self._cell(FEW_LABELS, row, column.name, seed, choices)
                     for row in self.rows
-                    if row.only is None
-                    and (few.rows == "all" or row.arm != ALONE or row.name == best.get(column.name))
+                    if row.only is None and (few.rows == "all" or row.arm != ALONE or row.name == best.get(column.name))
                 ]
         return found
 
@@ -221,6 +224,7 @@ class TransferPlan:
             few.batch_size,
             few.rates,
             first_draw=seeds.index(seed) * each,
+            choosing_draws=1,
         )
 
     def digest(self, cell: TransferCell, content: str) -> str:
@@ -238,7 +242,8 @@ class TransferPlan:
         }
         if cell.what == LOSS:
             inner = plan.update.inner.model_dump(mode="json")
-            on["budget"] = [settings.steps, settings.rates, settings.modes, inner, settings.probe_rows]
+            on["budget"] = [settings.steps, settings.rates, settings.modes, settings.windows, inner]
+            on["probe"] = settings.probe_rows
             on["tested"] = plan.settings.test_documents
         elif cell.what == TFIDF_ALL:
             on["rows"] = [settings.tfidf_rows, self.few_labels(cell.seed).test_rows]

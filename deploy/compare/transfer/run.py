@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from deploy.compare.plan import Point
 from deploy.compare.transfer.bench import TransferBench
 from deploy.compare.transfer.figures import choosing_mode, figures, validations
 from deploy.compare.transfer.plan import TransferCell
 
-
-class Do(Protocol):
-    """Has the cells computed that are not there yet."""
-
-    def __call__(self, cells: Sequence[TransferCell]) -> None: ...
+#: Has the cells computed that are not there yet.
+Do = Callable[[Sequence[TransferCell]], None]
 
 
 def run_transfer(bench: TransferBench, choices: Mapping[tuple[str, str | None], Point], do: Do) -> dict[str, Any]:
