@@ -210,5 +210,4 @@ class Prepared:
         return self._measured(model, self._test, self.budget.test_batches)
 
     def _measured(self, model: EncoderModel, encoded: Any, batches: int) -> float:
-        size = self.budget.batch_windows
-        return masked_loss(model, encoded, batches=batches, size=size, device=self._device)
+        return masked_loss(model, encoded, batches=batches, size=self.budget.batch_windows)

@@ -184,6 +184,7 @@ class TransferBench:
             comparison.architecture,
             Column(name, train, validation, test, spec),
             budget,
+            device=comparison.settings.device,
             advance=self._bench.on_step,
         )
 
