@@ -58,7 +58,7 @@ class FewLabelConfig(Section):
     per_class: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 16, 64)
     draws: Count = 10
     test_rows: Count = 300
-    steps: Count = 40
+    steps: Count = 30
     batch_size: Count = 16
     rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (1e-3, 5e-3)
     columns: Literal["unseen", "all"] = "unseen"

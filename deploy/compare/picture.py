@@ -44,7 +44,7 @@ def draw(
         )
         axes = panels[0, 0]
         if transfer and below:
-            transfer_panel.draw(transfer, panels[1, 0], unit)
+            transfer_panel.draw(transfer, panels[1, 0], unit, heights[1])
         for row in range(len(rows)):
             if row % 2 == 0:
                 axes.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", zorder=0)
@@ -72,7 +72,11 @@ def draw(
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         figure.suptitle("What training together changes, for each organisation", fontsize=22, x=0.02, ha="left")
-        figure.legend(loc="outside lower left", ncols=1 if len(arms) < 3 else 2, frameon=False)
+        ncols = 1 if len(arms) < 3 else 2
+        if below:  # each panel has its own
+            axes.legend(loc="upper left", bbox_to_anchor=(0.0, -1.0 / height), ncols=ncols, frameon=False)
+        else:
+            figure.legend(loc="outside lower left", ncols=ncols, frameon=False)
         bars = "thin: 95 % over held-out documents"
         if seeds > 1:
             bars = f"broad: 95 % over {seeds} seeds; {bars}"

@@ -43,7 +43,9 @@ def read_unseen(
 def _check_unseen(where: str, corpus: Corpus, nodes: Mapping[str, Corpus]) -> None:
     texts = [sample for sample in corpus.test if isinstance(sample, str)]
     for name, node in nodes.items():
-        held = {sample for sample in node.train if isinstance(sample, str)}
+        held = {
+            sample for part in (node.train, node.validation, node.test) for sample in part if isinstance(sample, str)
+        }
         share = sum(text in held for text in texts) / max(1, len(texts))
         if share > _MOST_HELD:
-            raise UserError(f"{where}: node {name!r} trains on {share:.0%} of its test part; leave one of them out")
+            raise UserError(f"{where}: node {name!r} holds {share:.0%} of its test part; leave one of them out")

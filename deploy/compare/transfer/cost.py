@@ -17,8 +17,8 @@ from deploy.compare.transfer.plan import FEW_LABELS, LOSS, TFIDF, TransferCell, 
 from node_service.evaluation.few_labels import taken
 from node_service.evaluation.tfidf import CHOSEN_ON, tfidf_accuracy
 
-#: Rows that are timed.
-_ROWS = 64
+#: Rows that are timed: of an encoder, and of TF-IDF, where few are mostly overhead.
+_ROWS, _REFERENCE_ROWS = 64, 256
 #: A choice of C fits this many times all rows: in each of four parts three quarters, for each of three.
 _FITS = 9
 
@@ -66,13 +66,14 @@ def measured(bench: TransferBench, cost: Cost) -> TransferCost:
         if not column.labels:
             continue
         samples, labels = bench.labelled(column.name, seed, "train")
-        chosen = np.random.default_rng(0).permutation(len(samples))[:_ROWS].tolist()
-        part = taken(samples, chosen), [labels[row] for row in chosen]
-        features[column.name], tuning[column.name] = _encoder(bench, column.name, part[0])
-        if plan.is_text and not character and len(set(part[1])) > 1:
+        chosen = np.random.default_rng(0).permutation(len(samples))[:_REFERENCE_ROWS].tolist()
+        features[column.name], tuning[column.name] = _encoder(bench, column.name, taken(samples, chosen[:_ROWS]))
+        names = [labels[row] for row in chosen]
+        if plan.is_text and not character and len(set(names)) > 1:
+            part = taken(samples, chosen), names
             begun = time.monotonic()
             tfidf_accuracy(part, part)
-            read = len(chosen) * column.length * len(set(part[1])) * (_FITS + 1)
+            read = len(chosen) * column.length * len(set(names)) * (_FITS + 1)
             character = (time.monotonic() - begun) / read
     windows = plan.comparison.settings.look_windows
     return TransferCost(plan, cost.step, cost.look / windows, tuning, features, character)

@@ -23,8 +23,9 @@ def rows_of(found: Mapping[str, Any]) -> list[str]:
     return [*unseen, *([UNSEEN] if len(unseen) > 1 else []), *(name for name, seen in columns.items() if seen)]
 
 
-def draw(found: Mapping[str, Any], axes: Any, unit: str) -> None:
-    """Draw the panel into `axes`: the first final version against the best single organisation of each column."""
+def draw(found: Mapping[str, Any], axes: Any, unit: str, height: float) -> None:
+    """Draw the panel into `axes`, of so many inches: the first final version against the best single organisation of
+    each column."""
     judged, rows, modes = found["judged"][0], rows_of(found), list(found["losses"])
     for row in range(0, len(rows), 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", zorder=0)
@@ -50,8 +51,8 @@ def draw(found: Mapping[str, Any], axes: Any, unit: str) -> None:
     axes.grid(axis="x", color="#cccccc", linewidth=0.8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(f"Transfer: {judged} against the best single organisation", fontsize=18, loc="left")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.set_title(f"Transfer: {judged} against the best single organisation", fontsize=18, loc="left", pad=14)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -1.0 / height), ncols=len(modes), frameon=False)
 
 
 def _named(found: Mapping[str, Any], name: str) -> str:
