@@ -23,7 +23,6 @@ from deploy.commands.display import console, saying
 from deploy.commands.run import check_node_id, load_corpora
 from deploy.compare.cut import dealt, owner
 from deploy.compare.transfer.corpora import read_unseen
-from deploy.compare.transfer.corpora import read_unseen
 from deploy.compare_settings import ALONE, BASELINES, ArmConfig, CompareConfig
 from deploy.config import Config, load_config
 from deploy.logging import configure_logging

@@ -147,21 +147,23 @@ class Prepared:
         self._type, self._architecture, self._device, self._advance = encoder_type, architecture, device, advance
         self.column, self.budget = column, budget
 
-    def _encoded(self, samples: Samples) -> Any:
-        return self._type.build(self._architecture, self.column.spec, 0).encode(samples)
+    @cached_property
+    def _any(self) -> EncoderModel:
+        """One model of the column, to encode samples."""
+        return self._type.build(self._architecture, self.column.spec, 0)
 
     @cached_property
     def _train(self) -> Any:
-        return self._encoded(self.column.train)
+        return self._any.encode(self.column.train)
 
     @cached_property
     def _validation(self) -> Any:
-        return self._encoded(self.column.validation)
+        return self._any.encode(self.column.validation)
 
     @cached_property
     def _test(self) -> Any:
         """Not read before a model is to be tested: until then everything is chosen."""
-        return self._encoded(self.column.test)
+        return self._any.encode(self.column.test)
 
     def scores(self, name: str, row: Row, mode: Mode, seeds: Sequence[int]) -> Iterator[TransferScore]:
         """One row in one mode: each seed at the rate that did best on the validation part for the first."""

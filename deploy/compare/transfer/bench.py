@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from common.encoders import get_encoder_type
@@ -21,8 +23,6 @@ from common.errors import NotProbed
 from deploy.compare.bench import Bench
 from deploy.compare.cells import TRANSFERRED
 from deploy.compare.held_out import bounded, fingerprint
-from deploy.compare.plan import Cell
-from deploy.compare.training import load_state
 from deploy.compare.transfer.plan import (
     AT_ONCE,
     FEW_LABELS,
@@ -47,6 +47,13 @@ Labelled = tuple[Samples, list[str]]
 Part = Literal["train", "test"]
 
 
+def one_thread() -> AbstractContextManager[Any]:
+    """Inside, scikit-learn's arithmetic has one thread, as torch has: cells are computed side by side, and small
+    matrices cost eight times as much where the threads of each wait for one another."""
+    limits: AbstractContextManager[Any] = threadpool_limits(limits=1)
+    return limits
+
+
 class TransferBench:
     """Computes transfer cells beside the cells of `bench`, whose encoders they take."""
 
@@ -56,13 +63,16 @@ class TransferBench:
         self._type = get_encoder_type(bench.comparison.encoder_type)
         # what a column has is the same for every row
         self._column = cache(self._make_column)
-        self._content = cache(self._make_content)
+        self._start = cache(self._make_start)
+        self._places = cache(self._make_places)
+        self.content = cache(self._make_content)
         self.labelled = cache(self._make_labelled)
 
     def do(self, cell: TransferCell) -> None:
         """Compute a cell and keep it."""
         started = time.monotonic()
-        found = self._loss(cell) if cell.what == LOSS else self._scored(cell)
+        with one_thread():
+            found = self._loss(cell) if cell.what == LOSS else self._scored(cell)
         found["seconds"] = round(time.monotonic() - started, 2)
         self._bench.cells.write_plain(TRANSFERRED, cell.name, self._digest(cell), found)
 
@@ -140,17 +150,25 @@ class TransferBench:
 
     def _row(self, cell: TransferCell) -> dict[str, Tensor]:
         """The shared tensors of the cell's encoder."""
-        assert cell.source is not None, "TF-IDF has no encoder"
-        return self._shared(self.plan.row(cell.row).name, cell.source)
+        source, row = cell.source, self.plan.row(cell.row)
+        assert source is not None, "TF-IDF has no encoder"
+        if source.point is None:
+            return self._start(source.seed)
+        result = self._bench.trained(source)
+        assert result is not None, "it was chosen"
+        state = self._bench.cells.states(source.name)[result.models[row.view][row.domain].key or ""]
+        return {name: state[path] for name, path in self._places(row.domain).items()}
 
-    def _shared(self, name: str, source: Cell) -> dict[str, Tensor]:
-        row = self.plan.row(name)
-        model = self._bench.model(row.domain, source.seed)
-        result = self._bench.trained(source) if source.point is not None else None
-        if result is not None:
-            key = result.models[row.view][row.domain].key
-            load_state(model, self._bench.cells.states(source.name)[key or ""], shared_only=True)
+    def _make_start(self, seed: int) -> dict[str, Tensor]:
+        """Version 0."""
+        model = self._bench.model(self.plan.comparison.domains[0], seed)
         return {name: parameter.detach().clone() for name, parameter in model.shared_parameters().items()}
+
+    def _make_places(self, domain: str) -> dict[str, str]:
+        """By their names the shared parameters' places in a domain's model, as its stored states have them."""
+        model = self._bench.model(domain, self.plan.comparison.base_seed)
+        paths = {id(parameter): path for path, parameter in model.named_parameters()}
+        return {name: paths[id(parameter)] for name, parameter in model.shared_parameters().items()}
 
     def _make_column(self, name: str, seed: int) -> Prepared:
         plan, comparison = self.plan, self.plan.comparison
@@ -202,7 +220,7 @@ class TransferBench:
         return _joined({each: _part(self._bench.corpora[each], part)[0] for each in self.plan.comparison.domains})
 
     def _digest(self, cell: TransferCell) -> str:
-        return self.plan.digest(cell, self._content(cell.column))
+        return self.plan.digest(cell, self.content(cell.column))
 
     def _make_content(self, name: str) -> str:
         """The digest of a column's samples and labels."""

@@ -12,7 +12,7 @@ import numpy as np
 from common.encoders.base import Samples
 from common.errors import NotProbed
 from deploy.compare.cost import Cost
-from deploy.compare.transfer.bench import TransferBench
+from deploy.compare.transfer.bench import TransferBench, one_thread
 from deploy.compare.transfer.plan import FEW_LABELS, LOSS, TFIDF, TransferCell, TransferPlan
 from node_service.evaluation.few_labels import taken
 from node_service.evaluation.tfidf import CHOSEN_ON, tfidf_accuracy
@@ -72,7 +72,8 @@ def measured(bench: TransferBench, cost: Cost) -> TransferCost:
         if plan.is_text and not character and len(set(names)) > 1:
             part = taken(samples, chosen), names
             begun = time.monotonic()
-            tfidf_accuracy(part, part)
+            with one_thread():
+                tfidf_accuracy(part, part)
             read = len(chosen) * column.length * len(set(names)) * (_FITS + 1)
             character = (time.monotonic() - begun) / read
     windows = plan.comparison.settings.look_windows

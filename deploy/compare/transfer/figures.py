@@ -38,8 +38,9 @@ def figures(plan: TransferPlan, results: Results) -> dict[str, Any]:
 
     `losses` by mode: by row and column loss and losses by seed; by column the best single organisation (`best_single`);
     by judged row and column the differences to each other row, and to the best single organisation; the same for the
-    mean of the unseen columns. `probes` by row and column. `few_labels` by column and labels a class: by row accuracy,
-    scores by seed and draw; differences of each judged row. `reference`: TF-IDF with all labels, by column.
+    mean of the unseen columns. `probes` by row and column, with the differences of the judged rows. `few_labels` by
+    column and labels a class: by row accuracy, scores by seed and draw; differences of each judged row. `reference`:
+    TF-IDF with all labels, by column.
     """
     modes = (AT_ONCE, *plan.settings.modes)
     single = plan.best_single(validations(plan, results, choosing_mode(plan)))
@@ -130,7 +131,7 @@ def _difference(by_seed: Sequence[float]) -> dict[str, Any]:
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _probes(plan: TransferPlan, results: Results) -> dict[str, dict[str, Any]]:
+def _probes(plan: TransferPlan, results: Results) -> dict[str, Any]:
     """By row and column; without a column where a model could not be probed for some seed."""
     found: dict[str, dict[str, Any]] = {}
     for row in plan.rows:
@@ -148,7 +149,22 @@ def _probes(plan: TransferPlan, results: Results) -> dict[str, dict[str, Any]]:
                     "train_rows": probes[0]["train_rows"],
                     "test_rows": probes[0]["test_rows"],
                 }
-    return found
+    return {"rows": found, "differences": {judged: _probed(found, judged) for judged in plan.versions}}
+
+
+def _probed(rows: Mapping[str, Mapping[str, Any]], judged: str) -> dict[str, Any]:
+    """The differences of a judged row to each other, by column and probe, on the same seeds."""
+    return {
+        column: {
+            which: {
+                row: paired(own["by_seed"][which], by_column[column]["by_seed"][which])
+                for row, by_column in rows.items()
+                if column in by_column
+            }
+            for which in ("linear", "knn")
+        }
+        for column, own in rows.get(judged, {}).items()
+    }
 
 
 def _few_labels(plan: TransferPlan, results: Results, single: Mapping[str, str]) -> dict[str, Any]:

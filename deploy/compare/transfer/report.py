@@ -23,7 +23,7 @@ def tables(found: Mapping[str, Any], unit: str) -> list[Table]:
             made.append(_differences(found, mode, of_mode))
     if found["few_labels"]:
         made.append(_few_labels(found))
-    if found["probes"]:
+    if found["probes"]["rows"]:
         made += [_probes(found, "linear", "linear probe"), _probes(found, "knn", "ten nearest neighbours")]
     return made
 
@@ -103,12 +103,13 @@ def _accuracy(rows: Mapping[str, Any], row: str, single: str | None) -> str:
 
 
 def _probes(found: Mapping[str, Any], which: str, title: str) -> Table:
-    columns = [name for name in found["columns"] if any(name in by_column for by_column in found["probes"].values())]
+    probed = found["probes"]["rows"]
+    columns = [name for name in found["columns"] if any(name in by_column for by_column in probed.values())]
     rows = []
-    for row, by_column in found["probes"].items():
+    for row, by_column in probed.items():
         cells = [number(by_column[name][which]["mean"], 3) if name in by_column else _NONE for name in columns]
         rows.append([row, *cells])
-    first = next(iter(found["probes"].values()))
+    first = next(iter(probed.values()))
     rows.append(
         ["always the most frequent label"]
         + [number(first[name]["majority"]["mean"], 3) if name in first else _NONE for name in columns]

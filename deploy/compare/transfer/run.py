@@ -15,7 +15,8 @@ Do = Callable[[Sequence[TransferCell]], None]
 
 
 def run_transfer(bench: TransferBench, choices: Mapping[tuple[str, str | None], Point], do: Do) -> dict[str, Any]:
-    """All figures; see `figures`. `choices` are the comparison's. Which single organisation is the best in a column is
+    """All figures (see `figures`), the digests of the columns' samples and labels, and as `notes` what could not be
+    measured and why, by cell. `choices` are the comparison's. Which single organisation is the best in a column is
     chosen by validation losses."""
     plan = bench.plan
     losses = plan.loss_cells(choices)
@@ -23,7 +24,12 @@ def run_transfer(bench: TransferBench, choices: Mapping[tuple[str, str | None], 
     best = plan.best_single(validations(plan, _results(bench, losses), choosing_mode(plan)))
     labelled = plan.few_label_cells(choices, best)
     do(labelled)
-    return {**figures(plan, _results(bench, [*losses, *labelled])), "notes": _notes(bench, [*losses, *labelled])}
+    results = _results(bench, [*losses, *labelled])
+    return {
+        **figures(plan, results),
+        "samples_sha256": {column.name: bench.content(column.name) for column in plan.columns},
+        "notes": {cell.name: found["note"] for cell, found in results.items() if "note" in found},
+    }
 
 
 def _results(bench: TransferBench, cells: Sequence[TransferCell]) -> dict[TransferCell, dict[str, Any]]:
@@ -33,8 +39,3 @@ def _results(bench: TransferBench, cells: Sequence[TransferCell]) -> dict[Transf
         assert result is not None, f"{cell.name} was measured"
         found[cell] = result
     return found
-
-
-def _notes(bench: TransferBench, cells: Sequence[TransferCell]) -> dict[str, str]:
-    """What could not be measured, and why, by cell."""
-    return {cell.name: found["note"] for cell, found in _results(bench, cells).items() if "note" in found}

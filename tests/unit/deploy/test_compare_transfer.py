@@ -220,7 +220,7 @@ def test_a_transfer_cell_is_computed_anew_where_what_it_depends_on_changed() -> 
 def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_before_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a cell the test part is encoded once, for three models, after the last look at the validation part."""
+    """In a cell the test part is encoded once, for every model of it, after the last look at the validation part."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     held, looked = corpora(), list[str]()
     validated, tested = Prepared.validated, Prepared.tested
@@ -241,13 +241,15 @@ def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_befor
     reads: dict[str, list[int]] = defaultdict(list)
     order: list[str] = []
     cells = Cells(tmp_path)
-    bench = Bench(comparison(seeds=1, pooled_labels="whose"), held, cells)
+    bench = Bench(
+        comparison(seeds=1, modes=("free",), pooled_labels="whose", few_labels={**FEW, "draws": 1}), held, cells
+    )
 
     def on_cell(task: Task, cell: Cell | TransferCell, kept: bool) -> None:
         order.append(task)
         reads[task].append(sum(corpus.test.read for corpus in held.values()))  # type: ignore[attr-defined]
         if isinstance(cell, TransferCell) and cell.what == LOSS and cell.column != "whose":
-            assert looked == ["validation"] * (2 * 2 + 1) + ["test"] * 3, "two rates in two modes, and at once"
+            assert looked == ["validation"] * (2 + 1) + ["test"] * 2, "two rates, and at once"
         looked.clear()
 
     outcome = run(bench, cells, OneProcess(bench), on_cell)
@@ -262,7 +264,7 @@ def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_befor
         for row, arm in (("random", "random"), ("shared version", "shared"))
     )
     assert random is not None and version is not None
-    assert random["losses"]["frozen"]["loss"] != random["losses"]["free"]["loss"] != version["losses"]["free"]["loss"]
+    assert random["losses"][AT_ONCE]["loss"] != random["losses"]["free"]["loss"] != version["losses"]["free"]["loss"]
     assert set(outcome.transfer["few_labels"]) == {"west", "whose"}
     assert set(outcome.transfer["few_labels"]["west"]["2"]["rows"]) >= {"random", "shared version", REFERENCE}
 
@@ -289,7 +291,6 @@ steps = 2
 rates = [0.01]
 windows = 16
 probe_rows = 12
-pooled_labels = "whose"
 few_labels = { per_class = [2], draws = 2, test_rows = 8, steps = 2, rates = [1e-3] }
 [compare.transfer.unseen.west]
 path = "FOLDER/west.jsonl"
@@ -313,14 +314,13 @@ def config(tmp_path: Path) -> Path:
 
 def test_the_command_measures_transfer_and_goes_on_where_it_was(command: Command, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("compare", "--config", config, "--out", out, "--jobs", 1, "--seeds", 2, "--arms", "random,shared")
+    arguments = ("compare", "--config", config, "--out", out, "--jobs", 1, "--seeds", 2, "--arms", "shared")
     code, printed, err = command(*arguments)
     assert code == 0, err
     assert "of transfer" in err.splitlines()[1], "its cost is said before it begins"
     assert "shared version − best single" in printed and "frozen" in printed and REFERENCE in printed
     transfer = json.loads((out / "report.json").read_text())["transfer"]
     assert transfer["columns"]["west"] == {"seen": False, "loss": True, "labels": 3}
-    assert transfer["columns"]["whose"] == {"seen": True, "loss": False, "labels": 2}
     table = transfer["losses"]["free"]["rows"]
     assert {row: set(by_column) for row, by_column in table.items()} == {
         **{row: {"north", "south", "west"} for row in ("random", "alone north", "alone south", "shared version")},
@@ -330,7 +330,7 @@ def test_the_command_measures_transfer_and_goes_on_where_it_was(command: Command
     difference = transfer["losses"]["free"]["differences"]["shared version"]["west"]["rows"]["random"]
     assert difference["by_seed"] == pytest.approx([b - a for a, b in zip(*by_seed.values(), strict=True)])
     assert difference["low"] is not None and transfer["reference"]["west"]["rows"] > 0
-    assert set(transfer["probes"]["alone north"]) >= {"west", "whose"}
+    assert set(transfer["probes"]["rows"]["alone north"]) >= {"west"}
     page = (out / "report.html").read_text()
     assert "transfer: loss after 2 steps, shared parameters frozen" in page and "west (unseen)" in page
 
@@ -351,7 +351,7 @@ def test_the_command_measures_transfer_and_goes_on_where_it_was(command: Command
     [
         ({"unseen.west": "unseen.north"}, "that is a node's name"),
         ({"west.jsonl": "south.jsonl"}, "node 'south' holds"),
-        ({'"whose"': '"south"'}, "is a node's name"),
+        ({"windows = 16": 'pooled_labels = "south"'}, "is a node's name"),
         ({"windows = 16": "classes = { east = 2 }"}, "no column 'east'"),
         ({"windows = 16": "window = 16"}, "did you mean 'windows'?"),
     ],

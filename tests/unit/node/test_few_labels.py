@@ -110,6 +110,23 @@ def test_the_model_stays_and_the_same_call_gives_the_same_scores_and_other_encod
     assert [score.accuracy for score in first] != [score.accuracy for score in other]
 
 
+@pytest.mark.parametrize("choosing", [None, 1, 2])
+def test_one_draw_chooses_the_rate_for_its_size_or_each_for_itself_and_the_steps_are_those_that_were_said(
+    choosing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[None] = []
+    backward = Hidden.backward
+    monkeypatch.setattr(Hidden, "backward", lambda model, loss: (steps.append(None), backward(model, loss))[1])
+    budget = FewLabels((4, 8), 3, 50, steps=6, rates=(1e-4, 1e-2), first_draw=2, choosing_draws=choosing)
+    scores = list(few_label_accuracy(Hidden(0), crossed(0, 200), crossed(1, 100), budget))
+    assert len(steps) == budget.steps_in_all == 6 * 2 * (3 + 2 * (choosing or 3))
+    assert [(score.per_class, score.seed) for score in scores] == [
+        (size, draw) for size in (4, 8) for draw in (2, 3, 4)
+    ]
+    if choosing is not None:
+        assert all(len({score.rate for score in scores if score.per_class == size}) == 1 for size in (4, 8))
+
+
 def test_no_sample_is_read_beyond_those_of_the_draw() -> None:
     """The rate is chosen within the draw: whatever the other rows hold, the score is the same."""
     (x, labels), test = crossed(0, 200), crossed(1, 100)
