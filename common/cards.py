@@ -47,8 +47,8 @@ _LOADING = {
 
 
 def is_whole(architecture: Mapping[str, Any]) -> bool:
-    """Whether the shared parameters are a whole model: vocabulary, encoder and head."""
-    return architecture.get("shared") == "all"
+    """Whether the export is a whole model: vocabulary, encoder and head, an updated base too."""
+    return architecture.get("shared") in ("all", "lora")
 
 
 def front_matter(

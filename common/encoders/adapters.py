@@ -16,11 +16,16 @@ from torch.nn.functional import embedding
 
 class LowRank(nn.Module):
     """One correction of rank r: `down` (r, in) begins at random, `up` (out, r) as zeros. For an embedding, of (entries,
-    width), `up` has a row for each entry and `down` a column for each dimension."""
+    width), `up` has a row for each entry and `down` a column for each dimension. A given `down` stands still."""
 
-    def __init__(self, rows: int, columns: int, rank: int) -> None:
+    down: Tensor
+
+    def __init__(self, rows: int, columns: int, rank: int, down: Tensor | None = None) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, columns) / math.sqrt(columns))
+        if down is None:
+            self.down = nn.Parameter(torch.randn(rank, columns) / math.sqrt(columns))
+        else:
+            self.register_buffer("down", down, persistent=False)
         self.up = nn.Parameter(torch.zeros(rows, rank))
 
     def matrix(self) -> Tensor:

@@ -24,6 +24,10 @@ Architecture = dict[str, Any]
 #: What nodes need of an encoder beside its architecture, by name (a tokenizer): bytes that travel once.
 Assets = Mapping[str, bytes]
 
+#: Among the assets of an export, by a name that no asset can have: the directory of the base, as the operator of this
+#: machine said. It never travels.
+BASE_DIRECTORY = "base directory"
+
 #: What the private parts depend on besides tensors (a vocabulary, an image shape), as plain JSON; it never travels.
 PrivateSpec = dict[str, Any]
 

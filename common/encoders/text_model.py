@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common.encoders import hugging_face, masked_lm
+from common.encoders import frozen_base, hugging_face, lora, masked_lm
 from common.encoders.adapters import LowRank, Switch, correct, within
 from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
@@ -33,7 +33,8 @@ class TextModel(EncoderModel):
 
     With a shared vocabulary all of it is shared but the decoder's bias, and the private parts are low-rank corrections:
     of the embeddings and within the blocks (the private encoder), and of the decoder, with its bias (the private
-    decoder). Otherwise the trunk is shared, and embeddings and head are private.
+    decoder). With shared = "lora" what is shared is low-rank too, and the network under it a base that stands still.
+    Otherwise the trunk is shared, and embeddings and head are private.
     """
 
     def __init__(self, architecture: Architecture, private: PrivateSpec) -> None:
@@ -45,7 +46,11 @@ class TextModel(EncoderModel):
         self.mask_rate: float = architecture["mask_rate"]
         self.feature_tokens: int = private["feature_tokens"]
         self.network = network_of(architecture, self.entries, self.vocabulary.ids)
-        self._everything = architecture.get("shared", "trunk") == "all"
+        self._everything = architecture.get("shared", "trunk") in ("all", "lora")
+        self.lora: lora.Corrections | None = None
+        if architecture.get("shared") == "lora":
+            frozen_base.put_into(self.network, frozen_base.of_spec(private, architecture))
+            self.lora = lora.Corrections(self.network, architecture)
         self._rest: float = private.get("adapter_rest", 0.0)
         self._switch = Switch()
         self._corrected: dict[str, nn.Module] = {}
@@ -71,6 +76,8 @@ class TextModel(EncoderModel):
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Named as in the masked language model, or with the trunk alone as in its bare encoder."""
         network = self.network
+        if self.lora is not None:
+            return self.lora.shared_parameters()
         if not self._everything:
             return masked_lm.trunk(network.base_model)
         return masked_lm.everything(network)
@@ -117,7 +124,7 @@ class TextModel(EncoderModel):
     @property
     def _shared_moves(self) -> bool:
         """Where the shared parameters stand still, a batch without the private ones would teach nobody anything."""
-        return masked_lm.embeddings(self.network).weight.requires_grad
+        return any(parameter.requires_grad for parameter in self.shared_parameters().values())
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy in nats, mean over the masked positions; 0 if a batch has none (nothing but special tokens).
@@ -134,7 +141,9 @@ class TextModel(EncoderModel):
         finally:
             plain, self._switch.on = not self._switch.on, True
         if plain:
-            logits = logits - masked_lm.decoder(self.network).bias  # as the export has it, which lacks it
+            # as the export has it: without a bias, or with the base's
+            bias = masked_lm.decoder(self.network).bias
+            logits = logits - (bias if self.lora is None else bias - self.lora.bias)
         total = cross_entropy(logits, labels[masked], reduction="sum")
         return total / masked.sum().clamp(min=1)
 
@@ -195,9 +204,13 @@ class TextModel(EncoderModel):
 
     @torch.no_grad()
     def _merged(self) -> Any:
-        if not len(self.adapters):
+        if not len(self.adapters) and self.lora is None:
             return self.network
         network = copy.deepcopy(self.network)
+        if self.lora is not None:
+            self.lora.merge_into(network)
+        if not len(self.adapters):
+            return network
         layer = masked_lm.decoder(network)
         # its bias too: some models keep it beside the decoder, and no longer tie it to that either
         layer.weight, layer.bias = nn.Parameter(layer.weight.clone()), nn.Parameter(layer.bias.clone())
@@ -218,4 +231,5 @@ def network_of(architecture: Architecture, entries: int, ids: dict[str, int | No
 
 def settings_for_model(architecture: Architecture) -> dict[str, Any]:
     """What of an architecture its model's configuration keeps."""
-    return {key: value for key, value in architecture.items() if key not in _NOT_OF_THE_MODEL}
+    whole = lora.plain(architecture) if architecture.get("shared") == "lora" else architecture
+    return {key: value for key, value in whole.items() if key not in _NOT_OF_THE_MODEL}

@@ -12,8 +12,8 @@ from common.encoders.vocabulary import SMALLEST
 #: Whose the vocabulary is: one that everybody uses, or each node's own.
 Vocabulary = Literal["shared", "private"]
 
-#: What travels: embeddings, trunk and head, or the trunk alone.
-Travels = Literal["all", "trunk"]
+#: What travels: embeddings, trunk and head; the trunk alone; or low-rank updates of a base that stays as it is.
+Travels = Literal["all", "trunk", "lora"]
 
 
 class TextTask(EncoderSettings):
@@ -84,13 +84,15 @@ class TextArchitecture(TextTask):
 class TextPrivate(EncoderSettings):
     """A node's own: entries of its vocabulary where each node has its own, and how many tokens of a long text its
     features see. Where the vocabulary is shared: the rank of its adapters (0: none), the share of its batches that are
-    trained without them, and whether the rows of the embeddings may travel."""
+    trained without them, and whether the rows of the embeddings may travel. `base`: the directory of the model that an
+    encoder with shared = "lora" is an update of, where that does not travel."""
 
     vocabulary: int | Literal["bytes"] = 1024  # "bytes": no merges
     feature_tokens: Size = 512
     adapter_rank: Rank = 4
     adapter_rest: Share = 0.5
     share_embeddings: bool = True
+    base: str | None = None
 
     @field_validator("vocabulary", mode="plain")
     @classmethod
