@@ -40,9 +40,10 @@ class EncoderConfig(Section):
 
     `generation`: fresh (from the type's architecture and `seed`) or continue (from `source`: an export or a Hugging
     Face directory). `tokenizer`: where a shared vocabulary comes from, a directory, a file, or the word `bytes`;
-    `reference`: text that the operator has, to train one on. Both are for the encoder type to read. `min_nodes`:
-    training starts once that many nodes have accepted. `license` ("apache-2.0") and `language` ("en") go into the front
-    matter of the encoder's card, and nowhere else.
+    `reference`: text that the operator has, to train one on. `base`: the directory of the model that an encoder with
+    shared = "lora" is an update of. All three are for the encoder type to read. `min_nodes`: training starts once that
+    many nodes have accepted. `license` ("apache-2.0") and `language` ("en") go into the front matter of the encoder's
+    card, and nowhere else.
     """
 
     get: str | None = None
@@ -51,6 +52,7 @@ class EncoderConfig(Section):
     source: Path | None = None
     tokenizer: str | None = None
     reference: Path | None = None
+    base: Path | None = None
     seed: int = 0
     min_nodes: Annotated[int, Field(ge=1)] = 1
     license: CardWord | None = None
@@ -79,6 +81,7 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         source=str(encoder.source) if encoder.source else None,
         tokenizer=encoder.tokenizer,
         reference=str(encoder.reference) if encoder.reference else None,
+        base=str(encoder.base) if encoder.base else None,
         architecture=encoder.architecture,
         seed=encoder.seed,
         license=encoder.license,
@@ -90,7 +93,7 @@ def given(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: St
     """What of `settings` was said explicitly, shaped as a Settings: the fields that the sections were made with."""
     found = {"rule": _explicit(rule), "update_rule": _explicit(update), "stop": _explicit(stop)}
     own = {name: value for name, value in _explicit(encoder).items() if name in Settings.model_fields}
-    for path in own.keys() & {"source", "reference"}:
+    for path in own.keys() & {"source", "reference", "base"}:
         own[path] = str(own[path]) if own[path] else None
     return {name: value for name, value in found.items() if value} | own
 

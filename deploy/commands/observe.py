@@ -167,7 +167,7 @@ def request_encoder(
                 if status is not None and status.status in ("finished", "failed"):
                     observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
                     answer = _answer(observer, timeout)
-        _write_from_stream(broker, topology, answer, out)
+        _write_from_stream(broker, topology, answer, out, load_config(file, flags).encoder.base)
         print(f"written to {out}; open it with transformers.AutoModel.from_pretrained({str(out)!r})")
 
 
@@ -195,12 +195,14 @@ def _answer(observer: Observer, timeout: float) -> Answer:
     raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
 
 
-def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path) -> None:
+def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path, base: Path | None) -> None:
     """Read the finished version and the assets from their streams, where the answer to a get put them, and export it.
+    `base`: where the base of an encoder lies here, if it has one that does not travel.
 
     Raises BrokerUnavailable if they do not come.
     """
     from common.encoders import get_encoder_type
+    from common.encoders.base import BASE_DIRECTORY
     from common.numbers.encodings import decode_vector
     from common.numbers.layout import Layout
     from common.numbers.parameters import ParameterSet
@@ -212,6 +214,8 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
     reader = VersionReader(broker, topology, answer.encoder, layout.digest)
     read = reader.read(answer.version, answer.published_at)
     assets = read_assets(broker, topology, answer.encoder, answer.assets)
+    if base is not None:
+        assets[BASE_DIRECTORY] = str(base).encode()
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))
     whole = cards.is_whole(answer.architecture)
     card = (

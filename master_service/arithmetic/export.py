@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import cards
 from common.encoders import get_encoder_type
+from common.encoders.base import BASE_DIRECTORY
 from common.errors import UserError
 
 # the check is the master's too: it is made when a master is, long before there is anything to export
@@ -30,12 +32,14 @@ def export_encoder(
     note: str = "",
 ) -> Path:
     """Write the encoder into `directory`, replacing the export of another version; `note` goes into its card. Its
-    assets are read from `payloads`.
+    assets are read from `payloads`, and a base that is none from the directory that the settings name.
 
     A failure leaves what was there. Raises UserError for a directory that holds something else or for an asset that is
     not whole, OSError.
     """
     assets = assets_of(encoder.assets, payloads)
+    if settings.base is not None:
+        assets[BASE_DIRECTORY] = settings.base.encode()
     facts = card(encoder, settings, note)
     with replacing(directory, facts) as beside:
         encoder_type = get_encoder_type(encoder.encoder_type)
@@ -67,7 +71,7 @@ def card(encoder: EncoderState, settings: Settings, note: str = "") -> str:
         f"{cards.loading(encoder.encoder_type, whole=whole)}"
         f"{cards.architecture(encoder.architecture)}"
         f"{_training(encoder, settings)}"
-        f"{_limits(whole=whole)}"
+        f"{_limits(encoder.architecture)}"
         f"{_lineage(encoder)}"
     )
 
@@ -125,15 +129,17 @@ def _held_out(encoder: EncoderState) -> str:
     )
 
 
-def _limits(*, whole: bool) -> str:
+def _limits(architecture: Mapping[str, Any]) -> str:
+    shared = architecture.get("shared")
+    bias = "the base's" if shared == "lora" else "zero"
     bring = (
         "It speaks the vocabulary that it was trained with. What is private to each owner, corrections of its matrices "
-        "and the bias of its decoder, is not in it: the bias is zero."
-        if whole
+        f"and the bias of its decoder, is not in it: the bias is {bias}."
+        if cards.is_whole(architecture)
         else "It has no input stem and no head: those are private to each owner, and its reader brings their own."
     )
     # a row moves where its token was in a text that was trained on
-    rows = ", and which rows of the embeddings moved tells which tokens the texts use" if whole else ""
+    rows = ", and which rows of the embeddings moved tells which tokens the texts use" if shared == "all" else ""
     return (
         "## Limits\n\n"
         f"{bring} It has seen what its nodes hold, and nothing else; samples, steps and losses of nodes are what they "

@@ -85,10 +85,10 @@ def generate(state: State, encoder: EncoderState) -> Generate:
 
 
 def sources(settings: Settings) -> dict[str, str]:
-    """What an encoder type may make its assets of, by name. Who goes on from a directory and names no tokenizer means
-    the one in it."""
-    going_on = settings.source if settings.generation == "continue" else None
-    named = {"tokenizer": settings.tokenizer or going_on, "reference": settings.reference}
+    """What an encoder type may make its assets of, by name. Who goes on from a directory, or updates the base in one,
+    and names no tokenizer means the one in it."""
+    going_on = settings.source if settings.generation == "continue" else settings.base
+    named = {"tokenizer": settings.tokenizer or going_on, "reference": settings.reference, "base": settings.base}
     return {name: source for name, source in named.items() if source is not None}
 
 

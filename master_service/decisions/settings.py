@@ -45,7 +45,8 @@ class StopRule(BaseModel):
 class Settings(BaseModel):
     """The settings that the coordinator decides by; in the log, so that replay decides alike.
 
-    `tokenizer` and `reference`: what the operator named for the encoder type to make its assets of, None if nothing.
+    `tokenizer`, `reference` and `base`: what the operator named for the encoder type to make its assets of, None if
+    nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class Settings(BaseModel):
     source: str | None = None
     tokenizer: str | None = None
     reference: str | None = None
+    base: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
     license: CardWord | None = None
@@ -69,7 +71,7 @@ class Settings(BaseModel):
 _CONFIGURED_AS = {"update_rule": "update"} | {
     name: f"encoder.{name}"
     for name in (
-        *("min_nodes", "generation", "source", "tokenizer", "reference", "architecture", "seed"),
+        *("min_nodes", "generation", "source", "tokenizer", "reference", "base", "architecture", "seed"),
         *("license", "language"),
     )
 }

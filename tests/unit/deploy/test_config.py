@@ -63,7 +63,7 @@ def test_f14_what_is_given_is_known_from_file_environment_and_flags(
     file = tmp_path / "run.toml"
     file.write_text(
         '[rule]\npreset = "return-count"\n[update]\nwhen = { seconds = 30 }\n[update.inner]\nlr = 0.005\n'
-        '[encoder]\nsource = "there"\nreference = "a.txt"\nget = "text"\nlicense = "mit"\n'
+        '[encoder]\nsource = "there"\nreference = "a.txt"\nbase = "b"\nget = "text"\nlicense = "mit"\n'
         "[stop.plateau]\npatience = 3\n[master]\nthreads = 2\n"
     )
     monkeypatch.setenv("SHARED_ENCODER_RULE__OUTER__LR", "2")
@@ -78,9 +78,11 @@ def test_f14_what_is_given_is_known_from_file_environment_and_flags(
         "source": "there",
         "tokenizer": "bytes",
         "reference": "a.txt",
+        "base": "b",
         "license": "mit",
     }
     assert (config.settings().tokenizer, config.settings().reference) == ("bytes", "a.txt")
+    assert config.settings().base == "b"
     assert config.settings().license == "mit" and config.settings().language is None
     monkeypatch.delenv("SHARED_ENCODER_RULE__OUTER__LR")
     assert load_config(None, {"stop": {"versions": None}, "rule": {"preset": None}}).given() == {}
