@@ -105,7 +105,7 @@ def located(architecture: Architecture, own: str | None, assets: Assets) -> Priv
         )
     else:
         spec = {"base_directory": str(Path(own).resolve())}
-    of_spec(spec, architecture)
+    of_spec(spec, architecture)  # read here too, so that an instruction which asks for another base is refused
     return spec
 
 
@@ -117,9 +117,10 @@ def of_spec(spec: PrivateSpec, architecture: Architecture) -> dict[str, Tensor]:
         except binascii.Error:
             raise UserError("the base that a node has kept is damaged; remove the encoder's state there") from None
     try:
+        # where it was named at the beginning: a node's later private.base is for the encoders that it begins then
         found = read(Path(str(spec.get("base_directory"))))
     except UserError as error:
-        raise BaseUnusable(str(error)) from None
+        raise BaseUnusable(f"the base of this encoder: {error}") from None
     return _matching(found.tensors, architecture)
 
 

@@ -115,7 +115,7 @@ def modern(bases: dict[str, Path]) -> tuple[Architecture, dict[str, bytes], dict
     return architecture, assets, text.initial(architecture, 0)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_the_mean_of_updates_is_the_mean_of_the_models(
     modern: tuple[Architecture, dict[str, bytes], dict[str, Tensor]], data: st.DataObject
