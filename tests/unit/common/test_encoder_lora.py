@@ -87,6 +87,10 @@ def test_of_every_model_the_update_alone_moves_and_both_exports_have_it_merged(
     train(model)
     after = model.loss(batch)
     assert after < before - 0.1 and all(parameter.any() for parameter in shared.values()), "it learns"
+    was_given, stands = dict(base.named_parameters()), dict(model.network.named_buffers())
+    assert all(torch.equal(stands[name], was_given[name]) for name in was_given.keys() & stands.keys())
+    [bias] = was_given.keys() - stands.keys()
+    assert was_given[bias].shape == (model.entries,) and f"network.{bias}" in private, "alone of the base a node's own"
 
     model.export(tmp_path / "node")
     assert torch.allclose(opened(tmp_path / "node")(**labelled).loss, after, atol=1e-5)
@@ -201,6 +205,24 @@ def test_a_base_that_does_not_travel_is_named_by_each_and_checked_by_its_digest(
     opened(tmp_path / "out")
 
 
+def test_a_model_that_was_on_another_device_exports_as_one_that_was_not(tmp_path: Path, bases: dict[str, Path]) -> None:
+    architecture, assets = on(bases["bert"])
+    spec = text.fit_private(TEXTS, architecture, {"adapter_rank": 0}, assets)
+    model = text.build(architecture, spec, 0)
+    train(model, 2)
+    batch = held_out(model)
+    before = model.loss(batch)
+    # converting copies every tensor, as moving to a GPU does: the tie of frozen embeddings is two tensors from then on
+    model.to(torch.float64).to(torch.float32)
+    assert masked_lm.decoder(model.network).weight is not masked_lm.embeddings(model.network).weight
+    assert torch.equal(model.loss(batch), before)
+    model.export(tmp_path)
+    export = opened(tmp_path)
+    assert export.get_output_embeddings().weight is export.get_input_embeddings().weight
+    assert torch.allclose(export(input_ids=batch["input_ids"], labels=batch["labels"]).loss, before, atol=1e-5)
+    assert list(model.lora.shared_parameters()) == list(text.initial(architecture, 0)), "the export was made of a copy"
+
+
 def moved(model: TextModel) -> dict[str, Tensor]:
     return {name: torch.ones_like(parameter) for name, parameter in model.shared_parameters().items()}
 
@@ -209,7 +231,7 @@ def test_a_base_that_came_is_read_within_bounds_and_checked(bases: dict[str, Pat
     architecture, assets = on(bases["bert"])
     words, whole = {TOKENIZER: assets[TOKENIZER]}, assets[frozen_base.ASSET]
     other = on(bases["roberta"])[1][frozen_base.ASSET]
-    for given_assets, said in [
+    for came, said in [
         (words, "its base.safetensors did not come"),
         ({**words, frozen_base.ASSET: b"\x80\x04K\x01."}, "does not open"),
         ({**words, frozen_base.ASSET: (1 << 62).to_bytes(8, "little") + whole[8:]}, "does not open"),
@@ -218,7 +240,7 @@ def test_a_base_that_came_is_read_within_bounds_and_checked(bases: dict[str, Pat
         ({**words, frozen_base.ASSET: whole[:-4] + b"\x00\x00\x80\x3f"}, architecture["base_digest"]),
         ({**words, frozen_base.ASSET: other}, architecture["base_digest"]),
     ]:
-        assert said in refusal(lambda each=given_assets: text.fit_private(TEXTS, architecture, {}, each))
+        assert said in refusal(lambda each=came: text.fit_private(TEXTS, architecture, {}, each))
     # a digest that is right for numbers that are not the architecture's
     spec = text.fit_private(TEXTS, {**architecture, "intermediate_size": 25}, {}, assets)
     assert "differs" in refusal(lambda: text.build({**architecture, "intermediate_size": 25}, spec, 0))
