@@ -11,6 +11,7 @@ SharedEncoderError
 ├── InternalError      a bug that has ended a thread of ours: the log has the trace, the party ends
 ├── LockHeld           somebody else holds the name
 ├── Damaged            what is on disk is not what was written there
+├── WordsNeeded        an encoder type makes its assets of words that nodes contribute
 ├── NotProbed          these samples and this model allow no probe
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
     ├── AccessRefused       wrong account or password, or no permission at the broker
@@ -93,6 +94,10 @@ class InternalError(SharedEncoderError):
 
 class LockHeld(SharedEncoderError):
     """Another process holds the lock of this name at the broker."""
+
+
+class WordsNeeded(SharedEncoderError):
+    """An encoder type can make its assets once it has the words that nodes contribute: the source `words`."""
 
 
 class NotProbed(SharedEncoderError, ValueError):

@@ -104,7 +104,10 @@ class EncoderType(Protocol):
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
         """What nodes need beside the architecture, made from what the operator named (`sources`: paths and words, by
-        name), and the architecture completed by what that says. Raises UserError for a source that does not serve."""
+        name), and the architecture completed by what that says. Raises UserError for a source that does not serve.
+
+        A type that makes them of words which nodes contribute raises WordsNeeded as long as there is no source `words`:
+        a JSON object, the number of documents of all nodes by word; empty if nobody contributed."""
 
     def initial(self, architecture: Architecture, seed: int) -> dict[str, Tensor]:
         """The shared encoder's float32 tensors at version 0, in layout order; the same for the same seed."""

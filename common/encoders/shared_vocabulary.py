@@ -1,17 +1,19 @@
 """The vocabulary that everybody uses: a tokenizer of the operator's, one trained on a text that the operator has, plain
-bytes, or the one that lies here. It travels once, as an asset of the encoder."""
+bytes, or the one that lies here; or one made of words that nodes contribute. It travels once, as an asset of the
+encoder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from common.encoders import hugging_face
+from common.encoders import hugging_face, words
 from common.encoders.vocabulary import OWN_TOKENS, SMALLEST, Vocabulary, train_vocabulary
-from common.errors import UserError
+from common.errors import UserError, WordsNeeded
 from common.text_files import SUFFIXES, read_texts
 
 #: The asset's name.
@@ -36,6 +38,29 @@ def make(sources: Mapping[str, str], entries: int) -> Vocabulary:
     if sources["tokenizer"] == "bytes":
         return Vocabulary(train_vocabulary([" "], SMALLEST), OWN_TOKENS)
     return read(Path(sources["tokenizer"]))
+
+
+def agreed(sources: Mapping[str, str], entries: int) -> Vocabulary:
+    """The vocabulary of at most `entries` entries that the source `words` leads to; the same for the same counts. Where
+    a `tokenizer` is named, that one: it was agreed on before.
+
+    Raises WordsNeeded where neither is there, UserError where no words came, and for a `reference`.
+    """
+    if "tokenizer" in sources:
+        return make(sources, entries)
+    if "reference" in sources:
+        raise UserError(
+            'encoder.reference is for vocabulary = "shared"; an agreed one is made of nodes\' words: leave it out'
+        )
+    if words.SOURCE not in sources:
+        raise WordsNeeded("the vocabulary is made of words that nodes contribute")
+    counts = json.loads(sources[words.SOURCE])
+    if not counts:
+        raise UserError(
+            "no node contributed a word to the agreed vocabulary; set private.contribute_words = true on nodes whose "
+            'owners agree (and a lower private.min_documents for a small corpus), or take vocabulary = "shared"'
+        )
+    return trained(words.training_text(counts), entries)
 
 
 def read(place: Path) -> Vocabulary:

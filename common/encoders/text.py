@@ -95,20 +95,24 @@ class TextEncoderType:
         return architecture, {name: tensor.detach().clone() for name, tensor in shared.items()}
 
     def assets(self, architecture: Architecture, sources: Mapping[str, str]) -> tuple[Architecture, dict[str, bytes]]:
-        """The shared vocabulary, from the sources `tokenizer` or `reference` (see `shared_vocabulary.make`); none where
-        each node has its own. The architecture gets `vocab_size` and `tokens`, its special tokens by what they are for.
-        With shared = "lora" the base too, from the source `base`, if it travels.
+        """The shared vocabulary, from the sources `tokenizer` or `reference` (see `shared_vocabulary.make`), or `words`
+        for an agreed one (see `shared_vocabulary.agreed`); none where each node has its own. The architecture gets
+        `vocab_size` and `tokens`, its special tokens by what they are for. With shared = "lora" the base too, from the
+        source `base`, if it travels.
 
-        Raises UserError for a source that is none, and for a vocabulary that is larger than the model's embeddings.
+        Raises WordsNeeded where an agreed one is to be made and there are none, UserError for a source that does not
+        serve, and for a vocabulary that is larger than the model's embeddings.
         """
         base: dict[str, bytes] = {}
+        whose = architecture.get("vocabulary", "private")
         if architecture.get("shared") == "lora":
             architecture, base = self._on_base(architecture, sources)
         elif "base" in sources:
             raise UserError('encoder.base is the base of an encoder with shared = "lora"; say so, or leave it out')
-        if architecture.get("vocabulary", "private") == "private":
+        if whose == "private":
             return architecture, {}
-        found = shared_vocabulary.make(sources, architecture["entries"])
+        make = shared_vocabulary.agreed if whose == "agreed" else shared_vocabulary.make
+        found = make(sources, architecture["entries"])
         rows = architecture.get("vocab_size", found.entries)
         if rows < found.entries:
             raise UserError(

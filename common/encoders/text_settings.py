@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.encoders.settings import LARGEST, Activation, EncoderSettings, Positive, Rank, Share, Size
 from common.encoders.vocabulary import SMALLEST
 
-#: Whose the vocabulary is: one that everybody uses, or each node's own.
-Vocabulary = Literal["shared", "private"]
+#: Whose the vocabulary is: one that everybody uses, from the operator ("shared") or made of words that nodes contribute
+#: ("agreed"), or each node's own.
+Vocabulary = Literal["shared", "agreed", "private"]
 
 #: What travels: embeddings, trunk and head; the trunk alone; or low-rank updates of a base that stays as it is.
 Travels = Literal["all", "trunk", "lora"]
@@ -34,7 +35,7 @@ class TextTask(EncoderSettings):
         if self.vocabulary == "private" and self.shared not in (None, "trunk"):
             raise ValueError(
                 f'vocabulary "private" shares the trunk alone, and shared says {self.shared!r}; leave shared out, or '
-                'take vocabulary = "shared"'
+                'take vocabulary = "shared" or "agreed"'
             )
         if self.entries < SMALLEST:
             raise ValueError(f"entries: input should be a whole number from {SMALLEST} to {LARGEST:,}")
@@ -42,7 +43,7 @@ class TextTask(EncoderSettings):
 
     @property
     def travels(self) -> Travels:
-        return self.shared or ("all" if self.vocabulary == "shared" else "trunk")
+        return self.shared or ("trunk" if self.vocabulary == "private" else "all")
 
 
 class TextArchitecture(TextTask):
@@ -84,8 +85,9 @@ class TextArchitecture(TextTask):
 class TextPrivate(EncoderSettings):
     """A node's own: entries of its vocabulary where each node has its own, and how many tokens of a long text its
     features see. Where the vocabulary is shared: the rank of its adapters (0: none), the share of its batches that are
-    trained without them, and whether the rows of the embeddings may travel. `base`: the directory of the model that an
-    encoder with shared = "lora" is an update of, where that does not travel."""
+    trained without them, and whether the rows of the embeddings may travel. Where it is an agreed one: whether the node
+    contributes words, of those that are in at least `min_documents` of its training documents. `base`: the directory of
+    the model that an encoder with shared = "lora" is an update of, where that does not travel."""
 
     vocabulary: int | Literal["bytes"] = 1024  # "bytes": no merges
     feature_tokens: Size = 512
@@ -93,6 +95,8 @@ class TextPrivate(EncoderSettings):
     adapter_rest: Share = 0.5
     share_embeddings: bool = True
     base: str | None = None
+    contribute_words: bool = False
+    min_documents: Annotated[int, Field(ge=2, le=LARGEST)] = 10
 
     @field_validator("vocabulary", mode="plain")
     @classmethod

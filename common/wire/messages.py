@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from common.numbers.slicing import EncodingName
 from common.wire.topology import MIB
@@ -77,6 +77,13 @@ class AssetEntry(BaseModel):
 
 AssetEntries = Annotated[list[AssetEntry], Field(max_length=MAX_ASSETS, fail_fast=True)]
 
+#: What a node may contribute to a vocabulary: at most so many words, none longer than so many characters, and so many
+#: bytes of UTF-8 in all; with what msgpack adds to each, the message stays below 1 MiB.
+MAX_WORDS = 20_000
+MAX_WORD_LENGTH = 64
+MAX_WORD_BYTES = 700 << 10
+Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH, pattern=r"^[^\s\p{Cc}]+$")]
+
 
 class Message(BaseModel):
     """What all messages share."""
@@ -138,6 +145,29 @@ class FetchAssets(NodeMessage):
 
     kind: Literal["request.assets"] = "request.assets"
     encoder: Id
+
+
+class Words(NodeMessage):
+    """The answer to WordsWanted: words of a node's training samples, and in how many of its `documents` each is, never
+    less than `min_documents`. None at all from a node that takes part without contributing."""
+
+    kind: Literal["request.words"] = "request.words"
+    encoder: Id
+    documents: Count = 0
+    min_documents: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 2
+    words: Annotated[list[tuple[Word, Count]], Field(max_length=MAX_WORDS, fail_fast=True)] = Field(
+        default_factory=list
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Words:
+        if sum(len(word.encode()) for word, _ in self.words) > MAX_WORD_BYTES:
+            raise ValueError(f"words of more than {MAX_WORD_BYTES} bytes")
+        if len({word for word, _ in self.words}) < len(self.words):
+            raise ValueError("a word is there twice")
+        if any(not self.min_documents <= count <= self.documents for _, count in self.words):
+            raise ValueError("a word is in fewer documents than it must be, or in more than there are")
+        return self
 
 
 class Finished(NodeMessage):
@@ -266,6 +296,15 @@ class Instruction(Message):
     layout: LayoutEntries
     layout_digest: Digest
     assets: AssetEntries = Field(default_factory=list)
+
+
+class WordsWanted(Message):
+    """A vocabulary for this encoder is to be made of words that nodes of its type contribute; every node answers with
+    Words, one that contributes nothing too."""
+
+    kind: Literal["words-wanted"] = "words-wanted"
+    encoder: Id
+    encoder_type: Id
 
 
 class ReturnWhen(BaseModel):
@@ -541,6 +580,7 @@ ToMaster = (
     | Continue
     | Fetch
     | FetchAssets
+    | Words
     | Finished
     | Leave
     | Alive
@@ -552,6 +592,7 @@ ToMaster = (
 )
 ToNode = (
     Instruction
+    | WordsWanted
     | Rule
     | Receipt
     | Resend
