@@ -12,7 +12,7 @@ from common.numbers.slicing import EncodingName
 from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
 from master_service.decisions.rules.model import aggregation_rule
-from master_service.decisions.settings import DEFAULT_VERSIONS, CardWord, Settings, StopRule
+from master_service.decisions.settings import DEFAULT_VERSIONS, CardWord, Settings, StopRule, WordsRule
 
 
 class MasterConfig(Section):
@@ -41,9 +41,9 @@ class EncoderConfig(Section):
     `generation`: fresh (from the type's architecture and `seed`) or continue (from `source`: an export or a Hugging
     Face directory). `tokenizer`: where a shared vocabulary comes from, a directory, a file, or the word `bytes`;
     `reference`: text that the operator has, to train one on. `base`: the directory of the model that an encoder with
-    shared = "lora" is an update of. All three are for the encoder type to read. `min_nodes`: training starts once that
-    many nodes have accepted. `license` ("apache-2.0") and `language` ("en") go into the front matter of the encoder's
-    card, and nowhere else.
+    shared = "lora" is an update of. All three are for the encoder type to read. `words`: how long words are gathered
+    from nodes, where the vocabulary is an agreed one. `min_nodes`: training starts once that many nodes have accepted.
+    `license` ("apache-2.0") and `language` ("en") go into the front matter of the encoder's card, and nowhere else.
     """
 
     get: str | None = None
@@ -53,6 +53,7 @@ class EncoderConfig(Section):
     tokenizer: str | None = None
     reference: Path | None = None
     base: Path | None = None
+    words: WordsRule = WordsRule()
     seed: int = 0
     min_nodes: Annotated[int, Field(ge=1)] = 1
     license: CardWord | None = None
@@ -82,6 +83,7 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         tokenizer=encoder.tokenizer,
         reference=str(encoder.reference) if encoder.reference else None,
         base=str(encoder.base) if encoder.base else None,
+        words=encoder.words,
         architecture=encoder.architecture,
         seed=encoder.seed,
         license=encoder.license,

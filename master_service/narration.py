@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest, update_id
+from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest, Words, update_id
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Provide, Publish, Send
-from master_service.decisions.records import Entry, Generated, GenerationFailed, Presence, Started, Versioned
+from master_service.decisions.records import Entry, Gathering, Generated, GenerationFailed, Presence, Started, Versioned
 
 #: A few fixed words, and the facts by name.
 Event = tuple[str, dict[str, Any]]
@@ -35,6 +35,10 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
             yield "stop requested", {"sender": body.sender, "encoder": body.encoder}
         case Started():
             yield "master started", {"epoch": body.epoch}
+        case Gathering():
+            yield "words wanted", {"encoder": body.encoder}
+        case Words():
+            yield "words contributed", {"node": body.node, "encoder": body.encoder, "words": len(body.words)}
         case Generated():
             yield "encoder generated", {"encoder": body.encoder, "version": 0}
         case GenerationFailed():

@@ -84,7 +84,7 @@ class EncoderReport(_Part):
     """One shared encoder being made."""
 
     type: str = ""
-    status: str = Field("", description="generating, running, finished or failed")
+    status: str = Field("", description="generating, gathering (words of nodes), running, finished or failed")
     reason: str = Field("", description="why the training ended")
     version: int = Field(0, description="the current version")
     digest: str = Field("", description="SHA-256 of the current version, hexadecimal")

@@ -81,6 +81,8 @@ def gist(row: Row) -> str:
             return f"version {body['version']}  {body['digest'][:16]}"
         case "provided":
             return f"{body['name']}  {body['digest'][:16]}, {size(body['size'])}"
+        case "request.words":
+            return f"{len(body['words']):,} words of {body['documents']:,} documents" if body["words"] else "none"
         case "generated":
             return f"version 0  {body['digest'][:16]}, {len(body['layout'])} tensors"
         case "ack":

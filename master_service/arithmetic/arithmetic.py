@@ -11,7 +11,7 @@ from common.errors import SharedEncoderError
 from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName
 from master_service.decisions.effects import Generate, Step
-from master_service.decisions.records import Generated, GenerationFailed, Provided, StepFailed, Versioned
+from master_service.decisions.records import Gathering, Generated, GenerationFailed, Provided, StepFailed, Versioned
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
 
@@ -38,7 +38,7 @@ class Outcome:
     """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes, an asset
     with its own."""
 
-    body: Versioned | StepFailed | Provided | Generated | GenerationFailed
+    body: Versioned | StepFailed | Gathering | Provided | Generated | GenerationFailed
     payload: bytes | None = None
 
 
@@ -58,7 +58,8 @@ class Arithmetic(Protocol):
         """(finite, L2 norm) of an encoded vector of `size` elements; (False, 0) if its length does not fit."""
 
     def generated(self, effect: Generate) -> list[Outcome]:
-        """Make version 0 of an encoder: its assets first, then the encoder itself; or why it cannot be made."""
+        """Make version 0 of an encoder: its assets first, then the encoder itself; or that it is made of words
+        that are to be gathered, or why it cannot be made."""
 
     def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
         """The current version, slice by slice, as it is published."""

@@ -16,15 +16,15 @@ import structlog
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from common.encoders import get_encoder_type
-from common.errors import UserError
+from common.encoders import get_encoder_type, words
+from common.errors import UserError, WordsNeeded
 from common.numbers.parameters import ParameterSet
 from common.wire.assets import asset_entry
 from common.wire.messages import MAX_ASSET_BYTES, MAX_ASSETS, AssetName
 from common.wire.topology import MIB
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate
-from master_service.decisions.records import Generated, GenerationFailed, Provided
+from master_service.decisions.records import Gathering, Generated, GenerationFailed, Provided
 
 log = structlog.get_logger()
 
@@ -41,11 +41,14 @@ class Made:
 
 
 def generated(effect: Generate) -> list[Outcome]:
-    """Make an encoder: a Provided record for each asset, in the order of their names, then the Generated; or a
-    GenerationFailed alone."""
+    """Make an encoder: a Provided record for each asset, in the order of their names, then the Generated; or alone a
+    Gathering, if its type wants words that were not asked for yet, or a GenerationFailed."""
     log.info("making the encoder", encoder=effect.encoder, generation=effect.generation)
     try:
         made = generate(effect)
+    except WordsNeeded:
+        log.info("the encoder is made of words that nodes contribute; asking for them", encoder=effect.encoder)
+        return [Outcome(Gathering(encoder=effect.encoder))]
     except UserError as error:
         log.error("the encoder could not be made", encoder=effect.encoder, problem=str(error))
         return [Outcome(GenerationFailed(encoder=effect.encoder, reason=str(error)))]
@@ -67,9 +70,14 @@ def generated(effect: Generate) -> list[Outcome]:
 
 def generate(effect: Generate) -> Made:
     """fresh: from the type's architecture and seed; continue: from an export or a Hugging Face directory. Raises
-    UserError for a type, an architecture, a source or a directory that does not work out."""
+    UserError for a type, an architecture, a source or a directory that does not work out, WordsNeeded if words of nodes
+    are to be gathered first."""
     try:
         return _generate(effect)
+    except WordsNeeded as error:
+        if effect.gathered is None:
+            raise
+        raise UserError(f"type {effect.encoder_type} asks for words again that came ({error}); mend it") from None
     except (OSError, RuntimeError, MemoryError, OverflowError, ValueError, TypeError) as error:
         # whatever somebody asked for that is too large, does not fit together or cannot be read
         words = (str(error) or type(error).__name__).splitlines()[0]
@@ -78,14 +86,17 @@ def generate(effect: Generate) -> Made:
 
 def _generate(effect: Generate) -> Made:
     encoder_type = get_encoder_type(effect.encoder_type)
+    named = dict(effect.sources)
+    if effect.gathered is not None:
+        named[words.SOURCE] = words.written(effect.gathered)
     if effect.generation == "continue":
         if effect.source is None:
             raise UserError("generation 'continue' needs encoder.source: the directory of an exported encoder")
         architecture, tensors = encoder_type.architecture_of(Path(effect.source), effect.architecture)
-        architecture, assets = encoder_type.assets(architecture, effect.sources)
+        architecture, assets = encoder_type.assets(architecture, named)
     else:
         architecture = encoder_type.architecture(effect.architecture)
-        architecture, assets = encoder_type.assets(architecture, effect.sources)
+        architecture, assets = encoder_type.assets(architecture, named)
         tensors = encoder_type.initial(architecture, effect.seed)
     check_assets(effect.encoder_type, assets)
     parameters = ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})

@@ -18,8 +18,9 @@ from common.wire.messages import (
     Leave,
     Stop,
     UpdateManifest,
+    Words,
 )
-from master_service.decisions import membership, requests, streams, tally
+from master_service.decisions import gathering, membership, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -35,6 +36,7 @@ from master_service.decisions.messages_out import finish, instruction, notify, p
 from master_service.decisions.records import (
     Configured,
     Entry,
+    Gathering,
     Generated,
     GenerationFailed,
     Presence,
@@ -88,6 +90,8 @@ class Coordinator:
                 return membership.fetch(self.state, body, at)
             case FetchAssets():
                 return membership.fetch_assets(self.state, body, at)
+            case Words():
+                return gathering.contributed(self.state, body, at)
             case Finished():
                 return streams.finished(self.state, body, at)
             case Leave():
@@ -98,6 +102,8 @@ class Coordinator:
                 return requests.get(self.state, entry, body)
             case Continue():
                 return requests.go_on(self.state, body, at)
+            case Gathering():
+                return gathering.begin(self.state, body, at)
             case Provided():
                 return requests.provided(self.state, body)
             case Generated():
@@ -109,7 +115,7 @@ class Coordinator:
                 return self._stop(body, at)
             case Tick():
                 encoders = self.state.encoders.values()
-                return [
+                return gathering.look(self.state, at) + [
                     effect
                     for encoder in encoders
                     for effect in (*self._advance(encoder, at), *streams.release(encoder, at))
@@ -132,6 +138,8 @@ class Coordinator:
         for encoder in self.state.encoders.values():
             if (release_at := streams.release_at(encoder)) is not None:
                 due.append(release_at)
+            if encoder.status == "gathering":
+                due.append(encoder.gathering_until)
             if encoder.status != "running":
                 continue
             if encoder.buffer:
@@ -155,7 +163,8 @@ class Coordinator:
         return [requests.generate(self.state, each) for each in encoders if each.status == "generating"]
 
     def _restate(self, at: float) -> list[Effect]:
-        """What a master that starts again tells everybody: the newest versions and the running instructions."""
+        """What a master that starts again tells everybody: the newest versions, the running instructions, what it asks
+        for."""
         effects: list[Effect] = []
         for encoder in self.state.encoders.values():
             if encoder.status == "running":
@@ -163,6 +172,8 @@ class Coordinator:
                     publish(self.state.settings, encoder, at),
                     Broadcast(encoder.encoder_type, instruction(encoder)),
                 ]
+            elif encoder.status == "gathering":
+                effects += gathering.ask_again(self.state, encoder, at)
         return effects
 
     def _stop(self, stop: Stop, at: float) -> list[Effect]:
@@ -171,6 +182,9 @@ class Coordinator:
             if stop.encoder in (None, encoder.encoder) and encoder.status in ("running", "generating"):
                 encoder.stop_requested = f"stopped by {stop.sender}"
                 effects += self._advance(encoder, at)
+            elif stop.encoder in (None, encoder.encoder) and encoder.status == "gathering":
+                why = GenerationFailed(encoder=encoder.encoder, reason=f"stopped by {stop.sender}")
+                effects += requests.generation_failed(self.state, why)
         return effects
 
     # --- updates and versions ----------------------------------------------------------------------------------------

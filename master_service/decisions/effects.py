@@ -28,8 +28,10 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Make version 0 of an encoder, and its assets; answered by a Provided entry for each asset and a Generated one, or
-    by a GenerationFailed entry. `sources`: what the operator named for the assets, by name; paths and words."""
+    """Make version 0 of an encoder, and its assets; answered by a Provided entry for each asset and a Generated one, by
+    a GenerationFailed entry, or, as long as no words were gathered, by a Gathering one. `sources`: what the operator
+    named for the assets, by name; paths and words. `gathered`: the words that nodes contributed, and in how many of
+    their documents each occurs."""
 
     encoder: str
     encoder_type: str
@@ -38,6 +40,7 @@ class Generate:
     source: str | None
     seed: int
     sources: dict[str, str] = field(default_factory=dict)
+    gathered: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

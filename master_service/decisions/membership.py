@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.wire.messages import Fetch, FetchAssets, InstructionAck, Introduce, Join, Leave, Rule
-from master_service.decisions import streams
+from master_service.decisions import gathering, streams
 from master_service.decisions.effects import Effect, Send
 from master_service.decisions.messages_out import instruction, notify, provide_again, publish, publish_again
 from master_service.decisions.records import Presence
@@ -21,9 +21,9 @@ Advance = Callable[[EncoderState, float], list[Effect]]
 
 
 def join(state: State, body: Join) -> list[Effect]:
-    """A node introduces itself, and is told what is running for it."""
+    """A node introduces itself, is told what is running for it, and asked for words if some are being gathered."""
     state.nodes[body.node] = NodeState(node=body.node, incarnation=body.incarnation, types=body.types)
-    return [
+    return gathering.ask(state, body.node) + [
         Send(body.node, instruction(encoder))
         for encoder in state.encoders.values()
         if encoder.status == "running" and encoder.encoder_type in body.types
@@ -70,7 +70,7 @@ def leave(state: State, body: Leave, at: float, advance: Advance) -> list[Effect
                 member.accepted = False
             effects += advance(encoder, at)
         effects += streams.gone(encoder, body.node, at)
-    return effects
+    return effects + gathering.look(state, at)
 
 
 def presence(state: State, body: Presence, at: float, advance: Advance) -> list[Effect]:
@@ -88,7 +88,7 @@ def presence(state: State, body: Presence, at: float, advance: Advance) -> list[
             effects += _begin(state, encoder, at) + advance(encoder, at)
             if not body.present:
                 effects += streams.gone(encoder, body.node, at)
-    return effects
+    return effects + gathering.look(state, at)
 
 
 def fetch(state: State, body: Fetch, at: float) -> list[Effect]:

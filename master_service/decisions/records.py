@@ -29,6 +29,7 @@ from common.wire.messages import (
     Message,
     Stop,
     UpdateManifest,
+    Words,
 )
 from master_service.decisions.settings import Settings
 
@@ -62,6 +63,13 @@ class Provided(Message):
     def entry(self) -> AssetEntry:
         """As nodes are told of it."""
         return AssetEntry(name=self.name, digest=self.digest, size=self.size)
+
+
+class Gathering(Message):
+    """The encoder type makes its assets of words that nodes contribute: they are asked for."""
+
+    kind: Literal["gathering"] = "gathering"
+    encoder: Id
 
 
 class Generated(Message):
@@ -142,6 +150,7 @@ class Tick(Message):
 Record = (
     Configured
     | Started
+    | Gathering
     | Provided
     | Generated
     | GenerationFailed
@@ -153,7 +162,7 @@ Record = (
     | Tick
 )
 #: What nodes and observers say that is decided upon.
-Said = Join | Get | Continue | Fetch | FetchAssets | Finished | Leave | Stop | InstructionAck | UpdateManifest
+Said = Join | Get | Continue | Fetch | FetchAssets | Words | Finished | Leave | Stop | InstructionAck | UpdateManifest
 Loggable = Said | Record
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 

@@ -27,9 +27,9 @@ def get(state: State, entry: Entry, request: Get) -> list[Effect]:
     ]
     running = next((encoder for encoder in same if encoder.status != "finished"), None)
     if running is not None:
-        if running.status == "generating":
+        if running.status in ("generating", "gathering"):
             running.askers.append(request.sender)
-            return []
+            return [Send(request.sender, answer(running))] if running.status == "gathering" else []
         return [Send(request.sender, answer(running))]
     if same and not request.fresh:
         same[-1].observed = True
@@ -71,7 +71,7 @@ def go_on(state: State, request: Continue, at: float) -> list[Effect]:
 
 
 def generate(state: State, encoder: EncoderState) -> Generate:
-    """The order to make version 0."""
+    """The order to make version 0, of the words that were gathered if any were asked for."""
     settings = state.settings
     return Generate(
         encoder.encoder,
@@ -81,6 +81,7 @@ def generate(state: State, encoder: EncoderState) -> Generate:
         settings.source,
         settings.seed,
         sources(settings),
+        None if encoder.gathered is None else dict(encoder.gathered),
     )
 
 
@@ -106,6 +107,7 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
     encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
     encoder.size, encoder.digest = Layout(body.layout).size, body.digest
     encoder.assets = [entry for entry in encoder.assets if entry.name in body.assets]
+    encoder.gathered = None
     askers, encoder.askers = encoder.askers, []
     return [
         publish(state.settings, encoder, at),
@@ -118,6 +120,6 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
 def generation_failed(state: State, body: GenerationFailed) -> list[Effect]:
     """Who asked is told why."""
     encoder = state.encoders[body.encoder]
-    encoder.status, encoder.reason = "failed", body.reason
+    encoder.status, encoder.reason, encoder.gathered = "failed", body.reason, None
     refusal = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
     return [Send(asker, refusal) for asker in encoder.askers]

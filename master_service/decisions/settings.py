@@ -42,6 +42,17 @@ class StopRule(BaseModel):
     plateau: LossPlateau | None = None
 
 
+class WordsRule(BaseModel):
+    """How words for a vocabulary are gathered: until at least `nodes` nodes have answered, with words or without, and
+    every one that is here has; for `seconds` at most, then of those that came. A master that starts again waits as long
+    once more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: Annotated[int, Field(ge=1)] = 2
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+
+
 class Settings(BaseModel):
     """The settings that the coordinator decides by; in the log, so that replay decides alike.
 
@@ -61,6 +72,7 @@ class Settings(BaseModel):
     tokenizer: str | None = None
     reference: str | None = None
     base: str | None = None
+    words: WordsRule = WordsRule()
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
     license: CardWord | None = None
@@ -71,8 +83,8 @@ class Settings(BaseModel):
 _CONFIGURED_AS = {"update_rule": "update"} | {
     name: f"encoder.{name}"
     for name in (
-        *("min_nodes", "generation", "source", "tokenizer", "reference", "base", "architecture", "seed"),
-        *("license", "language"),
+        *("min_nodes", "generation", "source", "tokenizer", "reference", "base", "words", "architecture"),
+        *("seed", "license", "language"),
     )
 }
 

@@ -10,7 +10,7 @@ from common.numbers.slicing import EncodingName
 from common.wire.messages import AssetEntries, LayoutEntries
 from master_service.decisions.settings import Settings
 
-Status = Literal["generating", "running", "finished", "failed"]
+Status = Literal["generating", "gathering", "running", "finished", "failed"]
 
 
 class _State(BaseModel):
@@ -155,6 +155,10 @@ class EncoderState(_State):
     somebody who does not say so may be reading it too. `assets`: what nodes need beside the architecture; they were
     written to their stream at `provided_at`, and stay there while `has_assets`.
 
+    Where the vocabulary is made of words that nodes contribute: `asked`: which nodes have answered, and whether with
+    words, whose number of documents is summed up in `gathered` from when they are asked for (None: they are not) until
+    the encoder is made. They are waited for until `gathering_until`.
+
     Held-out losses, of this run, as `stopping` has them: `measured`: what members have measured in windows that are not
     closed yet, by the first version of the window and by member; `held_out`, `held_out_version`: the mean over the
     window that was compared last; `best_held_out`, `best_version`, `best_measured`: the best, and what it was made of.
@@ -187,6 +191,9 @@ class EncoderState(_State):
     assets: AssetEntries = Field(default_factory=list)
     provided_at: float = 0.0
     has_assets: bool = False
+    asked: dict[str, bool] = Field(default_factory=dict)
+    gathered: dict[str, int] | None = None
+    gathering_until: float = 0.0
     run_started_at: float = 0.0
     run_first_version: int = 0
     run_first_update: int = 0

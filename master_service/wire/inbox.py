@@ -17,6 +17,7 @@ _INBOX = (
     "request.update",
     "request.fetch",
     "request.assets",
+    "request.words",
     "request.finished",
     "request.leave",
     "request.stop",
