@@ -23,6 +23,7 @@ from common.wire.messages import (
     Receipt,
     Resend,
     Rule,
+    WordsWanted,
     verdict,
 )
 
@@ -39,6 +40,13 @@ class CheckSamples:
     """Look for samples of the instruction's type and build the model; answered by `samples_checked`."""
 
     instruction: Instruction
+
+
+@dataclass(frozen=True, slots=True)
+class Contribute:
+    """Answer with the words that this node contributes to a vocabulary, or that it contributes none."""
+
+    wanted: WordsWanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,9 @@ class Reincarnate:
     """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
 
 
-Action = Say | CheckSamples | Gather | Resume | Train | Read | Look | Drop | Answered | Republish | Reincarnate
+Action = (
+    Say | CheckSamples | Contribute | Gather | Resume | Train | Read | Look | Drop | Answered | Republish | Reincarnate
+)
 
 
 @dataclass
@@ -158,6 +168,8 @@ class Agent:
         match message:
             case Instruction():
                 return self._instructed(message)
+            case WordsWanted() if message.encoder_type in self.types:
+                return [Contribute(message)]
             case Introduce():
                 self.unknown = True
                 return self.join()

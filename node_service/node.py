@@ -16,13 +16,26 @@ from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import decode
-from common.wire.messages import Answer, AssetEntry, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
+from common.wire.messages import (
+    Answer,
+    AssetEntry,
+    Get,
+    Instruction,
+    Join,
+    Message,
+    Pulse,
+    Receipt,
+    Rule,
+    WordsWanted,
+    update_id,
+)
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
     Agent,
     Answered,
     CheckSamples,
+    Contribute,
     Drop,
     Gather,
     Look,
@@ -37,6 +50,7 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
+from node_service.handover.contributing import answer
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
@@ -330,6 +344,8 @@ class Node:
                     self._say(action.message)
                 case CheckSamples():
                     self._check_samples(action.instruction)
+                case Contribute():
+                    self._contribute(action.wanted)
                 case Gather():
                     self._gather(action.instruction)
                 case Resume():
@@ -437,6 +453,12 @@ class Node:
     def _refuse(self, instruction: Instruction, why: str) -> None:
         happened("instruction refused", node=self.name, encoder=instruction.encoder, reason=why)
         self._perform(self._agent.samples_checked(instruction, 0, why))
+
+    def _contribute(self, wanted: WordsWanted) -> None:
+        answered = answer(wanted, self._corpora[wanted.encoder_type], self.config.private, self.state)
+        reached("node before words")
+        self._say(answered)
+        happened("words contributed", node=self.name, encoder=wanted.encoder, words=len(answered.words))
 
     def _gather(self, instruction: Instruction) -> None:
         """Read what is lacking."""

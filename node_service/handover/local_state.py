@@ -3,6 +3,7 @@ the updates that it still owes, and the receipts. The one owner of all of these;
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -124,6 +125,16 @@ class LocalState:
         self.identity = self.identity.model_copy(update={"next_order": order + 1})
         self._save()
         return order
+
+    # --- what its owner may read --------------------------------------------------------------------------------------
+
+    def keep_words(self, encoder: str, words: str) -> Path:
+        """Keep the list of words that is about to be sent, durably; gives the file. Another list of the same encoder
+        has a file of its own: none that may have left is overwritten."""
+        content = words.encode()
+        name = f"words/{encoder}-{hashlib.sha256(content).hexdigest()[:8]}.txt"
+        self._store.write(name, content)
+        return self._store.place / name
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 

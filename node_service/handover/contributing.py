@@ -1,0 +1,53 @@
+"""What a node contributes to a vocabulary that all agree on: nothing, unless its owner said so; and its owner can read
+the list before it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from common.encoders.words import WordList, shown, word_list
+from common.errors import UserError
+from common.wire.messages import Words, WordsWanted
+from node_service.corpus.corpus import Corpus
+from node_service.handover.local_state import LocalState
+
+log = structlog.get_logger()
+
+
+def contribution(corpus: Corpus, private: Mapping[str, Any]) -> WordList | None:
+    """The words of the training samples, if the settings of the private parts allow it; None if not, or if these are no
+    texts. Held-out samples are never counted. Raises UserError for a wrong setting."""
+    if corpus.type != "text":
+        return None
+    # transformers takes seconds to import, and only this needs it here
+    from common.encoders.settings import checked
+    from common.encoders.text_settings import TextPrivate
+
+    own = checked(TextPrivate, "private settings of type text", private)
+    return word_list(corpus.train, own.min_documents) if own.contribute_words else None
+
+
+def answer(wanted: WordsWanted, corpus: Corpus, private: Mapping[str, Any], state: LocalState) -> Words:
+    """The answer to who asks for words. What it tells is said, and the list is on disk, before this returns."""
+    try:
+        words = contribution(corpus, private)
+    except UserError as error:
+        log.error("contributing no words", node=state.identity.node, encoder=wanted.encoder, problem=str(error))
+        words = None
+    about = {"node": state.identity.node, "incarnation": state.identity.incarnation, "encoder": wanted.encoder}
+    if words is None:
+        log.info(
+            f"taking part in {wanted.encoder} without contributing words to its vocabulary; to contribute, set "
+            "private.contribute_words = true"
+        )
+        return Words(**about)
+    path = state.keep_words(wanted.encoder, shown(words, wanted.encoder))
+    log.info(
+        f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
+        f"{words.min_documents:,} of {words.documents:,} documents here: the list is in {path}; the master learns "
+        "these words, in how many of the documents each is, and that it is this node which has them"
+    )
+    return Words(**about, documents=words.documents, min_documents=words.min_documents, words=list(words.words))
