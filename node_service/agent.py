@@ -44,9 +44,11 @@ class CheckSamples:
 
 @dataclass(frozen=True, slots=True)
 class Contribute:
-    """Answer with the words that this node contributes to a vocabulary, or that it contributes none."""
+    """Answer with the words that this node contributes to a vocabulary, or that it contributes none. `again`: this
+    process has answered, and its owner was told; the master may not have heard it."""
 
     wanted: WordsWanted
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class Agent:
     Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
     only the one that it names is read, because the stream may hold two of one number. `named`: its owner agrees that
     its name is published. `gathering`: the instruction whose assets are being read; until they are here its encoder is
-    not built, and its rule and versions are not for us.
+    not built, and its rule and versions are not for us. `contributed`: the encoders whose wish for words was answered.
     """
 
     node: str
@@ -146,6 +148,7 @@ class Agent:
     named: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
     gathering: Instruction | None = None
+    contributed: set[str] = field(default_factory=set)
 
     def join(self) -> list[Action]:
         """Introduce this node; the master answers with the running instructions."""
@@ -169,7 +172,9 @@ class Agent:
             case Instruction():
                 return self._instructed(message)
             case WordsWanted() if message.encoder_type in self.types:
-                return [Contribute(message)]
+                again = message.encoder in self.contributed
+                self.contributed.add(message.encoder)
+                return [Contribute(message, again)]
             case Introduce():
                 self.unknown = True
                 return self.join()

@@ -26,7 +26,6 @@ from common.wire.messages import (
     Pulse,
     Receipt,
     Rule,
-    WordsWanted,
     update_id,
 )
 from common.wire.topology import Topology
@@ -345,7 +344,7 @@ class Node:
                 case CheckSamples():
                     self._check_samples(action.instruction)
                 case Contribute():
-                    self._contribute(action.wanted)
+                    self._contribute(action)
                 case Gather():
                     self._gather(action.instruction)
                 case Resume():
@@ -454,11 +453,12 @@ class Node:
         happened("instruction refused", node=self.name, encoder=instruction.encoder, reason=why)
         self._perform(self._agent.samples_checked(instruction, 0, why))
 
-    def _contribute(self, wanted: WordsWanted) -> None:
-        answered = answer(wanted, self._corpora[wanted.encoder_type], self.config.private, self.state)
+    def _contribute(self, asked: Contribute) -> None:
+        corpus = self._corpora[asked.wanted.encoder_type]
+        answered = answer(asked.wanted, corpus, self.config.private, self.state, again=asked.again)
         reached("node before words")
         self._say(answered)
-        happened("words contributed", node=self.name, encoder=wanted.encoder, words=len(answered.words))
+        happened("words contributed", node=self.name, encoder=answered.encoder, words=len(answered.words))
 
     def _gather(self, instruction: Instruction) -> None:
         """Read what is lacking."""

@@ -66,7 +66,8 @@ def card(encoder: EncoderState, settings: Settings, note: str = "") -> str:
     return (
         f"{front}{cards.TITLE}{encoder.encoder}\n\n"
         f"Type `{encoder.encoder_type}`, version {encoder.version}, made of {encoder.updates} updates of "
-        f"{len(encoder.members)} nodes ({_ending(encoder)}). No sample left its owner.\n\n"
+        f"{len(encoder.members)} nodes ({_ending(encoder)}). No sample left its owner."
+        f"{_vocabulary(encoder)}\n\n"
         f"{note + chr(10) * 2 if note else ''}"
         f"{cards.loading(encoder.encoder_type, whole=whole)}"
         f"{cards.architecture(encoder.architecture)}"
@@ -79,6 +80,18 @@ def card(encoder: EncoderState, settings: Settings, note: str = "") -> str:
 def _ending(encoder: EncoderState) -> str:
     """Why the training ended. Who stopped it is a name that nobody agreed to publish."""
     return "stopped on request" if encoder.reason.startswith("stopped by ") else encoder.reason or encoder.status
+
+
+def _vocabulary(encoder: EncoderState) -> str:
+    """What an agreed vocabulary was made of; nothing of any other."""
+    if encoder.architecture.get("vocabulary") != "agreed":
+        return ""
+    asked = encoder.asked
+    who = f"{sum(asked.values())} of the {len(asked)} nodes that were asked" if asked else "nodes"
+    return (
+        f" Its vocabulary is an agreed one: {who} contributed words of their training documents, each with the number "
+        "of documents that it is in, and it was made of the sums."
+    )
 
 
 def _training(encoder: EncoderState, settings: Settings) -> str:

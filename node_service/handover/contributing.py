@@ -30,8 +30,12 @@ def contribution(corpus: Corpus, private: Mapping[str, Any]) -> WordList | None:
     return word_list(corpus.train, own.min_documents) if own.contribute_words else None
 
 
-def answer(wanted: WordsWanted, corpus: Corpus, private: Mapping[str, Any], state: LocalState) -> Words:
-    """The answer to who asks for words. What it tells is said, and the list is on disk, before this returns."""
+def answer(
+    wanted: WordsWanted, corpus: Corpus, private: Mapping[str, Any], state: LocalState, *, again: bool = False
+) -> Words:
+    """The answer to who asks for words. The list is on disk, and its owner has been told what it tells (unless this is
+    the same `again`), before this returns."""
+    say = log.debug if again else log.info
     try:
         words = contribution(corpus, private)
     except UserError as error:
@@ -39,13 +43,13 @@ def answer(wanted: WordsWanted, corpus: Corpus, private: Mapping[str, Any], stat
         words = None
     about = {"node": state.identity.node, "incarnation": state.identity.incarnation, "encoder": wanted.encoder}
     if words is None:
-        log.info(
+        say(
             f"taking part in {wanted.encoder} without contributing words to its vocabulary; to contribute, set "
             "private.contribute_words = true"
         )
         return Words(**about)
     path = state.keep_words(wanted.encoder, shown(words, wanted.encoder))
-    log.info(
+    say(
         f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
         f"{words.min_documents:,} of {words.documents:,} documents here: the list is in {path}; the master learns "
         "these words, in how many of the documents each is, and that it is this node which has them"
