@@ -15,7 +15,7 @@ from rich.console import Console
 
 from common.config import explained, suggestion
 from common.durable import write_durably
-from common.errors import SharedEncoderError, UserError
+from common.errors import SharedEncoderError, UserError, WordsNeeded
 from common.exports import check_writable
 from common.locks import DirectoryLock
 from common.wire.messages import UpdateRule
@@ -159,10 +159,12 @@ def comparison_of(
     arms: Sequence[str],
     corpora: Mapping[str, Corpus],
 ) -> Comparison:
-    """Everything that cells depend on, from the configuration. Raises UserError for what does not go together."""
-    from common.encoders import get_encoder_type
+    """Everything that cells depend on, from the configuration. An agreed vocabulary is made here, of words of the
+    nodes that would contribute some. Raises UserError for what does not go together."""
+    from common.encoders import get_encoder_type, words
     from deploy.compare.held_out import fingerprint
     from deploy.compare.plan import Comparison
+    from deploy.compare.training import agreed_words
 
     unknown = [name for name in settings.speeds if name not in corpora]
     if unknown:
@@ -174,11 +176,18 @@ def comparison_of(
         architecture = kind.architecture_of(encoder.source, encoder.architecture)[0]
     else:
         architecture = kind.architecture(encoder.architecture)
-    architecture, assets = kind.assets(architecture, sources(config.settings()))
+    private = {name: config.nodes[owner(name, settings.cut)].private for name in corpora}
+    named = sources(config.settings())
+    try:
+        completed, assets = kind.assets(architecture, named)
+    except WordsNeeded:
+        seeds = [encoder.seed + index for index in range(settings.seeds)]
+        counts = agreed_words(corpora, private, settings.validation, seeds)
+        completed, assets = kind.assets(architecture, {**named, words.SOURCE: words.written(counts)})
     return Comparison(
         settings=settings,
         encoder_type=encoder_type,
-        architecture=architecture,
+        architecture=completed,
         assets=assets,
         initial=(encoder.generation, str(encoder.source) if encoder.source else None),
         overrides=encoder.architecture,
@@ -188,7 +197,7 @@ def comparison_of(
             name: federated_arm(config, settings, name, arm) for name, arm in settings.federated.items() if name in arms
         },
         arms=tuple(arms),
-        private={name: config.nodes[owner(name, settings.cut)].private for name in corpora},
+        private=private,
         fingerprints={name: fingerprint(corpus.train) for name, corpus in corpora.items()},
     )
 

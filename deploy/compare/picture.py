@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ _ROW_INCHES = 0.25
 
 def draw(
     figures: Mapping[str, Any],
-    arms: Sequence[str],
+    arms: Mapping[str, str],
     path: Path,
     *,
     unit: str,
     seeds: int,
     transfer: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw the differences of `arms` (columns of `figures`) to the baseline: a row for each domain, and the mean. Below
-    it, the panel of `transfer`."""
+    """Draw the differences of `arms` (columns of `figures`, and what people call them) to the baseline: a row for each
+    domain, and the mean. Below it, the panel of `transfer`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +62,7 @@ def draw(
                 _bar(axes, domain.get("documents"), place, colour, 2.0, caps=True)
                 _bar(axes, domain["difference"], place, colour, 7.0, alpha=0.45)
                 axes.plot(domain["difference"]["mean"], place, shape, color=colour, markersize=11, zorder=4)
-            axes.plot([], [], shape, color=colour, markersize=11, label=f"{arm}: {_counts(column['counts'])}")
+            axes.plot([], [], shape, color=colour, markersize=11, label=f"{arms[arm]}: {_counts(column['counts'])}")
         axes.set_yticks(range(len(rows)), rows)
         axes.get_yticklabels()[-1].set_fontweight("bold")
         axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -59,6 +59,11 @@ def described(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def marked(name: str, architecture: Mapping[str, Any]) -> str:
+    """An arm or a column for people. What was trained with a tokenizer that has seen texts of the nodes says so."""
+    return f"{name} (agreed vocabulary)" if architecture.get("vocabulary") == "agreed" else name
+
+
 def versions() -> dict[str, str]:
     """Of what computes."""
     packages = ("shared-encoder", "torch", "transformers", "numpy", "scipy")
@@ -84,8 +89,14 @@ def write_report(
     )
     write_durably(out / JSON, json.dumps(report, indent=1, allow_nan=False).encode() + b"\n")
     drawn = [name for name, (arm, view) in columns(comparison).items() if name == arm and arm not in (ALONE, RANDOM)]
-    unit, seeds = unit_of(comparison.encoder_type), len(comparison.seeds)
-    draw(report["columns"], drawn, out / PNG, unit=unit, seeds=seeds, transfer=report["transfer"])
+    draw(
+        report["columns"],
+        {name: marked(name, comparison.architecture) for name in drawn},
+        out / PNG,
+        unit=unit_of(comparison.encoder_type),
+        seeds=len(comparison.seeds),
+        transfer=report["transfer"],
+    )
     write_durably(out / HTML, _page(report, (out / PNG).read_bytes()).encode())
     return report
 
@@ -105,11 +116,11 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
     """(title, headings, rows) of the tables, the same on the page and in the terminal."""
     figures = report["columns"]
     domains = list(figures[ALONE]["domains"])
-    unit = unit_of(report["comparison"]["encoder_type"])
+    unit, architecture = unit_of(report["comparison"]["encoder_type"]), report["comparison"]["architecture"]
     losses = []
     for name, column in figures.items():
         cells = [number(column["domains"][domain]["loss"]["mean"], 3) for domain in domains]
-        losses.append([name, *cells, number(column["mean"]["loss"]["mean"], 3)])
+        losses.append([marked(name, architecture), *cells, number(column["mean"]["loss"]["mean"], 3)])
     differences = []
     for name, column in figures.items():
         if name == ALONE:
@@ -118,7 +129,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         counts = column["counts"]
         differences.append(
             [
-                name,
+                marked(name, architecture),
                 *cells,
                 _interval(column["mean"]),
                 column["worst"]["domain"],
@@ -128,7 +139,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         )
     chosen = [
         [
-            choice["arm"] + (f", {choice['domain']}" if choice["domain"] else ""),
+            marked(choice["arm"], architecture) + (f", {choice['domain']}" if choice["domain"] else ""),
             f"{choice['lr']:g}",
             f"{choice['weight_decay']:g}",
             "–" if choice["finish_share"] is None else f"{choice['finish_share']:.0%}",
@@ -199,10 +210,20 @@ weights, splits, windows and masks of a seed are the same for every arm.</p>
 <p>An arm's own row is that after the finishing phase. <em>shared</em>: the final version within each node's private
 parts; <em>without private parts</em>: within fresh ones. Gap closed: (alone − arm) / (alone − pooled), where pooling is
 better than alone beyond the interval.</p>
+{_of_the_vocabulary(report["comparison"]["architecture"])}
 {_TRANSFER if report["transfer"] else ""}
 <details><summary>Settings and versions</summary><pre>{html.escape(settings)}</pre></details>
 <p>Made by</p><pre>{html.escape(report["command"])}</pre></body></html>
 """
+
+
+def _of_the_vocabulary(architecture: Mapping[str, Any]) -> str:
+    if architecture.get("vocabulary") != "agreed":
+        return ""
+    return (
+        "<p>The vocabulary is an agreed one, the same for every arm and seed: made of words that nodes contributed of "
+        "their training parts, and of no text of a validation or test part. An arm alone would not have it.</p>"
+    )
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

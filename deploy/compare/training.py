@@ -5,8 +5,8 @@ have in common. The test part does not come in here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from common.encoders.base import EncoderModel, Samples
+from common.encoders.words import summed
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.evaluate import tie
 from node_service.evaluation.probe import masked_loss
+from node_service.handover.contributing import contribution
 from node_service.training.looks import Looks
 from node_service.training.trainer import Trainer
 
@@ -45,6 +47,21 @@ def parts(corpus: Corpus, share: float, seed: int) -> Parts:
     if isinstance(corpus.train, np.ndarray):
         return Parts(*(corpus.train[rows] for rows in chosen))
     return Parts(*([corpus.train[row] for row in rows] for rows in chosen))
+
+
+def agreed_words(
+    corpora: Mapping[str, Corpus], private: Mapping[str, Mapping[str, Any]], share: float, seeds: Sequence[int]
+) -> dict[str, int]:
+    """What the domains' nodes would contribute to an agreed vocabulary, added up: those whose private settings allow
+    it, of training samples that no seed sets aside for validation. The test part has no part in it."""
+    lists = []
+    for name, corpus in corpora.items():
+        if corpus.type != "text":
+            continue
+        set_aside = {text for seed in seeds for text in parts(corpus, share, seed).validation}
+        trained = replace(corpus, train=[text for text in corpus.train if text not in set_aside])
+        lists.append(contribution(trained, private[name]))
+    return summed(each for each in lists if each is not None)
 
 
 class Validation:

@@ -25,7 +25,7 @@ from deploy.compare.cut import dealt, owner
 from deploy.compare.plan import FINISHED, SHARED, WITHOUT, Cell, Comparison, FederatedArm, Point
 from deploy.compare.pool import OneProcess, Task, pool
 from deploy.compare.run import Outcome, run
-from deploy.compare.training import Pace, best_of
+from deploy.compare.training import Pace, agreed_words, best_of, parts
 from deploy.compare_settings import BASELINES, CompareConfig
 from master_service.decisions.rules.model import aggregation_rule
 from node_service.corpus.corpus import Corpus
@@ -445,3 +445,78 @@ def test_samples_that_are_dealt_out_are_all_there_once_and_measured_by_the_same(
         assert all(part.validation == ["look"] for part in parts)
     with pytest.raises(UserError, match=r"compare\.cut 6: node 'one' has 10 training samples, too few; lower it"):
         dealt(whole, 6)
+
+
+# --- an agreed vocabulary --------------------------------------------------------------------------------------------
+
+AGREED = """
+[encoder]
+get = "text"
+[encoder.architecture]
+vocabulary = "agreed"
+entries = 280
+hidden_size = 16
+intermediate_size = 16
+num_attention_heads = 2
+num_hidden_layers = 1
+sequence_length = 8
+[update]
+when = { steps = 2 }
+inner = { warmup_steps = 1, batch_size = 4 }
+[compare]
+steps = 4
+seeds = 1
+learning_rates = [0.01]
+weight_decays = [0.01]
+finish_shares = [0.5]
+look_every = 2
+look_windows = 4
+validation = 0.2
+"""
+NODE = """
+[nodes.{name}]
+corpus = {{ path = "{folder}/{name}.txt", test_path = "{folder}/test.txt", documents = "line", validation = 0 }}
+private = {{ contribute_words = {contributes}, min_documents = {least} }}
+"""
+
+
+def agreed_config(folder: Path, contributes: Sequence[bool], least: int = 3) -> Path:
+    """Nodes of thirty documents each, whose words say whose they are, and a test part that has a word of its own."""
+    (folder / "test.txt").write_text("\n".join(f"heldout common fever of test {number}" for number in range(9)))
+    nodes = ""
+    for name, yes in zip("abc", contributes, strict=False):
+        lines = [f"common fever {name * 5} only{name} {chr(97 + n % 26) * 4}{chr(97 + n // 26) * 4}" for n in range(30)]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+        nodes += NODE.format(folder=folder, name=name, contributes=str(yes).lower(), least=least)
+    file = folder / "agreed.toml"
+    file.write_text(AGREED + nodes)
+    return file
+
+
+def test_an_agreed_vocabulary_is_of_the_training_parts_of_who_contributes_and_every_row_says_so(
+    command: Command, tmp_path: Path
+) -> None:
+    file, out = agreed_config(tmp_path, (True, False)), tmp_path / "out"
+    code, printed, err = command("compare", "--config", file, "--out", out, "--jobs", 1, "--arms", "alone,shared")
+    assert code == 0, err
+    page = (out / "report.html").read_text()
+    for row in ("alone", "shared", "shared, without private parts"):
+        assert f"{row} (agreed vocabulary)" in printed and f">{row} (agreed vocabulary)<" in page
+    assert "no text of a validation or test part" in page
+    report = json.loads((out / "report.json").read_text())
+    assert report["comparison"]["architecture"]["vocab_size"] > 259 and report["comparison"]["assets"]
+
+
+def test_words_of_validation_and_test_parts_are_not_in_it(tmp_path: Path) -> None:
+    own = [f"common {chr(97 + n) * 4}" for n in range(20)]
+    corpus = Corpus("text", own, None, ["common heldout"] * 9, None)
+    seeds, private = (5, 6, 7), {"a": {"contribute_words": True, "min_documents": 2}, "b": {}}
+    set_aside = {text for seed in seeds for text in parts(corpus, 0.2, seed).validation}
+    assert 4 < len(set_aside) < 12
+    found = agreed_words({"a": corpus, "b": corpus}, private, 0.2, seeds)
+    assert found == {"common": 20 - len(set_aside)}, "of the one that contributes, and no seed's validation part"
+
+
+def test_where_no_node_contributes_it_is_refused_in_one_line(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("compare", "--config", agreed_config(tmp_path, (False, False)), "--out", tmp_path / "out")
+    assert code == 2 and "private.contribute_words = true" in err.splitlines()[-1]
