@@ -21,8 +21,8 @@ class NodeConfig(Section):
     at it: parameters, optimiser and updates stay float32. `max_steps_per_second` leaves the machine to others. `get`
     asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is
     away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for text:
-    vocabulary). `named`: the cards of encoders that this node takes part in may say its name; else it is a number
-    there.
+    see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
+    number there.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)

@@ -456,7 +456,6 @@ class Node:
     def _contribute(self, asked: Contribute) -> None:
         corpus = self._corpora[asked.wanted.encoder_type]
         answered = answer(asked.wanted, corpus, self.config.private, self.state, again=asked.again)
-        reached("node before words")
         self._say(answered)
         happened("words contributed", node=self.name, encoder=answered.encoder, words=len(answered.words))
 
