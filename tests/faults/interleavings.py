@@ -32,7 +32,7 @@ from common.wire.messages import (
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned
 from master_service.decisions.rules.model import aggregation_rule
-from master_service.decisions.settings import Settings, StopRule
+from master_service.decisions.settings import Settings, StopRule, WordsRule
 from master_service.history.fold import Fold
 from master_service.history.replay import Refold
 from tests.faults.simulated import (
@@ -74,7 +74,7 @@ NODE_ACTS: dict[str, Callable[[SimNode], Any]] = {
 @dataclass(frozen=True)
 class Plan:
     """`nodes` are there; those from `present` on are started only by an action. `warm`: all present ones are training
-    when the actions begin. `assets`: how many each encoder has."""
+    when the actions begin. `assets`: how many each encoder has; `words`: it is made of words that nodes contribute."""
 
     rule: str = "fedasync"
     nodes: int = 1
@@ -83,6 +83,7 @@ class Plan:
     stop: int = 0
     warm: bool = True
     assets: int = 0
+    words: bool = False
     actions: tuple[Act, ...] = ()
 
     def settings(self, rule: str | None = None) -> Settings:
@@ -93,6 +94,7 @@ class Plan:
             stop=STOPS[self.stop],
             min_nodes=min(self.min_nodes, self.nodes),
             publish_every_seconds=40.0,
+            words=WordsRule(nodes=min(2, self.nodes, self.present), seconds=60.0),
         )
 
 
@@ -423,7 +425,7 @@ class World:
         state, running = self.master.master.state, self._running()
         for encoder in state.encoders.values():
             enough = len(encoder.active()) >= state.settings.min_nodes
-            if encoder.status == "running" and enough and not encoder.started:
+            if encoder.status == "gathering" or (encoder.status == "running" and enough and not encoder.started):
                 return False
         for node in self.nodes.values():
             current = node.node.encoder
@@ -565,7 +567,9 @@ class World:
         )
         log = self.disk.log()
         skipped = sum(log.entry(n).body.kind in ("request.get", "request.update") for n in log.skipped())
-        told = sum(isinstance(decode(body), Answer) for body in self._bodies(TOPOLOGY.node_inbox("operator")))
+        answers = (decode(body) for body in self._bodies(TOPOLOGY.node_inbox("operator")))
+        # that words are gathered first is said besides
+        told = sum(isinstance(answer, Answer) and answer.status != "gathering" for answer in answers)
         demand(told + skipped >= asked, f"the operator asked {asked} times and was answered {told} times")
         dead = [m.publication.routing_key for m in self.server.queue(TOPOLOGY.dead_letters).ready]
         demand(set(dead) <= {"kills"}, f"set aside: {dead}")

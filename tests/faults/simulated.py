@@ -52,7 +52,7 @@ from node_service.handover.reading import AssetRead
 from node_service.handover.receipt_book import RECEIPTS, Ledger
 from node_service.handover.store import MemoryStore
 from node_service.node import Node
-from tests.faults.workbench import ASSETS, SLICE, Tokens, TokenTraining, demand
+from tests.faults.workbench import ASSETS, EVERYBODYS, SLICE, WORDS, Tokens, TokenTraining, demand
 
 if TYPE_CHECKING:
     from tests.faults.interleavings import World
@@ -62,7 +62,12 @@ TYPES = ("text", "image")
 #: Snapshots are written when a plan says so.
 CONFIG = MasterConfig(state_dir=Path("nowhere"), presence_timeout_seconds=45.0, snapshot_every_seconds=1e12)
 #: What a node does of itself it does when a plan says so; as a node has it, an update is sent again after 180 s.
-QUIET = NodeConfig(alive_every_seconds=1e12, ask_after_seconds=1e12, checkpoint_every_seconds=1e12)
+QUIET = NodeConfig(
+    alive_every_seconds=1e12,
+    ask_after_seconds=1e12,
+    checkpoint_every_seconds=1e12,
+    private={"contribute_words": True, "min_documents": WORDS},
+)
 ALIVE = QUIET.model_copy(update={"alive_every_seconds": 1e-9, "resend_after_seconds": 1e-9})
 ASK = QUIET.model_copy(update={"ask_after_seconds": 1e-9})
 
@@ -243,7 +248,8 @@ class MemorySnapshots:
 
     def read(self) -> Fold[Any]:
         disk = self._world.disk
-        tokens, state, offset = Tokens(disk.payloads, self._world.plan.assets), None, -1
+        plan = self._world.plan
+        tokens, state, offset = Tokens(disk.payloads, plan.assets, words=plan.words), None, -1
         if disk.snapshots:
             offset, plain, targets = disk.snapshots[-1]
             state = State.model_validate_json(plain)
@@ -339,7 +345,8 @@ class SimNode:
         self.alive, self.kill_in = True, -1
         state = LocalState(MemoryStore(files), name, new_incarnation=lambda: world.incarnation(name))
         outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, new_id=world.message_id)
-        corpora = {kind: Corpus(kind, ["sample"] * 100, None, [], None) for kind in TYPES}
+        samples = [f"{EVERYBODYS} {name} {number}" for number in range(WORDS)] + ["sample"] * (100 - WORDS)
+        corpora = {kind: Corpus(kind, samples, None, [], None) for kind in TYPES}
         clock = StandingClock(world)
         self.node = Node(name, QUIET, corpora, self.wire, TOPOLOGY, state, self._build, outbox, clock=clock)
 

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from common.wire.messages import UpdateManifest
+from common.wire.messages import UpdateManifest, Words
+from master_service.decisions import gathering
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect, Send, Step
 from master_service.decisions.records import Entry, Loggable
-from master_service.decisions.state import EncoderState
+from master_service.decisions.state import EncoderState, State
 from master_service.decisions.verdicts import accepted
 from master_service.log.message_log import MessageLog
 from master_service.record import Recorder
@@ -69,6 +70,7 @@ PLANS = st.builds(
     stop=st.sampled_from([0, 0, 0, 0, *range(1, len(STOPS))]),
     warm=st.booleans(),
     assets=st.sampled_from([0, 0, 1, 2]),
+    words=st.sampled_from([False, False, True]),
     # short ones first, to shrink towards them; left alone, hypothesis draws few long lists
     actions=st.one_of(
         *(st.lists(st.sampled_from(_actions()), min_size=size, max_size=80) for size in (0, 20, 40, 60))
@@ -109,7 +111,7 @@ AGAIN: tuple[Act, ...] = tuple(act for each in SHORT for act in (each, ("start_m
 
 @pytest.mark.parametrize("snapshot", [True, False], ids=["from-snapshot", "from-log"])
 def test_the_master_is_killed_at_every_step(snapshot: bool) -> None:
-    """From the log, also where it makes a second encoder, and the assets of that."""
+    """From the log, also where it makes a second encoder, the assets of that, and both of words of the nodes."""
     instead: dict[Act, Act] = {("start_master",): ("start_master", snapshot)}
     if snapshot:
         instead["operator", "image"] = ("operator", "get")
@@ -119,7 +121,15 @@ def test_the_master_is_killed_at_every_step(snapshot: bool) -> None:
     while step < 400:
         step += 1
         seen = weather(
-            Plan("return-count", 2, 2, warm=False, assets=assets, actions=(("kill_master", step), *again))
+            Plan(
+                "return-count",
+                2,
+                2,
+                warm=False,
+                assets=assets,
+                words=not snapshot,
+                actions=(("kill_master", step), *again),
+            )
         ).seen
         died = {label.removeprefix("killed: ") for label in seen if label.startswith("killed: master")}
         killed |= died
@@ -233,6 +243,17 @@ def lost_assets_are_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("master_service.decisions.membership.provide_again", lambda encoder, at: [])
 
 
+def words_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = gathering.contributed
+
+    def contributed(state: State, body: Words, at: float) -> list[Effect]:
+        for encoder in state.encoders.values():
+            encoder.asked.pop(body.node, None)
+        return real(state, body, at)
+
+    monkeypatch.setattr(gathering, "contributed", contributed)
+
+
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("master_service.decisions.coordinator.issued", lambda encoder, receipt: receipt)
 
@@ -248,6 +269,7 @@ def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         snapshots_without_receipts,
         lost_versions_are_only_named,
         lost_assets_are_not_written_again,
+        words_are_counted_again,
         answers_of_another_chain,
     ],
 )

@@ -15,7 +15,7 @@ from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
 from master_service.decisions.effects import Generate, Step
-from master_service.decisions.records import Generated, Provided
+from master_service.decisions.records import Gathering, Generated, Provided
 from node_service.training.update_rule import SinceReturn
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ SLICE = 24
 LAYOUT = Layout([("weight", (4, 8)), ("bias", (4,))])
 #: What encoders may have, the same for every one of them.
 ASSETS = {"one": b"the first asset", "two": b"another"}
+
+#: Each node has a word of its own in so many documents, and in all of them one that everybody has.
+WORDS, EVERYBODYS = 3, "everybodys"
 
 
 class Violation(AssertionError):
@@ -40,9 +43,11 @@ def demand(condition: object, words: str) -> None:
 class Tokens:
     """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
 
-    def __init__(self, payloads: dict[str, bytes], assets: int = 0) -> None:
-        """`assets`: how many the encoders have that are made here."""
+    def __init__(self, payloads: dict[str, bytes], assets: int = 0, *, words: bool = False) -> None:
+        """`assets`: how many the encoders have that are made here; `words`: they are made of words that nodes
+        contribute."""
         self._payloads = payloads
+        self._words = words
         self._assets = dict(list(ASSETS.items())[:assets])
         #: By encoder: the current version's digest, the steps that led to it, the digest of every version since.
         self.targets: dict[str, Any] = {}
@@ -68,6 +73,12 @@ class Tokens:
         return True, 1.0
 
     def generated(self, effect: Generate) -> list[Outcome]:
+        if self._words and effect.gathered is None:
+            return [Outcome(Gathering(encoder=effect.encoder))]
+        gathered = dict(effect.gathered or {})
+        everybodys = gathered.pop(EVERYBODYS, 0)
+        demand(set(gathered.values()) <= {WORDS}, f"a node's words count more than once: {effect.gathered}")
+        demand(everybodys == WORDS * len(gathered), f"{effect.gathered} is not the sum of what nodes contribute")
         digest = hashlib.sha256(b"fresh").hexdigest()
         plain: dict[str, Any] = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": digest}
         plain["assets"] = list(self._assets)
