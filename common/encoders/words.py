@@ -58,10 +58,10 @@ def word_list(texts: Iterable[str], min_documents: int) -> WordList:
     return WordList(documents, min_documents, tuple(taken))
 
 
-def shown(words: WordList, encoder: str) -> str:
+def shown(words: WordList) -> str:
     """A list as its owner reads it: what it is, and a line for each word, its number of documents first."""
     head = (
-        f"# What this node contributes to the vocabulary of {encoder}: {len(words.words)} words, each in at least "
+        f"# What this node contributes to a vocabulary that all agree on: {len(words.words)} words, each in at least "
         f"{words.min_documents} of {words.documents} documents.\n"
         "# The number says in how many documents a word occurs. Nothing else is sent of them.\n"
     )

@@ -164,7 +164,9 @@ def request_encoder(
             while answer.status != "finished":
                 time.sleep(_ASK_EVERY)
                 status = observer.status(timeout).encoders.get(answer.encoder)
-                if status is not None and status.status in ("finished", "failed"):
+                if status is not None and status.status == "failed":
+                    raise UserError(f"{answer.encoder} was not made: {status.reason}")
+                if status is not None and status.status == "finished":
                     observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
                     answer = _answer(observer, timeout)
         _write_from_stream(broker, topology, answer, out, load_config(file, flags).encoder.base)

@@ -86,8 +86,8 @@ def _vocabulary(encoder: EncoderState) -> str:
     """What an agreed vocabulary was made of; nothing of any other."""
     if encoder.architecture.get("vocabulary") != "agreed":
         return ""
-    asked = encoder.asked
-    who = f"{sum(asked.values())} of the {len(asked)} nodes that were asked" if asked else "nodes"
+    answered = encoder.answered
+    who = f"{sum(answered.values())} of the {len(answered)} nodes that were asked" if answered else "nodes"
     return (
         f" Its vocabulary is an agreed one: {who} contributed words of their training documents, each with the number "
         "of documents that it is in, and it was made of the sums."

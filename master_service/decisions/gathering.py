@@ -32,20 +32,23 @@ def ask(state: State, node: str) -> list[Effect]:
     return [
         Send(node, _wanted(encoder))
         for encoder in _gathering(state)
-        if encoder.encoder_type in state.nodes[node].types and node not in encoder.asked
+        if encoder.encoder_type in state.nodes[node].types and node not in encoder.answered
     ]
 
 
 def contributed(state: State, body: Words, at: float) -> list[Effect]:
-    """A node's answer, with words or without. One that comes again, or too late, has no effect."""
+    """A node's answer, with words or without. One that comes again, or too late, or from a node that was not asked has
+    no effect."""
     known = state.nodes.get(body.node)
     if known is None or known.incarnation != body.incarnation:
         return [Send(body.node, Introduce(node=body.node))]
     encoder = state.encoders.get(body.encoder)
-    if encoder is None or encoder.gathered is None or encoder.status != "gathering" or body.node in encoder.asked:
+    if encoder is None or encoder.gathered is None or encoder.status != "gathering":
+        return []
+    if encoder.encoder_type not in known.types or body.node in encoder.answered:
         return []
     known.present = True
-    encoder.asked[body.node] = bool(body.words)
+    encoder.answered[body.node] = bool(body.words)
     for word, count in body.words:
         encoder.gathered[word] = encoder.gathered.get(word, 0) + count
     return look(state, at)
@@ -63,10 +66,10 @@ def look(state: State, at: float) -> list[Effect]:
 
 def _is_complete(state: State, encoder: EncoderState) -> bool:
     missing = any(
-        node.present and encoder.encoder_type in node.types and node.node not in encoder.asked
+        node.present and encoder.encoder_type in node.types and node.node not in encoder.answered
         for node in state.nodes.values()
     )
-    return not missing and len(encoder.asked) >= max(state.settings.words.nodes, state.settings.min_nodes)
+    return not missing and len(encoder.answered) >= max(state.settings.words.nodes, state.settings.min_nodes)
 
 
 def _gathering(state: State) -> list[EncoderState]:

@@ -155,7 +155,7 @@ class EncoderState(_State):
     somebody who does not say so may be reading it too. `assets`: what nodes need beside the architecture; they were
     written to their stream at `provided_at`, and stay there while `has_assets`.
 
-    Where the vocabulary is made of words that nodes contribute: `asked`: which nodes have answered, and whether with
+    Where the vocabulary is made of words that nodes contribute: `answered`: which nodes have answered, and whether with
     words, whose number of documents is summed up in `gathered` from when they are asked for (None: they are not) until
     the encoder is made. They are waited for until `gathering_until`.
 
@@ -191,7 +191,7 @@ class EncoderState(_State):
     assets: AssetEntries = Field(default_factory=list)
     provided_at: float = 0.0
     has_assets: bool = False
-    asked: dict[str, bool] = Field(default_factory=dict)
+    answered: dict[str, bool] = Field(default_factory=dict)
     gathered: dict[str, int] | None = None
     gathering_until: float = 0.0
     run_started_at: float = 0.0

@@ -48,7 +48,7 @@ def answer(
             "private.contribute_words = true"
         )
         return Words(**about)
-    path = state.keep_words(wanted.encoder, shown(words, wanted.encoder))
+    path = state.keep_words(shown(words))
     say(
         f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
         f"{words.min_documents:,} of {words.documents:,} documents here: the list is in {path}; the master learns "

@@ -128,11 +128,11 @@ class LocalState:
 
     # --- what its owner may read --------------------------------------------------------------------------------------
 
-    def keep_words(self, encoder: str, words: str) -> Path:
-        """Keep the list of words that is about to be sent, durably; gives the file. Another list of the same encoder
-        has a file of its own: none that may have left is overwritten."""
+    def keep_words(self, words: str) -> Path:
+        """Keep the list of words that is about to be sent, durably; gives the file. Each different list has its own:
+        none that may have left is overwritten."""
         content = words.encode()
-        name = f"words/{encoder}-{hashlib.sha256(content).hexdigest()[:8]}.txt"
+        name = f"words/{hashlib.sha256(content).hexdigest()[:16]}.txt"
         self._store.write(name, content)
         return self._store.place / name
 

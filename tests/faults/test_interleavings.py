@@ -248,7 +248,7 @@ def words_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def contributed(state: State, body: Words, at: float) -> list[Effect]:
         for encoder in state.encoders.values():
-            encoder.asked.pop(body.node, None)
+            encoder.answered.pop(body.node, None)
         return real(state, body, at)
 
     monkeypatch.setattr(gathering, "contributed", contributed)

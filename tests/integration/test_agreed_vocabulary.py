@@ -11,11 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from common.brokers.memory import MemoryServer
-from common.encoders import shared_vocabulary
+from common.encoders import get_encoder_type, shared_vocabulary
+from common.encoders.vocabulary import Vocabulary
 from common.encoders.words import WordList, summed, training_text
+from common.errors import UserError
 from common.wire.codec import decode
 from common.wire.messages import FinishRule, ReturnWhen, Stop, UpdateRule, Words
-from deploy.commands.observe import Observer
+from deploy.commands.observe import Observer, request_encoder
 from master_service.arithmetic.generation import generated
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Generate
@@ -97,7 +99,7 @@ def test_words_become_the_tokenizer_that_everybody_trains_with_and_a_late_joiner
                 eventually(lambda node=node: node.party.wait(0.0), 60)  # they end by themselves
             observer.close()
             operator.close()
-    assert encoder.asked == {"a": True, "b": True, "closed": False}
+    assert encoder.answered == {"a": True, "b": True, "closed": False}
     contributions = {node.service.name: left(node)[0] for node in made}
     assert left(late) == [] and contributions["closed"].words == []
     sent = {name: {word for word, _ in said.words} for name, said in contributions.items()}
@@ -118,6 +120,13 @@ def test_words_become_the_tokenizer_that_everybody_trains_with_and_a_late_joiner
         found = AutoModelForMaskedLM.from_pretrained(place)
         assert len(tokenizer) == found.config.vocab_size == ENTRIES
         assert len(tokenizer.tokenize(" alpha")) < len(" alpha"), "it knows the words that were contributed"
+    # whoever goes on from it goes on with its vocabulary, and asks nobody
+    text = get_encoder_type("text")
+    completed, assets = text.assets(
+        text.architecture_of(tmp_path / "encoder")[0], {"tokenizer": str(tmp_path / "encoder")}
+    )
+    assert (completed["vocabulary"], completed["shared"], completed["vocab_size"]) == ("agreed", "all", ENTRIES)
+    assert Vocabulary(assets["tokenizer.json"].decode(), completed["tokens"]).entries == ENTRIES
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert "Its vocabulary is an agreed one: 2 of the 3 nodes that were asked contributed words" in card
 
@@ -155,10 +164,25 @@ def test_a_master_that_is_killed_between_the_rows_goes_on_and_counts_every_node_
         with running_master(server, directory, SETTINGS) as master:
             state = master.service.master.state
             encoder = eventually(lambda: next((e for e in state.encoders.values() if e.version >= 2), None), 60)
-            assert encoder.asked == {"a": True, "b": True, "closed": False}
+            assert encoder.answered == {"a": True, "b": True, "closed": False}
         contributions = {node.service.name: left(node) for node in made}
     assert all(each == [each[0]] * len(each) for each in contributions.values()), "asked again it says the same"
     log = open_log(directory, read_only=True)
     assert len(bodies(log, Words)) > 3 and len(bodies(log, Gathering)) == 1 < len(bodies(log, Provided))
     log.close()
     check_the_log(directory, [each[0] for each in contributions.values()])
+
+
+def test_who_waits_for_an_encoder_that_nobody_contributes_to_is_told_why_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = MemoryServer()
+    settings = SETTINGS.model_copy(update={"words": WordsRule(seconds=1.5)})
+    monkeypatch.setattr("deploy.commands.observe.connect", lambda *arguments: connection(server, "reader"))
+    with (
+        running_master(server, tmp_path / "m", settings),
+        pytest.raises(UserError, match=r"was not made: no node contributed a word .* private\.contribute_words = true"),
+    ):
+        flags = {"broker": {"namespace": TOPOLOGY.namespace}}
+        request_encoder(flags, None, 60.0, encoder_type="text", out=tmp_path / "out")
+    assert ": gathering, version 0" in capsys.readouterr().out

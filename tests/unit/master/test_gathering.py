@@ -67,7 +67,7 @@ def test_everybody_is_asked_and_once_all_have_answered_the_encoder_is_made_of_th
     assert it.say("b") == [], "it takes part without contributing; another one is missing"
     [order] = orders(it.say("late", [("fever", 2)]))
     assert order.gathered == {"fever": 5, "the": 9} and it.encoder.status == "generating"
-    assert it.encoder.asked == {"a": True, "b": False, "late": True}
+    assert it.encoder.answered == {"a": True, "b": False, "late": True}
     assert it.run.coordinator.unmade() == [order], "a master that dies now makes it of the same words"
     assert it.say("b", [("more", 2)]) == [] and it.run.coordinator.unmade() == [order], "too late"
     plain = {"layout": LAYOUT.plain(), "layout_digest": LAYOUT.digest, "digest": DIGEST}
@@ -151,7 +151,9 @@ def test_a_stranger_is_told_to_join_first() -> None:
     it = Gathered("a", "b")
     for effects in (it.say("unknown", [("fever", 3)]), it.say("a", [("fever", 3)], incarnation="old")):
         assert len(effects) == len(sent(effects, Introduce)) == 1
-    assert it.encoder.asked == {} and it.encoder.gathered == {}
+    it.join("image-only", ("image",))
+    assert it.say("image-only", [("fever", 3)]) == [], "nobody asked it"
+    assert it.encoder.answered == {} and it.encoder.gathered == {}
 
 
 def test_where_nobody_contributes_who_asked_is_told_what_to_do() -> None:
