@@ -497,10 +497,10 @@ def test_an_agreed_vocabulary_is_of_the_training_parts_of_who_contributes_and_ev
     command: Command, tmp_path: Path
 ) -> None:
     file, out = agreed_config(tmp_path, (True, False)), tmp_path / "out"
-    code, printed, err = command("compare", "--config", file, "--out", out, "--jobs", 1, "--arms", "random")
+    code, printed, err = command("compare", "--config", file, "--out", out, "--jobs", 1, "--arms", "pooled")
     assert code == 0, err
     page = (out / "report.html").read_text()
-    for row in ("random", "alone"):
+    for row in ("pooled", "alone"):
         assert f"{row} (agreed vocabulary)" in printed and f">{row} (agreed vocabulary)<" in page
     assert "no text of a validation or test part" in page
     report = json.loads((out / "report.json").read_text())
