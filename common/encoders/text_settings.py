@@ -37,6 +37,10 @@ class TextTask(EncoderSettings):
                 f'vocabulary "private" shares the trunk alone, and shared says {self.shared!r}; leave shared out, or '
                 'take vocabulary = "shared" or "agreed"'
             )
+        if self.vocabulary == "agreed" and self.shared == "lora":
+            raise ValueError(
+                'shared "lora" updates a base, whose vocabulary stays as it is; take "shared" for vocabulary'
+            )
         if self.entries < SMALLEST:
             raise ValueError(f"entries: input should be a whole number from {SMALLEST} to {LARGEST:,}")
         return self

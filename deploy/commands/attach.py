@@ -59,9 +59,11 @@ def run_attach(
             device=choose_device(device),
             progress=lambda stage, done, of: bar.update(tasks[stage], completed=done, visible=True),
         )
-    frozen = f", after {found.frozen_steps} steps with the trunk frozen {number(found.after_frozen, 3)}"
-    print(
-        f"held-out loss {number(found.before, 3)}{frozen if found.lacked else ''}, after {found.free_steps} "
-        f"{'more' if found.lacked else 'steps'} with all free {number(found.after_free, 3)}"
-    )
+    losses = [f"held-out loss {number(found.before, 3)}"]
+    if found.lacked:
+        losses.append(f"after {found.frozen_steps} steps with the trunk frozen {number(found.after_frozen, 3)}")
+    if steps:
+        losses.append(f"after {found.free_steps} {'more' if found.lacked else 'steps'} with all free")
+        losses[-1] += f" {number(found.after_free, 3)}"
+    print(", ".join(losses))
     print(f"model and tokenizer written to {out}")

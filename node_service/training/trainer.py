@@ -53,6 +53,7 @@ class Trainer:
         self._all = [parameter for name, parameter in named.items() if trained is None or name in trained]
         self._frozen = [named[name] for name in named if trained is not None and name not in trained]
         self._device = device
+        self._drops = any(getattr(module, "p", 0) for module in model.modules() if "Dropout" in type(module).__name__)
         self._cast = partial(
             torch.autocast, torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16"
         )
@@ -101,7 +102,7 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._without_frozen():
+        with self._without_frozen(), self._seeded():
             batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
             with self._cast():
                 loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
@@ -115,6 +116,18 @@ class Trainer:
         """The masked loss on `encoded` samples; the same ones, masked alike, at every call under one batch size."""
         batches, size = _MEASURED_BATCHES, self.inner.batch_size
         return masked_loss(self.model, encoded, batches=batches, size=size)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Inside, what a model with dropout leaves out follows from this trainer's generator, as its batches do: torch
+        has no other generator for that than the process's own."""
+        if not self._drops:
+            yield
+            return
+        seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
 
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:

@@ -50,3 +50,28 @@ def test_what_is_measured_does_not_depend_on_the_precision_of_training() -> None
                 parameter.fill_(0.01)
         losses.append(trainer.held_out_loss(trainer.encoded))
     assert losses[0] == losses[1]
+
+
+def test_what_dropout_leaves_out_follows_from_the_seed() -> None:
+    text = get_encoder_type("text")
+    sizes = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    architecture, assets = text.assets(text.architecture(sizes), {"tokenizer": "bytes"})
+    spec, inner = text.fit_private(TEXTS, architecture, {}, assets), InnerOptimizer(lr=1e-2, warmup_steps=0)
+
+    def fresh() -> Trainer:
+        model = text.build(architecture, spec, 0)
+        return Trainer(model, model.encode(TEXTS), inner, seed=0, device="cpu")
+
+    once = fresh()
+    losses = [once.step() for _ in range(4)]
+    state = {name: tensor.clone() for name, tensor in once.state().items()}
+    parameters = {name: tensor.clone() for name, tensor in once.model.state_dict().items()}
+    rest = [once.step() for _ in range(3)]
+
+    before = torch.manual_seed(2).get_state()
+    again = fresh()
+    assert [again.step() for _ in range(4)] == losses and torch.equal(torch.get_rng_state(), before)
+    restored = fresh()
+    restored.model.load_state_dict(parameters)
+    restored.load_state(state)
+    assert [restored.step() for _ in range(3)] == rest, "after a kill too"
