@@ -115,7 +115,7 @@ class TransferConfig(Section):
             update={
                 "steps": max(2, self.steps // 20),
                 "rates": self.rates[:1],
-                "windows": min(self.windows, 128),
+                "windows": min(self.windows, 64),
                 "probe_rows": min(self.probe_rows, 100),
                 "tfidf_rows": min(self.tfidf_rows or 200, 200),
                 "few_labels": few,

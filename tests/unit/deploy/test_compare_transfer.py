@@ -51,6 +51,13 @@ FEW = {"per_class": (2, 3), "draws": 3, "test_rows": 8, "steps": 2, "rates": (1e
 TRANSFER = {"steps": 2, "rates": (1e-3, 1e-2), "windows": 16, "probe_rows": 12, "few_labels": FEW}
 
 
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
+
+
 class Watched(list[str]):
     """A test part that tells of every read."""
 
@@ -220,8 +227,7 @@ def test_a_transfer_cell_is_computed_anew_where_what_it_depends_on_changed() -> 
 def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_before_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a cell the test part is encoded once, for every model of it, after the last look at the validation part."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    """In a cell the test part is measured once for each model, after the last look at the validation part."""
     held, looked = corpora(), list[str]()
     validated, tested = Prepared.validated, Prepared.tested
     before: dict[str, int] = {}
@@ -253,7 +259,6 @@ def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_befor
         looked.clear()
 
     outcome = run(bench, cells, OneProcess(bench), on_cell)
-    structlog.reset_defaults()
     assert set(reads["train"]) == {0}
     assert order == sorted(order, key=("train", "test", "transfer").index)
     assert before["west"] <= 1, "for the digest alone"
