@@ -87,6 +87,7 @@ class Narrator:
         if isinstance(cell, TransferCell):
             assert self._transfer is not None, "announced too"
             work = self._transfer.seconds(cell)
+            self.done += 1
         elif task == "train":
             work = train_seconds(self._bench, [cell], self._cost)
             self.done += 1

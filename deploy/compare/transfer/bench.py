@@ -18,11 +18,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from common.encoders import get_encoder_type
-from common.encoders.base import EncoderModel, Samples
+from common.encoders.base import EncoderModel, PrivateSpec, Samples
 from common.errors import NotProbed
 from deploy.compare.bench import Bench
 from deploy.compare.cells import TRANSFERRED
 from deploy.compare.held_out import bounded, fingerprint
+from deploy.compare.training import Parts
 from deploy.compare.transfer.plan import (
     AT_ONCE,
     FEW_LABELS,
@@ -62,6 +63,7 @@ class TransferBench:
         self._bench = bench
         self._type = get_encoder_type(bench.comparison.encoder_type)
         # what a column has is the same for every row
+        self._spec = cache(self._make_spec)
         self._column = cache(self._make_column)
         self._start = cache(self._make_start)
         self._places = cache(self._make_places)
@@ -80,15 +82,12 @@ class TransferBench:
         """What `do` kept; None if that is still to be done."""
         return self._bench.cells.read_plain(TRANSFERRED, cell.name, self._digest(cell))
 
-    def prepared(self, column: str, seed: int) -> Prepared:
-        """A column as all rows have it. Where the corpus has a validation part of its own it is the same for each
-        seed."""
-        own = column in self._bench.corpora and not len(self._bench.corpora[column].validation)
-        return self._column(column, seed if own else self.plan.comparison.base_seed)
-
-    def model(self, cell: TransferCell) -> EncoderModel:
-        """The cell's encoder within the column's fresh private parts."""
-        return self.prepared(cell.column, cell.seed).model(self._row(cell), cell.seed)
+    def untrained(self, column: str) -> EncoderModel:
+        """A model of the column, to see what it costs. Reads training samples alone."""
+        seed = self.plan.comparison.base_seed
+        return self._type.build(
+            self.plan.comparison.architecture, self._spec(column, self._drawn_by(column, seed)), seed
+        )
 
     # --- what a cell measures --------------------------------------------------------------------------------------
 
@@ -100,7 +99,7 @@ class TransferBench:
         if column.labels and self.plan.row(cell.row).only is None:
             rows = self.plan.settings.probe_rows
             train, test = (self.labelled(cell.column, cell.seed, part) for part in ("train", "test"))
-            model = self.model(cell)
+            model = self._model(cell)
             model.eval()
             try:
                 result = probe(model, train, test, cell.seed, rows, max(1, rows // 2))
@@ -117,7 +116,7 @@ class TransferBench:
 
     def _losses(self, cell: TransferCell) -> dict[str, Any]:
         """By mode: the validation loss and the test loss. The test part is read when the last rate is chosen."""
-        prepared, row = self.prepared(cell.column, cell.seed), self._row(cell)
+        prepared, row = self._prepared(cell), self._row(cell)
         fitted = {mode: prepared.best(row, mode, cell.seed) for mode in self.plan.settings.modes}
         untouched = prepared.model(row, cell.seed)
         losses: dict[str, Any] = {AT_ONCE: {"rate": None, "validation": prepared.validated(untouched)}}
@@ -137,7 +136,7 @@ class TransferBench:
         train, test = (self.labelled(cell.column, cell.seed, part) for part in ("train", "test"))
         budget = self.plan.few_labels(cell.seed)
         if cell.what == FEW_LABELS:
-            for score in few_label_accuracy(self.model(cell), train, test, budget):
+            for score in few_label_accuracy(self._model(cell), train, test, budget):
                 self._bench.on_step()
                 yield score
         elif cell.what == TFIDF_ALL:
@@ -170,19 +169,35 @@ class TransferBench:
         paths = {id(parameter): path for path, parameter in model.named_parameters()}
         return {name: paths[id(parameter)] for name, parameter in model.shared_parameters().items()}
 
+    def _model(self, cell: TransferCell) -> EncoderModel:
+        """The cell's encoder within the column's fresh private parts."""
+        return self._prepared(cell).model(self._row(cell), cell.seed)
+
+    def _prepared(self, cell: TransferCell) -> Prepared:
+        """The cell's column, as all rows have it."""
+        return self._column(cell.column, self._drawn_by(cell.column, cell.seed))
+
+    def _drawn_by(self, column: str, seed: int) -> int:
+        """The seed that draws a column's validation part: the same for all where the corpus has one of its own."""
+        drawn = column in self._bench.corpora and not len(self._bench.corpora[column].validation)
+        return seed if drawn else self.plan.comparison.base_seed
+
+    def _parts(self, name: str, seed: int) -> Parts:
+        if self.plan.column(name).loss:
+            return self._bench.parts(name, seed)
+        return Parts(self._whole(name, "train")[0], ())
+
+    def _make_spec(self, name: str, seed: int) -> PrivateSpec:
+        """Fitted to the training samples alone."""
+        comparison = self.plan.comparison
+        train = self._parts(name, seed).train
+        return self._type.fit_private(train, comparison.architecture, self.plan.private(name), comparison.assets)
+
     def _make_column(self, name: str, seed: int) -> Prepared:
-        plan, comparison = self.plan, self.plan.comparison
-        train: Samples
-        validation: Samples
-        test: Samples
-        if plan.column(name).loss:
-            parts = self._bench.parts(name, seed)
-            train, validation = parts.train, parts.validation
+        comparison, settings, parts = self.plan.comparison, self.plan.settings, self._parts(name, seed)
+        test: Samples = ()
+        if self.plan.column(name).loss:
             test = bounded(self._bench.corpora[name].test, comparison.settings.test_documents)
-        else:
-            train, validation, test = self._whole(name, "train")[0], (), ()
-        spec = self._type.fit_private(train, comparison.architecture, plan.private(name), comparison.assets)
-        settings = plan.settings
         inner = comparison.update.inner.model_copy(
             update={"schedule": "cosine", "warmup_steps": min(_WARM_UP, settings.steps // 5)}
         )
@@ -200,7 +215,7 @@ class TransferBench:
         return Prepared(
             self._type,
             comparison.architecture,
-            Column(name, train, validation, test, spec),
+            Column(name, parts.train, parts.validation, test, self._spec(name, seed)),
             budget,
             device=comparison.settings.device,
             advance=self._bench.on_step,

@@ -82,12 +82,11 @@ def measured(bench: TransferBench, cost: Cost) -> TransferCost:
 
 def _encoder(bench: TransferBench, column: str, rows: Samples) -> tuple[float, float]:
     """Seconds for the features of a row, and for a step of fine-tuning (0 where a model cannot be fine-tuned)."""
-    seed = bench.plan.comparison.seeds[0]
-    model = bench.prepared(column, seed).model(None, seed)
+    model = bench.untrained(column)
     begun = time.monotonic()
     model.features(rows)
     read = time.monotonic()
-    batch = taken(rows, range(min(len(rows), bench.plan.few_labels(seed).batch_size)))
+    batch = taken(rows, range(min(len(rows), bench.plan.few_labels(bench.plan.comparison.base_seed).batch_size)))
     try:
         model.backward(model.pooled(batch).sum())
     except NotProbed:

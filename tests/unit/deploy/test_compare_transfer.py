@@ -20,6 +20,7 @@ from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
 from deploy.compare.plan import Cell, Comparison, FederatedArm, Point
 from deploy.compare.pool import OneProcess, Task
+from deploy.compare.progress import Narrator
 from deploy.compare.run import run
 from deploy.compare.transfer.bench import TransferBench
 from deploy.compare.transfer.figures import UNSEEN, accuracy, figures, paired, paired_draws
@@ -247,9 +248,12 @@ def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_befor
     reads: dict[str, list[int]] = defaultdict(list)
     order: list[str] = []
     cells = Cells(tmp_path)
-    bench = Bench(
-        comparison(seeds=1, modes=("free",), pooled_labels="whose", few_labels={**FEW, "draws": 1}), held, cells
-    )
+    plan = comparison(seeds=1, modes=("free",), pooled_labels="whose", few_labels={**FEW, "draws": 1})
+    plan = replace(plan, settings=plan.settings.model_copy(update={"test_documents": 10}))
+    bench = Bench(plan, held, cells)
+    with Narrator(bench, 1, held) as narrator:
+        narrator.announce()
+    reads["announced"].append(sum(corpus.test.read for corpus in held.values()))  # type: ignore[attr-defined]
 
     def on_cell(task: Task, cell: Cell | TransferCell, kept: bool) -> None:
         order.append(task)
@@ -259,9 +263,9 @@ def test_no_test_part_is_read_before_all_choices_of_training_nor_in_a_cell_befor
         looked.clear()
 
     outcome = run(bench, cells, OneProcess(bench), on_cell)
-    assert set(reads["train"]) == {0}
+    assert reads["announced"] == [0] and set(reads["train"]) == {0}
     assert order == sorted(order, key=("train", "test", "transfer").index)
-    assert before["west"] <= 1, "for the digest alone"
+    assert before["west"] <= 1 + 10, "for the digest, and to draw ten samples"
     assert outcome.transfer is not None and not outcome.transfer["notes"]
     measures = TransferBench(bench)
     random, version = (
