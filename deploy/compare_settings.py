@@ -165,6 +165,8 @@ class CompareConfig(Section):
             raise ValueError(f"compare.arms.{taken[0]}: that name is a baseline's; take another")
         if self.tune_seeds > self.seeds:
             raise ValueError(f"compare.tune_seeds {self.tune_seeds} is more than compare.seeds {self.seeds}; lower it")
+        if self.cut > 1 and self.transfer is not None:
+            raise ValueError("compare.cut deals one test part out to several nodes, which transfer cannot tell apart")
         return self
 
     @property

@@ -91,6 +91,7 @@ class TextEncoderType:
             missing -= set(shared) - set(masked_lm.named_trunk(network))
         else:
             shared = masked_lm.trunk(cast(Any, network).base_model)
+            missing = {name.removeprefix(f"{cast(Any, network).base_model_prefix}.") for name in missing}
         hugging_face.require(directory, shared, missing)
         return architecture, {name: tensor.detach().clone() for name, tensor in shared.items()}
 

@@ -60,7 +60,8 @@ def described(comparison: Comparison) -> dict[str, Any]:
 
 
 def marked(name: str, architecture: Mapping[str, Any]) -> str:
-    """An arm or a column for people. What was trained with a tokenizer that has seen texts of the nodes says so."""
+    """An arm, a column or a table for people. What was trained with a tokenizer that has seen texts of the nodes says
+    so."""
     return f"{name} (agreed vocabulary)" if architecture.get("vocabulary") == "agreed" else name
 
 
@@ -156,7 +157,10 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
             differences,
         ),
         ("chosen by the validation part", ["arm", "rate", "decay", "finishing", "of points"], chosen),
-        *(transfer_tables(report["transfer"], unit) if report["transfer"] else []),
+        *(
+            (marked(title, architecture), headings, rows)
+            for title, headings, rows in (transfer_tables(report["transfer"], unit) if report["transfer"] else [])
+        ),
     ]
 
 

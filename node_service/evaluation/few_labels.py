@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from common.encoders.base import EncoderModel, Samples
+from common.encoders.hugging_face import seeded
 from common.errors import NotProbed
 
 #: The classifier starts at zero and learns at this rate, or at the encoder's where that is larger.
@@ -228,16 +229,19 @@ class _Tuner:
         )
         order = _batches(len(labels), budget.batch_size, budget.steps, np.random.default_rng(seed))
         model.train()
-        for step, rows in enumerate(order):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * (1.0 - step / budget.steps)  # to nothing, linearly: Devlin et al. 2019
-            outputs = head((model.pooled(taken(samples, rows)) - mean) / spread)
-            loss = cross_entropy(outputs, torch.from_numpy(labels[rows]).to(outputs.device))
-            optimizer.zero_grad(set_to_none=True)
-            model.zero_grad(set_to_none=True)
-            model.backward(loss)
-            nn.utils.clip_grad_norm_([*trained, *head.parameters()], 1.0)
-            optimizer.step()
+        with seeded(seed):  # what a model with dropout leaves out is the same for every row
+            for step, rows in enumerate(order):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * (
+                        1.0 - step / budget.steps
+                    )  # to nothing, linearly: Devlin et al. 2019
+                outputs = head((model.pooled(taken(samples, rows)) - mean) / spread)
+                loss = cross_entropy(outputs, torch.from_numpy(labels[rows]).to(outputs.device))
+                optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
+                model.backward(loss)
+                nn.utils.clip_grad_norm_([*trained, *head.parameters()], 1.0)
+                optimizer.step()
         return head, mean, spread
 
 

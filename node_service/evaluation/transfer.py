@@ -17,6 +17,7 @@ from torch import Tensor
 from common.encoders.base import Architecture, Assets, EncoderModel, EncoderType, PrivateSpec, Samples
 from common.encoders.hugging_face import fill
 from common.wire.messages import InnerOptimizer
+from node_service.config import Precision
 from node_service.corpus.corpus import Corpus, split_by_content
 from node_service.evaluation.few_labels import taken
 from node_service.evaluation.probe import masked_loss
@@ -142,9 +143,11 @@ class Prepared:
         budget: TransferBudget,
         *,
         device: str = "cpu",
+        precision: Precision = "float32",
         advance: Advance = lambda: None,
     ) -> None:
         self._type, self._architecture, self._device, self._advance = encoder_type, architecture, device, advance
+        self._precision = precision
         self.column, self.budget = column, budget
 
     @cached_property
@@ -195,7 +198,9 @@ class Prepared:
         if trained == set():
             return model
         inner = self.budget.inner.model_copy(update={"lr": rate})
-        trainer = Trainer(model, self._train, inner, seed=seed, device=self._device, trained=trained)
+        trainer = Trainer(
+            model, self._train, inner, seed=seed, device=self._device, precision=self._precision, trained=trained
+        )
         for step in range(self.budget.steps):
             trainer.progress = step / self.budget.steps
             trainer.step()

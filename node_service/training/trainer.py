@@ -124,9 +124,9 @@ class Trainer:
         if not self._drops:
             yield
             return
-        seed = int(torch.randint(1 << 62, (), generator=self.generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        from common.encoders.hugging_face import seeded  # imports transformers, whose models alone drop anything here
+
+        with seeded(int(torch.randint(1 << 62, (), generator=self.generator))):
             yield
 
     @contextmanager

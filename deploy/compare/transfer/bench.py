@@ -218,6 +218,7 @@ class TransferBench:
             Column(name, parts.train, parts.validation, test, self._spec(name, seed)),
             budget,
             device=comparison.settings.device,
+            precision=comparison.settings.precision,
             advance=self._bench.on_step,
         )
 

@@ -59,11 +59,13 @@ class TransferCost:
 
 
 def measured(bench: TransferBench, cost: Cost) -> TransferCost:
-    """On a random encoder, in every column with labels."""
+    """On a random encoder, in every column with labels; what cannot be built in one of the others fails here too, and
+    not after everything is trained."""
     plan, seed = bench.plan, bench.plan.comparison.seeds[0]
     tuning, features, character = dict[str, float](), dict[str, float](), 0.0
     for column in plan.columns:
         if not column.labels:
+            bench.untrained(column.name)
             continue
         samples, labels = bench.labelled(column.name, seed, "train")
         chosen = np.random.default_rng(0).permutation(len(samples))[:_REFERENCE_ROWS].tolist()

@@ -157,7 +157,7 @@ def _probed(rows: Mapping[str, Mapping[str, Any]], judged: str) -> dict[str, Any
     return {
         column: {
             which: {
-                row: paired(own["by_seed"][which], by_column[column]["by_seed"][which])
+                row: _gained(paired(own["by_seed"][which], by_column[column]["by_seed"][which]))
                 for row, by_column in rows.items()
                 if column in by_column
             }
@@ -165,6 +165,12 @@ def _probed(rows: Mapping[str, Mapping[str, Any]], judged: str) -> dict[str, Any
         }
         for column, own in rows.get(judged, {}).items()
     }
+
+
+def _gained(difference: dict[str, Any]) -> dict[str, Any]:
+    """A difference of accuracies, of which more is better."""
+    turned = {"better": "worse", "worse": "better"}
+    return {**difference, "verdict": turned.get(difference["verdict"], difference["verdict"])}
 
 
 def _few_labels(plan: TransferPlan, results: Results, single: Mapping[str, str]) -> dict[str, Any]:

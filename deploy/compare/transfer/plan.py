@@ -252,8 +252,11 @@ class TransferPlan:
         return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()
 
     def private(self, column: str) -> dict[str, Any]:
-        """The settings of a column's private parts."""
-        return {**self.comparison.private.get(column, {}), **self.settings.private}
+        """The settings of a column's private parts. Where nodes name a base of the encoder, a column of nobody's takes
+        the one of the first of them."""
+        first = self.comparison.private[self.comparison.domains[0]]
+        named = {"base": first["base"]} if "base" in first else {}
+        return {**self.comparison.private.get(column, named), **self.settings.private}
 
     def best_single(self, validation: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, str]:
         """By column the single organisation of the least validation loss, mean over the seeds; the first of equals.

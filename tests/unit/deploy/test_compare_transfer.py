@@ -108,6 +108,7 @@ def comparison(seeds: int = 2, **transfer: Any) -> Comparison:
         architecture=architecture,
         assets=assets,
         initial=("fresh", None),
+        overrides={},
         base_seed=5,
         update=update,
         federated={"shared": FederatedArm(aggregation_rule("fedbuff"), update, (0.25,))},
@@ -137,7 +138,9 @@ def test_the_best_single_organisation_is_that_of_the_least_validation_loss_whate
         measured = {"rate": None, "validation": validation, "loss": loss + cell.seed}
         column = plan.column(cell.column)
         losses = dict.fromkeys((AT_ONCE, "frozen", "free"), measured) if column.loss else {}
-        results[cell] = {"losses": losses, "probe": None}
+        right = {"shared version": 0.9, "random": 0.5}.get(cell.row, 0.9)
+        probe = {"linear": right, "knn": right, "majority": 0.4, "train_rows": 9, "test_rows": 9}
+        results[cell] = {"losses": losses, "probe": probe if column.labels else None}
     found = figures(plan, results)
     assert found["best_single"] == {
         "north": "alone north",
@@ -150,6 +153,9 @@ def test_the_best_single_organisation_is_that_of_the_least_validation_loss_whate
     assert differences["west"]["rows"]["alone north"]["mean"] == 0.5, "the difference to each is there"
     assert differences["west"]["rows"]["random"]["mean"] == -4.5
     assert differences[UNSEEN]["best_single"] == differences["west"]["best_single"], "one column is unseen"
+    for probed in found["probes"]["differences"]["shared version"].values():
+        gained = probed["linear"]["random"]
+        assert (gained["mean"], gained["verdict"]) == (0.4, "better"), "of accuracies more is better"
     assert "shared, finished north" in differences["north"]["rows"]
     assert "shared, finished north" not in differences["south"]["rows"]
 
@@ -363,6 +369,7 @@ def test_the_command_measures_transfer_and_goes_on_where_it_was(command: Command
         ({"windows = 16": 'pooled_labels = "south"'}, "is a node's name"),
         ({"windows = 16": "classes = { east = 2 }"}, "no column 'east'"),
         ({"windows = 16": "window = 16"}, "did you mean 'windows'?"),
+        ({"[compare]\n": "[compare]\ncut = 2\n"}, "which transfer cannot tell apart"),
     ],
 )
 def test_what_is_wrong_with_an_unseen_corpus_is_said_in_one_line(

@@ -34,7 +34,7 @@ class Hidden(EncoderModel):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.first, self.second = nn.Linear(2, 32), nn.Linear(32, 2)
+            self.first, self.drop, self.second = nn.Linear(2, 32), nn.Dropout(0.1), nn.Linear(32, 2)
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.second.named_parameters())
@@ -46,10 +46,10 @@ class Hidden(EncoderModel):
         return {"x": encoded[torch.randint(len(encoded), (size,), generator=generator)]}
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.second(torch.tanh(self.first(batch["x"]))).square().mean()
+        return self.second(self.drop(torch.tanh(self.first(batch["x"])))).square().mean()
 
     def pooled(self, samples: Sequence[Any]) -> Tensor:
-        return self.second(torch.tanh(self.first(self.encode(samples))))
+        return self.second(self.drop(torch.tanh(self.first(self.encode(samples)))))
 
     def features(self, samples: Sequence[Any]) -> Tensor:
         return self.pooled(samples).detach()
