@@ -16,7 +16,7 @@ from common.wire.messages import FinishRule, InnerOptimizer
 from deploy.compare.cells import CellResult, Cells, ModelOf
 from deploy.compare.federation import GRACE_SECONDS, Member, TrainedFederation
 from deploy.compare.held_out import bounded, document_losses, fingerprint
-from deploy.compare.plan import FINISHED, SHARED, WITHOUT, Cell, Comparison, Point
+from deploy.compare.plan import FINISHED, VERSION, WITHOUT, Cell, Comparison, Point
 from deploy.compare.training import (
     Best,
     Pace,
@@ -160,24 +160,24 @@ class Bench:
                 precision=plan.settings.precision,
             )
             trained = federation.train(self._on_step)
-        validation: dict[str, dict[str, float]] = {view: {} for view in (FINISHED, SHARED, WITHOUT)}
+        validation: dict[str, dict[str, float]] = {view: {} for view in (FINISHED, VERSION, WITHOUT)}
         states: dict[str, State] = {}
         best: dict[str, Best] = {}
         together = {name: trainer.steps for name, trainer in trained.trainers.items()}
         for name, trainer in trained.trainers.items():
             looks = self.validation(name, seed)
-            shared = states[f"{SHARED} {name}"] = state_of(trainer.model)
+            shared = states[f"{VERSION} {name}"] = state_of(trainer.model)
             fresh = self.model(name, seed)
             load_state(fresh, shared, shared_only=True)
             validation[WITHOUT][name] = looks.loss(fresh)
             best[name] = train_one(trainer, looks, self._pace(plan.finishing_steps(name, point)))
             states[f"{FINISHED} {name}"] = best[name].state[""]
-            validation[SHARED][name] = best[name].looks[0][1]
+            validation[VERSION][name] = best[name].looks[0][1]
             validation[FINISHED][name] = best[name].loss
         models = {
             FINISHED: {name: ModelOf(f"{FINISHED} {name}") for name in members},
-            SHARED: {name: ModelOf(f"{SHARED} {name}") for name in members},
-            WITHOUT: {name: ModelOf(f"{SHARED} {name}", shared_only=True) for name in members},
+            VERSION: {name: ModelOf(f"{VERSION} {name}") for name in members},
+            WITHOUT: {name: ModelOf(f"{VERSION} {name}", shared_only=True) for name in members},
         }
         facts = {
             "steps": {name: trainer.steps for name, trainer in trained.trainers.items()},

@@ -19,10 +19,10 @@ from master_service.decisions.rules.model import AggregationRule
 
 #: A federated arm's views: each node's own copy after the finishing phase, the final version within each node's private
 #: parts, and the final version within fresh ones. The first is the arm's own column.
-FINISHED, SHARED, WITHOUT = "finished", "shared", "without private parts"
+FINISHED, VERSION, WITHOUT = "finished", "version", "without private parts"
 
 #: Goes into every digest: another number means that a cell is computed in another way.
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -209,7 +209,7 @@ def columns(comparison: Comparison) -> dict[str, tuple[str, str]]:
     for arm in comparison.arms:
         if arm in comparison.federated:
             found[arm] = (arm, FINISHED)
-            found[f"{arm}, {SHARED}"] = (arm, SHARED)
+            found[f"{arm}, {VERSION}"] = (arm, VERSION)
             found[f"{arm}, {WITHOUT}"] = (arm, WITHOUT)
         else:
             found[arm] = (arm, arm)

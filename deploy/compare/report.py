@@ -211,7 +211,7 @@ the moment at which a training is taken too, go by a validation part; the test p
 weights, splits, windows and masks of a seed are the same for every arm.</p>
 <img alt="Differences of the held-out loss to training alone, by domain" src="data:image/png;base64,{encoded}">
 {"".join(tables)}
-<p>An arm's own row is that after the finishing phase. <em>shared</em>: the final version within each node's private
+<p>An arm's own row is that after the finishing phase. <em>version</em>: the final one within each node's private
 parts; <em>without private parts</em>: within fresh ones. Gap closed: (alone − arm) / (alone − pooled), where pooling is
 better than alone beyond the interval.</p>
 {_of_the_vocabulary(report["comparison"]["architecture"])}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deploy.compare.plan import FINISHED, SHARED, Cell, Comparison, Point
+from deploy.compare.plan import FINISHED, VERSION, Cell, Comparison, Point
 from deploy.compare_settings import ALONE, POOLED, POOLED_ALL, RANDOM, FewLabelConfig, TransferConfig
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.few_labels import FewLabels
@@ -121,7 +121,7 @@ class TransferPlan:
         found = [Row(self.start, RANDOM, None, RANDOM, first)]
         found += [Row(alone(name), ALONE, name, ALONE, name) for name in domains if ALONE in plan.arms]
         found += [Row(arm, arm, None, arm, first) for arm in (POOLED, POOLED_ALL) if arm in plan.arms]
-        found += [Row(version(arm), arm, None, SHARED, first) for arm in plan.federated]
+        found += [Row(version(arm), arm, None, VERSION, first) for arm in plan.federated]
         found += [
             Row(f"{arm}, finished {name}", arm, None, FINISHED, name, only=name)
             for arm in plan.federated

@@ -22,7 +22,7 @@ from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
 from deploy.compare.cut import dealt, owner
-from deploy.compare.plan import FINISHED, SHARED, WITHOUT, Cell, Comparison, FederatedArm, Point
+from deploy.compare.plan import FINISHED, VERSION, WITHOUT, Cell, Comparison, FederatedArm, Point
 from deploy.compare.pool import OneProcess, Task, pool
 from deploy.compare.run import Outcome, run
 from deploy.compare.training import Pace, agreed_words, best_of, parts
@@ -230,7 +230,7 @@ def test_finishing_is_never_worse_than_what_it_began_with_by_the_validation_part
         result = found.bench.trained(cell)
         assert result is not None
         for domain, loss in result.validation[FINISHED].items():
-            assert loss <= result.validation[SHARED][domain]
+            assert loss <= result.validation[VERSION][domain]
             assert result.models[WITHOUT][domain].shared_only
 
 
