@@ -26,6 +26,7 @@ from deploy.compare.transfer.corpora import read_unseen
 from deploy.compare_settings import ALONE, BASELINES, ArmConfig, CompareConfig
 from deploy.config import Config, load_config
 from deploy.logging import configure_logging
+from deploy.signals import interrupted_once
 from master_service.decisions.requests import sources
 from master_service.decisions.rules.model import AggregationRule, aggregation_rule
 
@@ -65,7 +66,7 @@ def run_comparison(
 
         from deploy.compare.bench import Bench
         from deploy.compare.cells import Cells
-        from deploy.compare.pool import pool
+        from deploy.compare.pool import kill_workers, pool
         from deploy.compare.progress import Narrator
         from deploy.compare.report import HTML, PNG, described, print_report, write_report
         from deploy.compare.run import run
@@ -76,7 +77,8 @@ def run_comparison(
     corpora = {**corpora, **unseen}
     command = shlex.join(["shared-encoder", *sys.argv[1:]])
     started = time.monotonic()
-    with closing(DirectoryLock(out, "--out")):
+    # a second Ctrl-C while the first is put in order would leave processes that nobody ends
+    with interrupted_once(kill_workers), closing(DirectoryLock(out, "--out")):
         cells = Cells(out)
         _write(out / _ABOUT, {"command": command, "comparison": described(comparison)})
         bench = Bench(comparison, corpora, cells)

@@ -102,6 +102,12 @@ def pool(jobs: int, bench: Bench, corpora: Mapping[str, Corpus], directory: Path
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def kill_workers() -> None:
+    """End the processes of a pool at once: what they were at is lost, and what is whole stays."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 _benches: _Benches | None = None

@@ -5,7 +5,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -445,6 +451,47 @@ def test_samples_that_are_dealt_out_are_all_there_once_and_measured_by_the_same(
         assert all(part.validation == ["look"] for part in parts)
     with pytest.raises(UserError, match=r"compare\.cut 6: node 'one' has 10 training samples, too few; lower it"):
         dealt(whole, 6)
+
+
+def test_ctrl_c_ends_a_comparison_and_its_processes_however_often_it_comes(config: Path, tmp_path: Path) -> None:
+    """A terminal, or `timeout`, sends it to all of them, and people press it twice."""
+    config.write_text(config.read_text().replace("steps = 20", "steps = 100000"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "deploy.cli", "compare", "--config", config, "--out", out, "--jobs", "2"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/faults/plugin"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stderr is not None
+        until = time.monotonic() + 60
+        while len(workers := children(process.pid)) < 3 or not all(map(ignores_ctrl_c, workers)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(1)  # they are at work
+        for _ in range(3):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.01)
+        assert process.wait(30) == 1 and "--resume goes on from there" in process.stderr.read()
+        while any(map(ignores_ctrl_c, workers)):  # one that is gone does not
+            assert time.monotonic() < until + 30
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def children(parent: int) -> list[str]:
+    """Two workers of a pool, and the tracker of what they share."""
+    return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+
+
+def ignores_ctrl_c(process: str) -> bool:
+    """As a worker does once it is there."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return bool(
+            int(next(line.split()[1] for line in lines if line.startswith("SigIgn")), 16) & 1 << signal.SIGINT - 1
+        )
+    return False
 
 
 # --- an agreed vocabulary --------------------------------------------------------------------------------------------
