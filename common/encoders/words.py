@@ -19,6 +19,9 @@ SOURCE = "words"
 #: Runs of letters and numbers; `str.isalpha` sorts out those that are not letters alone.
 _RUNS = re.compile(r"[^\W_]+")
 
+#: A list counts for so many documents at most, however many its node claims to have.
+MOST_DOCUMENTS = 10_000
+
 #: Of all words that came, those in the most documents are trained on, and at most so many.
 _MOST_KINDS = 200_000
 #: Characters that the counts are scaled down to; a word has at least one occurrence beyond that. Together with those
@@ -68,11 +71,19 @@ def shown(words: WordList) -> str:
     return head + "".join(f"{count}\t{word}\n" for word, count in words.words)
 
 
+def weighed(documents: int, words: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The words of one list of so many documents, as they are added to those of others: what is of more than
+    `MOST_DOCUMENTS` is scaled down to that, to whole numbers (the same on every machine), and none becomes nothing."""
+    if documents <= MOST_DOCUMENTS:
+        return list(words)
+    return [(word, max(1, count * MOST_DOCUMENTS // documents)) for word, count in words]
+
+
 def summed(lists: Iterable[WordList]) -> dict[str, int]:
-    """In how many documents of all contributors each word occurs."""
+    """In how many documents of all contributors each word occurs; of one contributor, as `weighed` has it."""
     total = Counter[str]()
     for each in lists:
-        total.update(dict(each.words))
+        total.update(dict(weighed(each.documents, each.words)))
     return dict(total)
 
 

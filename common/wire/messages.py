@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from common.numbers.slicing import EncodingName
 from common.wire.topology import MIB
@@ -82,7 +82,15 @@ AssetEntries = Annotated[list[AssetEntry], Field(max_length=MAX_ASSETS, fail_fas
 MAX_WORDS = 20_000
 MAX_WORD_LENGTH = 64
 MAX_WORD_BYTES = 700 << 10
-Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH, pattern=r"^[^\s\p{Cc}]+$")]
+
+
+def _letters(word: str) -> str:
+    if not word.isalpha():
+        raise ValueError("a word is not of letters alone")
+    return word
+
+
+Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH), AfterValidator(_letters)]
 
 
 class Message(BaseModel):

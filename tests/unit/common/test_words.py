@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from common.encoders import get_encoder_type, shared_vocabulary, words
 from common.encoders.vocabulary import Vocabulary
-from common.encoders.words import WordList, shown, summed, training_text, word_list, written
+from common.encoders.words import MOST_DOCUMENTS, WordList, shown, summed, training_text, word_list, written
 from common.errors import UserError, WordsNeeded
 from common.wire.codec import encode
-from common.wire.messages import MAX_WORD_BYTES, MAX_WORD_LENGTH, MAX_WORDS, Words
+from common.wire.messages import MAX_COUNT, MAX_WORD_BYTES, MAX_WORD_LENGTH, MAX_WORDS, Words
 
 #: Texts of few different words, so that some are in many; and of anything at all.
 SOME = st.lists(st.sampled_from(["fever", "Fever", "the", "naïve", "x2", "2024", "a_b", "müde", "¼"]), max_size=6)
@@ -77,6 +77,9 @@ def test_a_contribution_is_bounded_in_words_and_bytes_and_travels_below_a_mebiby
         {"words": [("two words", 2)]},
         {"words": [("", 2)]},
         {"words": [("line\n", 2)]},
+        {"words": [("a1", 2)]},
+        {"words": [("don't", 2)]},
+        {"words": [("\u200b", 2)]},
         {"words": [("w" * (MAX_WORD_LENGTH + 1), 2)]},
         {"words": [(str(n), 2) for n in range(MAX_WORDS + 1)]},
     ],
@@ -97,6 +100,45 @@ def test_the_vocabulary_is_that_of_the_sums_in_whatever_order_they_come(kinds: l
     made = shared_vocabulary.agreed({words.SOURCE: written(total)}, 262)
     plain = shared_vocabulary.agreed({words.SOURCE: json.dumps(dict.fromkeys(reversed(kinds), 10))}, 262)
     assert made.tokenizer.to_str() == plain.tokenizer.to_str()
+
+
+LISTS = st.lists(
+    st.dictionaries(st.sampled_from("abcdefgh"), st.integers(2, MAX_COUNT), min_size=1).flatmap(
+        lambda counts: st.integers(max(counts.values()), MAX_COUNT).map(
+            lambda documents: WordList(documents, 2, tuple(counts.items()))
+        )
+    ),
+    max_size=5,
+)
+
+
+@settings(deadline=None)
+@given(LISTS, st.randoms(use_true_random=False))
+def test_no_list_counts_for_more_than_so_many_documents_whatever_it_claims(lists: list[WordList], random: Any) -> None:
+    total = summed(lists)
+    for word, count in total.items():
+        assert sum(word in dict(each.words) for each in lists) <= count <= MOST_DOCUMENTS * len(lists)
+    shuffled = random.sample(lists, len(lists))
+    assert summed(shuffled) == total
+    for each in lists:
+        alone = summed([each])
+        # its own order of words stays, and a list that is small enough as it is
+        assert all(alone[a] <= alone[b] for a, m in each.words for b, n in each.words if m <= n)
+        assert each.documents > MOST_DOCUMENTS or alone == dict(each.words)
+        assert summed(other for other in lists if other is not each) == {
+            word: count - alone.get(word, 0) for word, count in total.items() if count > alone.get(word, 0)
+        }
+
+
+@settings(deadline=None)
+@given(st.text(max_size=5), st.integers(0, 12), st.integers(0, 12))
+def test_a_message_takes_letters_alone_in_no_more_documents_than_there_are(word: str, count: int, many: int) -> None:
+    try:
+        Words(node="a", incarnation="i", encoder="e", documents=many, words=[(word, count)])
+        taken = True
+    except ValidationError:
+        taken = False
+    assert taken == (word.isalpha() and 2 <= count <= many)
 
 
 def test_a_word_that_is_in_many_documents_becomes_a_token_before_one_that_is_in_few() -> None:
