@@ -5,6 +5,7 @@ One encoder is trained at a time; instructions for others wait until it is finis
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -132,7 +133,8 @@ class Agent:
     Versions up to `lost` were made by a master that has lost them since (its disk was restored from a backup): of those
     only the one that it names is read, because the stream may hold two of one number. `named`: its owner agrees that
     its name is published. `gathering`: the instruction whose assets are being read; until they are here its encoder is
-    not built, and its rule and versions are not for us. `contributed`: the encoders whose wish for words was answered.
+    not built, and its rule and versions are not for us. `contributed`: the encoders whose wish for words was answered,
+    the newest of them.
     """
 
     node: str
@@ -148,7 +150,7 @@ class Agent:
     named: bool = False
     waiting: dict[str, Instruction] = field(default_factory=dict)
     gathering: Instruction | None = None
-    contributed: set[str] = field(default_factory=set)
+    contributed: deque[str] = field(default_factory=lambda: deque(maxlen=16))
 
     def join(self) -> list[Action]:
         """Introduce this node; the master answers with the running instructions."""
@@ -173,7 +175,8 @@ class Agent:
                 return self._instructed(message)
             case WordsWanted() if message.encoder_type in self.types:
                 again = message.encoder in self.contributed
-                self.contributed.add(message.encoder)
+                if not again:
+                    self.contributed.append(message.encoder)
                 return [Contribute(message, again)]
             case Introduce():
                 self.unknown = True

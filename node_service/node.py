@@ -49,7 +49,7 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
-from node_service.handover.contributing import answer
+from node_service.handover.contributing import Contributions, answer
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
@@ -96,6 +96,7 @@ class Node:
         self.outbox = outbox
         self.reading = Reading(broker, topology, clock)
         self._corpora = corpora
+        self._contributions = Contributions(corpora, config.private)
         self._broker = broker
         self._topology = topology
         self.state = state
@@ -454,8 +455,7 @@ class Node:
         self._perform(self._agent.samples_checked(instruction, 0, why))
 
     def _contribute(self, asked: Contribute) -> None:
-        corpus = self._corpora[asked.wanted.encoder_type]
-        answered = answer(asked.wanted, corpus, self.config.private, self.state, again=asked.again)
+        answered = answer(asked.wanted, self._contributions, self.state, again=asked.again)
         self._say(answered)
         happened("words contributed", node=self.name, encoder=answered.encoder, words=len(answered.words))
 

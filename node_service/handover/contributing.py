@@ -30,14 +30,27 @@ def contribution(corpus: Corpus, private: Mapping[str, Any]) -> WordList | None:
     return word_list(corpus.train, own.min_documents) if own.contribute_words else None
 
 
-def answer(
-    wanted: WordsWanted, corpus: Corpus, private: Mapping[str, Any], state: LocalState, *, again: bool = False
-) -> Words:
+class Contributions:
+    """What a node contributes of each of its corpora; counted when it is asked for first, and kept: corpora and
+    settings stay as they are while it runs."""
+
+    def __init__(self, corpora: Mapping[str, Corpus], private: Mapping[str, Any]) -> None:
+        self._corpora, self._private = corpora, private
+        self._made: dict[str, WordList | None] = {}
+
+    def of(self, encoder_type: str) -> WordList | None:
+        """As `contribution` has it."""
+        if encoder_type not in self._made:
+            self._made[encoder_type] = contribution(self._corpora[encoder_type], self._private)
+        return self._made[encoder_type]
+
+
+def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState, *, again: bool = False) -> Words:
     """The answer to who asks for words. The list is on disk, and its owner has been told what it tells (unless this is
     the same `again`), before this returns."""
     say = log.debug if again else log.info
     try:
-        words = contribution(corpus, private)
+        words = contributions.of(wanted.encoder_type)
     except UserError as error:
         log.error("contributing no words", node=state.identity.node, encoder=wanted.encoder, problem=str(error))
         words = None
@@ -51,7 +64,8 @@ def answer(
     path = state.keep_words(shown(words))
     say(
         f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
-        f"{words.min_documents:,} of {words.documents:,} documents here: the list is in {path}; the master learns "
-        "these words, in how many of the documents each is, and that it is this node which has them"
+        f"{words.min_documents:,} of {words.documents:,} documents here, which may all be about one person: the list "
+        f"is in {path}; the master learns these words, in how many of the documents each is, and that it is this node "
+        "which has them, and who gets the exported encoder gets a tokenizer that is made of them"
     )
     return Words(**about, documents=words.documents, min_documents=words.min_documents, words=list(words.words))

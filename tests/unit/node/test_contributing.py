@@ -17,8 +17,9 @@ from common.clock import VirtualClock
 from common.wire.broker import Publication
 from common.wire.codec import encode
 from common.wire.messages import Words, WordsWanted
+from node_service.agent import Agent, Contribute
 from node_service.corpus.corpus import Corpus
-from node_service.handover.contributing import answer
+from node_service.handover.contributing import Contributions, answer
 from node_service.handover.local_state import LocalState
 from node_service.handover.store import DirectoryStore, MemoryStore
 from tests.unit.stepped import HandMaster, SteppedNode
@@ -28,9 +29,9 @@ TEXTS = ["one fever", "two fever", "three fever", "secret"]
 OPEN = {"contribute_words": True, "min_documents": 2}
 
 
-def corpus(texts: list[str]) -> Corpus:
-    """Held-out texts say `held` in every one of them."""
-    return Corpus("text", texts, None, ["held out"] * 99, None, ["held back"] * 99)
+def contributions(texts: list[str], private: dict[str, Any]) -> Contributions:
+    """Of a corpus whose held-out texts say `held` in every one of them."""
+    return Contributions({"text": Corpus("text", texts, None, ["held out"] * 99, None, ["held back"] * 99)}, private)
 
 
 def state(store: Any = None) -> LocalState:
@@ -62,7 +63,7 @@ def test_the_bytes_that_are_sent_hold_no_word_that_is_not_in_the_list(
 ) -> None:
     store = MemoryStore()
     private = {"contribute_words": contributes, "min_documents": least}
-    said = answer(WANTED, corpus(texts), private, state(store))
+    said = answer(WANTED, contributions(texts, private), state(store))
     files = [content.decode() for name, content in store.files.items() if name.startswith("words/")]
     assert len(files) == contributes
     about = {said.kind, said.node, said.incarnation, said.encoder}
@@ -75,7 +76,7 @@ def test_the_bytes_that_are_sent_hold_no_word_that_is_not_in_the_list(
 def said_of(private: dict[str, Any], tmp_path: Path, texts: list[str] = TEXTS) -> tuple[Words, list[str]]:
     """The answer, and the lines of the log."""
     with capture_logs() as lines:
-        said = answer(WANTED, corpus(texts), private, state(DirectoryStore(tmp_path)))
+        said = answer(WANTED, contributions(texts, private), state(DirectoryStore(tmp_path)))
     return said, [line["event"] for line in lines]
 
 
@@ -83,7 +84,9 @@ def test_its_owner_is_told_in_one_sentence_and_finds_the_list_where_it_says(tmp_
     said, [line] = said_of(OPEN, tmp_path)
     assert (said.documents, said.min_documents, said.words) == (4, 2, [("fever", 3)])
     [path] = tmp_path.glob("words/*.txt")
-    assert str(path) in line and "contributing 1 words" in line and "at least 2 of 4 documents" in line
+    assert str(path) in line and "contributing 1 words" in line
+    assert "at least 2 of 4 documents here, which may all be about one person" in line
+    assert "who gets the exported encoder gets a tokenizer that is made of them" in line
     assert "in how many of the documents each is, and that it is this node which has them" in line
     assert path.read_text().splitlines()[-1] == "3\tfever" and "1 words, each in at least 2 of 4" in path.read_text()
     said_of({**OPEN, "min_documents": 4}, tmp_path)
@@ -103,7 +106,7 @@ def test_without_a_clear_yes_it_takes_part_and_contributes_nothing(
     private: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     with capture_logs() as lines:
-        said = answer(WANTED, corpus(TEXTS), private, state(DirectoryStore(tmp_path)))
+        said = answer(WANTED, contributions(TEXTS, private), state(DirectoryStore(tmp_path)))
     assert said == Words(node="node-7", incarnation="first", encoder="text-1") and not (tmp_path / "words").exists()
     assert lines[-1]["event"].startswith("taking part in text-1 without contributing words")
     assert any(reason in str(line) for line in lines)
@@ -145,3 +148,18 @@ def test_the_list_is_on_disk_before_anything_is_sent(monkeypatch: pytest.MonkeyP
     master.say(WordsWanted(encoder="image-1", encoder_type="image"))
     node.turn()
     assert len(master.heard(Words)) == 2
+
+
+def test_words_are_counted_once_in_a_process_and_few_encoders_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = contributions(TEXTS, OPEN)
+    first = answer(WANTED, counted, state())
+    monkeypatch.setattr("node_service.handover.contributing.word_list", None)
+    assert answer(WANTED.model_copy(update={"encoder": "text-2"}), counted, state()).words == first.words != []
+    agent = Agent("a", "first", ("text",))
+    for number in range(1000):
+        wanted = WordsWanted(encoder=f"text-{number}", encoder_type="text")
+        assert [agent.receive(wanted), agent.receive(wanted)] == [
+            [Contribute(wanted)],
+            [Contribute(wanted, again=True)],
+        ]
+    assert len(agent.contributed) < 100
