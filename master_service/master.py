@@ -20,8 +20,10 @@ from common.wire.messages import (
     Get,
     Introduce,
     Message,
+    NodeMessage,
     StatusReport,
     UpdateManifest,
+    Words,
 )
 from common.wire.topology import Topology
 from master_service.config import MasterConfig
@@ -196,7 +198,7 @@ class Master:
         if isinstance(message, UpdateManifest):
             self._updates.announced(message, delivery)
             self._next_update()
-        elif self._answer(message):
+        elif self._answer(message) or self._are_idle_words(message):
             self.recorder.acknowledge((delivery,))
         else:
             # below the sender's name: nobody can take the id of another's message, or of an update
@@ -207,14 +209,26 @@ class Master:
         """What is shown and not decided upon needs no log, and goes on while the disk is full."""
         if isinstance(message, Alive):
             self.live.alive(message)
-            known = self.state.nodes.get(message.node)
-            if known is None or known.incarnation != message.incarnation:
-                self._publisher.send(message.node, Introduce(node=message.node))
+            self._introduce(message)
         elif isinstance(message, AskStatus):
             self._publisher.send(message.sender, StatusReport(report=self.report().model_dump()))
         else:
             return False
         return True
+
+    def _are_idle_words(self, message: Message) -> bool:
+        """Words that would not count get no row: each could be of a mebibyte. A stranger says them again once it has
+        joined. Not while the disk is full: what waits for room may decide whether they count."""
+        if not isinstance(message, Words) or self._coordinator.wants_words(message):
+            return False
+        self._introduce(message)
+        return True
+
+    def _introduce(self, message: NodeMessage) -> None:
+        """Ask a node to join, if it is not known as it says it is."""
+        known = self.state.nodes.get(message.node)
+        if known is None or known.incarnation != message.incarnation:
+            self._publisher.send(message.node, Introduce(node=message.node))
 
     def _is_answered(self, delivery: Delivery) -> bool:
         """Answer a delivery that needs no log, and ack it."""

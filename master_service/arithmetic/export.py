@@ -87,7 +87,7 @@ def _vocabulary(encoder: EncoderState) -> str:
     if encoder.architecture.get("vocabulary") != "agreed":
         return ""
     answered = encoder.answered
-    who = f"{sum(answered.values())} of the {len(answered)} nodes that were asked" if answered else "nodes"
+    who = f"{sum(answered.values())} of the {len(answered)} nodes that answered" if answered else "nodes"
     return (
         f" Its vocabulary is an agreed one: {who} contributed words of their training documents, each with the number "
         "of documents that it is in, and it was made of the sums."

@@ -157,6 +157,10 @@ class Coordinator:
             return False
         return not self._known_update(encoder, manifest)
 
+    def wants_words(self, words: Words) -> bool:
+        """Whether a node's words would count; reads the state, changes nothing."""
+        return gathering.counts(self.state, words)
+
     def unmade(self) -> list[Generate]:
         """The encoders whose generation has no outcome yet; of interest to a master that starts again."""
         encoders = self.state.encoders.values()

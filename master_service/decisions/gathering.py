@@ -1,11 +1,12 @@
-"""The words for a vocabulary that all agree on: nodes are asked for them, and once enough have answered, or the time is
-over, the encoder is made. Pure functions of the state.
+"""The words for a vocabulary that all agree on: nodes are asked for them, and once all that are there have answered, or
+the time is over and enough have, the encoder is made. Pure functions of the state.
 
 The counts of nodes are added up, so their order makes no difference; of each node the first answer counts.
 """
 
 from __future__ import annotations
 
+from common.encoders.words import weighed
 from common.wire.messages import Introduce, Words, WordsWanted
 from master_service.decisions.effects import Broadcast, Effect, Send
 from master_service.decisions.messages_out import answer
@@ -36,40 +37,68 @@ def ask(state: State, node: str) -> list[Effect]:
     ]
 
 
+def counts(state: State, body: Words) -> bool:
+    """Whether a node's answer would count: not one that comes again, or too late, or from a node that was not asked;
+    reads the state, changes nothing."""
+    known, encoder = state.nodes.get(body.node), state.encoders.get(body.encoder)
+    if known is None or known.incarnation != body.incarnation or encoder is None:
+        return False
+    if encoder.gathered is None or encoder.status != "gathering":
+        return False
+    return encoder.encoder_type in known.types and body.node not in encoder.answered
+
+
 def contributed(state: State, body: Words, at: float) -> list[Effect]:
-    """A node's answer, with words or without. One that comes again, or too late, or from a node that was not asked has
-    no effect."""
+    """A node's answer, with words or without. One that does not count has no effect, but that a stranger is asked to
+    join."""
     known = state.nodes.get(body.node)
     if known is None or known.incarnation != body.incarnation:
         return [Send(body.node, Introduce(node=body.node))]
-    encoder = state.encoders.get(body.encoder)
-    if encoder is None or encoder.gathered is None or encoder.status != "gathering":
+    if not counts(state, body):
         return []
-    if encoder.encoder_type not in known.types or body.node in encoder.answered:
-        return []
+    encoder = state.encoders[body.encoder]
+    assert encoder.gathered is not None
     known.present = True
     encoder.answered[body.node] = bool(body.words)
-    for word, count in body.words:
+    for word, count in weighed(body.documents, body.words):
         encoder.gathered[word] = encoder.gathered.get(word, 0) + count
     return look(state, at)
 
 
 def look(state: State, at: float) -> list[Effect]:
-    """Whatever may have changed: the encoders whose words are complete, or whose time is over, are made."""
+    """Whatever may have changed: the encoders whose words are complete are made, and those whose time is over, if
+    enough nodes have answered and one of them with words. If not, the time begins anew, and who is missing is asked
+    again."""
     effects: list[Effect] = []
     for encoder in _gathering(state):
-        if at >= encoder.gathering_until or _is_complete(state, encoder):
+        over = at >= encoder.gathering_until
+        if _is_complete(state, encoder) or (over and _is_enough(state, encoder)):
             encoder.status = "generating"
             effects.append(generate(state, encoder))
+        elif over:
+            encoder.gathering_until = at + state.settings.words.seconds
+            effects += [Send(node, _wanted(encoder)) for node in _missing(state, encoder)]
     return effects
 
 
 def _is_complete(state: State, encoder: EncoderState) -> bool:
-    missing = any(
-        node.present and encoder.encoder_type in node.types and node.node not in encoder.answered
+    """Nobody is waited for any more. That none of them contributes is an answer too: it ends with an error."""
+    least = max(state.settings.words.nodes, state.settings.min_nodes)
+    return not _missing(state, encoder) and len(encoder.answered) >= least
+
+
+def _is_enough(state: State, encoder: EncoderState) -> bool:
+    """What has come will do once the time is over."""
+    return len(encoder.answered) >= state.settings.words.nodes and any(encoder.answered.values())
+
+
+def _missing(state: State, encoder: EncoderState) -> list[str]:
+    """The nodes that are there and have not answered."""
+    return [
+        node.node
         for node in state.nodes.values()
-    )
-    return not missing and len(encoder.answered) >= max(state.settings.words.nodes, state.settings.min_nodes)
+        if node.present and encoder.encoder_type in node.types and node.node not in encoder.answered
+    ]
 
 
 def _gathering(state: State) -> list[EncoderState]:

@@ -27,9 +27,12 @@ def get(state: State, entry: Entry, request: Get) -> list[Effect]:
     ]
     running = next((encoder for encoder in same if encoder.status != "finished"), None)
     if running is not None:
-        if running.status in ("generating", "gathering"):
+        if running.status == "generating":
             running.askers.append(request.sender)
-            return [Send(request.sender, answer(running))] if running.status == "gathering" else []
+            return []
+        # each wish is answered at once; who says it again while words are gathered, which may take long, is told once
+        if running.status == "gathering" and request.sender not in running.askers:
+            running.askers.append(request.sender)
         return [Send(request.sender, answer(running))]
     if same and not request.fresh:
         same[-1].observed = True

@@ -29,9 +29,10 @@ from common.clock import VirtualClock
 from common.errors import BrokerUnavailable
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode
-from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, update_id
+from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, Words, update_id
 from common.wire.topology import Declarations, Topology
 from master_service.config import MasterConfig
+from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect
 from master_service.decisions.records import Entry
 from master_service.decisions.settings import Settings
@@ -316,8 +317,19 @@ class SimMaster:
     def turn(self) -> None:
         """As the service's loop does."""
         if self.arrived:
-            self.master.hear(self.arrived.popleft())
+            delivery = self.arrived.popleft()
+            if delivery.routing_key.endswith(".words") and self._is_idle(delivery):
+                self.world.idle_words.add(f"{delivery.routing_key}:{delivery.message_id}")
+            self.master.hear(delivery)
         self.master.look()
+
+    def _is_idle(self, delivery: Delivery) -> bool:
+        """Whether words would change nothing if they were a row."""
+        message, state = decode(delivery.body), self.master.state
+        assert isinstance(message, Words)
+        tried = Coordinator(state.model_copy(deep=True))
+        tried.handle(Entry(state.epoch, "tried", self.world.now, message))
+        return tried.state == state
 
     def chunks_missing(self) -> None:
         """The time for an update's chunks is over."""

@@ -26,6 +26,7 @@ from master_service.log.message_log import MessageLog
 from master_service.record import Recorder
 from tests.faults.interleavings import FAULTS, RULES, STOPS, Act, Plan, weather
 from tests.faults.simulated import MemorySnapshots, simulated
+from tests.faults.workbench import Violation
 
 EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "600"))
 FOUND = Path(__file__).parents[1] / "logs" / "counterexamples.json"
@@ -244,18 +245,34 @@ def lost_assets_are_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gathering.contributed
+    real = gathering.counts
 
-    def contributed(state: State, body: Words, at: float) -> list[Effect]:
-        for encoder in state.encoders.values():
-            encoder.answered.pop(body.node, None)
-        return real(state, body, at)
+    def counts(state: State, body: Words) -> bool:
+        forgetful = {name: each.model_copy(update={"answered": {}}) for name, each in state.encoders.items()}
+        return real(state.model_copy(update={"encoders": forgetful}), body)
 
-    monkeypatch.setattr(gathering, "contributed", contributed)
+    monkeypatch.setattr(gathering, "counts", counts)
 
 
 def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("master_service.decisions.coordinator.issued", lambda encoder, receipt: receipt)
+
+
+#: The master starts again when one of two nodes has answered with its words, and asks it again.
+ASKED_TWICE = Plan(
+    nodes=2,
+    present=2,
+    warm=False,
+    words=True,
+    actions=(("send", 0), ("take", "inbox"), ("hear", 0), ("send", 0), ("take", "inbox"), ("restart_master", True)),
+)
+
+
+def test_the_harness_notices_words_that_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weather(ASKED_TWICE)
+    words_are_counted_again(monkeypatch)
+    with pytest.raises(Violation, match="count more than once"):
+        weather(ASKED_TWICE)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +286,6 @@ def answers_of_another_chain(monkeypatch: pytest.MonkeyPatch) -> None:
         snapshots_without_receipts,
         lost_versions_are_only_named,
         lost_assets_are_not_written_again,
-        words_are_counted_again,
         answers_of_another_chain,
     ],
 )

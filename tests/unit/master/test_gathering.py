@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.encoders import words
-from common.wire.messages import Answer, Get, Introduce, Join, Leave, Stop, Words, WordsWanted
-from master_service.arithmetic.generation import generate, generated
+from common.wire.messages import MAX_COUNT, Answer, Get, Introduce, Join, Leave, Stop, Words, WordsWanted
+from master_service.arithmetic.generation import generated
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Effect, Generate
 from master_service.decisions.records import Gathering, Generated, GenerationFailed, Presence, Started, Tick
@@ -41,9 +42,14 @@ class Gathered:
     def join(self, node: str, types: tuple[str, ...] = ("text",)) -> list[Effect]:
         return self.run.apply(Join(node=node, incarnation="first", types=list(types)))
 
-    def say(self, node: str, counts: Counts = (), incarnation: str = "first") -> list[Effect]:  # type: ignore[assignment]
-        plain = {"node": node, "incarnation": incarnation, "encoder": self.name, "documents": 99}
-        return self.run.apply(Words(**plain, words=list(counts)))
+    def words(
+        self, node: str, counts: Sequence[tuple[str, int]] = (), incarnation: str = "first", many: int = 99
+    ) -> Words:
+        plain: dict[str, Any] = {"node": node, "incarnation": incarnation, "encoder": self.name, "documents": many}
+        return Words(**plain, words=list(counts))
+
+    def say(self, *said: Any, **named: Any) -> list[Effect]:
+        return self.run.apply(self.words(*said, **named))
 
     @property
     def encoder(self) -> Any:
@@ -76,21 +82,26 @@ def test_everybody_is_asked_and_once_all_have_answered_the_encoder_is_made_of_th
     assert sent(it.join("last"), WordsWanted) == []
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.dictionaries(
         st.sampled_from("abcde"),
-        st.dictionaries(st.sampled_from(["fever", "the", "of"]), st.integers(2, 99)).map(lambda d: list(d.items())),
+        st.dictionaries(st.sampled_from(["fever", "the", "of"]), st.integers(2, 1 << 40), min_size=1)
+        .map(lambda d: list(d.items()))
+        .flatmap(lambda counts: st.tuples(st.integers(max(n for _, n in counts), MAX_COUNT), st.just(counts))),
         min_size=2,
     ),
     st.data(),
 )
 def test_neither_order_nor_repeats_of_contributions_make_a_difference(
-    contributions: dict[str, Counts], data: st.DataObject
+    contributions: dict[str, tuple[int, Counts]], data: st.DataObject
 ) -> None:
     def run(order: list[str]) -> Any:
         it = Gathered(*"abcde", "absent")
-        made = [order for node in order for order in orders(it.say(node, contributions[node]))]
+        made = []
+        for node in order:
+            documents, counts = contributions[node]
+            made += orders(it.say(node, counts, many=documents))
         it.run.at += 60
         [made] = made + orders(it.run.apply(Tick()))
         # the log alone leads to the same again, through a snapshot anywhere in it
@@ -105,8 +116,27 @@ def test_neither_order_nor_repeats_of_contributions_make_a_difference(
 
     names = sorted(contributions)
     shuffled = data.draw(st.permutations(names + data.draw(st.lists(st.sampled_from(names), max_size=4))))
-    total = words.summed(words.WordList(99, 2, tuple(counts)) for counts in contributions.values())
+    total = words.summed(words.WordList(many, 2, tuple(counts)) for many, counts in contributions.values())
     assert run(names) == run(shuffled) == total
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdx"), st.sampled_from(["first", "old"]), st.sampled_from([0, 2])), max_size=9
+    )
+)
+def test_words_are_wanted_exactly_when_they_would_change_something(said: list[tuple[str, str, int]]) -> None:
+    it = Gathered("a", "b", "c")
+    it.join("d", ("image",))
+    for node, incarnation, count in said:
+        body = it.words(node, [("fever", count)] if count else [], incarnation)
+        before, wanted = it.run.coordinator.state.model_dump_json(), it.run.coordinator.wants_words(body)
+        effects = it.run.apply(body)
+        assert wanted == (it.run.coordinator.state.model_dump_json() != before)
+        assert wanted or effects == [] or sent(effects, Introduce, node) == [Introduce(node=node)]
+    unknown = it.words("a").model_copy(update={"encoder": "text-0"})
+    assert not it.run.coordinator.wants_words(unknown)
 
 
 def test_the_first_answer_of_a_node_counts_whatever_it_says_later() -> None:
@@ -120,6 +150,7 @@ def test_the_first_answer_of_a_node_counts_whatever_it_says_later() -> None:
 def test_after_the_time_it_is_made_of_what_came_and_a_restart_gives_the_time_anew() -> None:
     it = Gathered("a", "b", "silent")
     it.say("a", [("fever", 3)])
+    it.say("b")
     assert it.run.coordinator.deadline() == it.run.at + 60
     it.run.at += 59
     assert orders(it.run.apply(Tick())) == []
@@ -130,6 +161,40 @@ def test_after_the_time_it_is_made_of_what_came_and_a_restart_gives_the_time_ane
     it.run.at += 1
     [order] = orders(it.run.apply(Tick()))
     assert order.gathered == {"fever": 3} and it.run.coordinator.deadline() is None
+
+
+def test_while_too_few_have_answered_or_none_with_words_the_time_begins_anew() -> None:
+    it = Gathered()
+
+    def time_is_over() -> list[Effect]:
+        it.run.at += 60
+        effects = it.run.apply(Tick())
+        if not orders(effects):
+            assert it.run.coordinator.deadline() == it.run.at + 60 and it.encoder.status == "gathering"
+        return effects
+
+    assert time_is_over() == time_is_over() == [], "nobody is there yet"
+    it.join("early")
+    assert it.say("early", [("surname", 9)]) == time_is_over() == [], "one alone decides nothing, nor is it asked again"
+    it.join("silent")
+    assert sent(time_is_over(), WordsWanted, "silent") == [WordsWanted(encoder=it.name, encoder_type="text")]
+    it.run.apply(Presence(node="silent", present=False))
+    it.join("closed")
+    [order] = orders(it.say("closed"))
+    assert order.gathered == {"surname": 9}
+    again = Coordinator()
+    for entry in it.run.log:
+        again.handle(entry)
+    assert again.state == it.run.coordinator.state and again.unmade() == [order]
+    none = Gathered("a", "b", "silent")
+    none.say("a")
+    none.say("b")
+    none.run.at += 60
+    assert sent(none.run.apply(Tick()), WordsWanted, "silent"), "the last one may have words"
+    none.join("last")
+    none.say("last", [("fever", 2)])
+    none.run.at += 60
+    assert [order.gathered for order in orders(none.run.apply(Tick()))] == [{"fever": 2}]
 
 
 @pytest.mark.parametrize("goes", [Leave(node="c", incarnation="first"), Presence(node="c", present=False)])
@@ -170,21 +235,9 @@ def test_who_joins_in_the_wish_is_answered_and_a_stop_ends_it() -> None:
     it = Gathered("a", "b")
     [answer] = sent(it.run.apply(Get(sender="other", encoder_type="text")), Answer)
     assert (answer.encoder, answer.status) == (it.name, "gathering")
+    [again] = sent(it.run.apply(Get(sender="other", encoder_type="text")), Answer)
+    assert again == answer and it.encoder.askers == ["operator", "other"]
     told = it.run.apply(Stop(sender="operator"))
     assert [each.accepted for each in sent(told, Answer)] == [False, False]
     assert it.encoder.status == "failed" and it.run.coordinator.deadline() is None
     assert it.say("a", [("fever", 3)]) == it.say("b") == []
-
-
-def test_the_same_words_make_the_same_encoder_bit_for_bit() -> None:
-    counts = [(f"{a}{b}{a}", 2 + n) for n, a in enumerate("abcdefgh") for b in "xyz"]
-    made = []
-    for order in ("ab", "ba"):
-        it = Gathered("a", "b")
-        # halves that overlap
-        halves = {"a": counts[:16], "b": counts[8:]}
-        [generation] = [each for node in order for each in orders(it.say(node, halves[node]))]
-        made.append(generate(generation))
-    assert made[0].assets == made[1].assets and made[0].architecture == made[1].architecture
-    assert made[0].parameters.digest() == made[1].parameters.digest()
-    assert made[0].architecture["vocab_size"] == 300, "bytes, special tokens, and what was merged"
