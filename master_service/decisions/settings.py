@@ -43,9 +43,9 @@ class StopRule(BaseModel):
 
 
 class WordsRule(BaseModel):
-    """How words for a vocabulary are gathered: until at least `nodes` nodes have answered, with words or without, and
-    every one that is here has; for `seconds` at most, then of those that came. A master that starts again waits as long
-    once more."""
+    """How words for a vocabulary are gathered: until every node that is here has answered, with words or without, and
+    at least `nodes` (or `min_nodes`, if that is more) have. After `seconds` those that came will do, if there are
+    `nodes` of them and one has words; else the time begins anew, as it does when a master starts again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

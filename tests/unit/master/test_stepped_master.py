@@ -27,6 +27,7 @@ from common.wire.messages import (
     ReturnWhen,
     UpdateManifest,
     UpdateRule,
+    Words,
 )
 from common.wire.topology import MIB
 from common.wire.transfer import payload_digest, update_chunk
@@ -254,6 +255,26 @@ def test_f13_every_step_that_was_trained_while_the_master_was_away_is_counted_on
 
 
 # --- the end of a stream ----------------------------------------------------------------------------------------------
+
+
+def test_words_that_cannot_count_are_answered_without_a_row(server: MemoryServer, clock: VirtualClock) -> None:
+    inbox, broker = sent_to(server, "a"), connection(server, "a")
+    master = SteppedMaster(server, clock).start()
+    [encoder] = master.master.state.encoders
+
+    def say(message: Message, key: str) -> int:
+        broker.publish(Publication(TOPOLOGY.request, f"a.{key}", encode(message), message_id=f"{key}-{len(inbox())}"))
+        master.turn()
+        return len([*master.journal.log.rows()])
+
+    rows = len([*master.journal.log.rows()])
+    words = Words(node="a", incarnation="i", encoder=encoder, documents=9, words=[("fever", 5)])
+    assert say(words, "words") == rows
+    assert [each.kind for each in inbox()] == ["introduce"], "a stranger says them again once it has joined"
+    assert say(Join(node="a", incarnation="i", types=["text"]), "join") == rows + 1
+    inbox()
+    assert say(words, "words") == rows + 1 and inbox() == [], "no words are gathered"
+    assert not server.queue(TOPOLOGY.master_inbox).ready and not server.queue(TOPOLOGY.dead_letters).ready
 
 
 def test_f8_a_stream_goes_when_every_node_has_the_last_version_and_is_made_anew_for_who_comes_later(
