@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.errors import UserError
-from node_service.corpus.corpus import Corpus
+from node_service.corpus.corpus import Corpus, taken
 
 
 def dealt(corpora: Mapping[str, Corpus], parts: int) -> dict[str, Corpus]:
@@ -27,9 +27,8 @@ def dealt(corpora: Mapping[str, Corpus], parts: int) -> dict[str, Corpus]:
         order = np.random.default_rng(0).permutation(count)
         for part in range(parts):
             rows = np.sort(order[part::parts])
-            train = corpus.train[rows] if isinstance(corpus.train, np.ndarray) else [corpus.train[row] for row in rows]
             labels = corpus.train_labels and [corpus.train_labels[row] for row in rows]
-            found[f"{name}-{part + 1}"] = replace(corpus, train=train, train_labels=labels)
+            found[f"{name}-{part + 1}"] = replace(corpus, train=taken(corpus.train, rows), train_labels=labels)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 
 from common.encoders.base import EncoderModel, Samples
 from deploy.compare.statistics import DocumentLosses
+from node_service.corpus.corpus import taken
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def bounded(samples: Samples, most: int | None) -> Samples:
     if most is None or len(samples) <= most:
         return samples
     rows = np.sort(np.random.default_rng(0).permutation(len(samples))[:most])
-    return samples[rows] if isinstance(samples, np.ndarray) else [samples[row] for row in rows]
+    chosen: Samples = taken(samples, rows)
+    return chosen
 
 
 def fingerprint(samples: Sequence[Any]) -> str:

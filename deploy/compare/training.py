@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.encoders.base import EncoderModel, Samples
 from common.encoders.words import summed
-from node_service.corpus.corpus import Corpus
+from node_service.corpus.corpus import Corpus, taken
 from node_service.evaluation.evaluate import tie
 from node_service.evaluation.probe import masked_loss
 from node_service.handover.contributing import contribution
@@ -43,10 +43,7 @@ def parts(corpus: Corpus, share: float, seed: int) -> Parts:
         return Parts(corpus.train, corpus.validation)
     order = np.random.default_rng([seed, 1]).permutation(len(corpus.train))
     count = min(max(1, round(share * len(order))), len(order) - 1)
-    chosen = [np.sort(order[count:]), np.sort(order[:count])]
-    if isinstance(corpus.train, np.ndarray):
-        return Parts(*(corpus.train[rows] for rows in chosen))
-    return Parts(*([corpus.train[row] for row in rows] for rows in chosen))
+    return Parts(*(taken(corpus.train, np.sort(rows)) for rows in (order[count:], order[:count])))
 
 
 def agreed_words(

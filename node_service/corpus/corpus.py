@@ -216,6 +216,11 @@ def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tup
         ) from None
 
 
+def taken(samples: Sequence[Any], rows: Iterable[int]) -> Any:
+    """These rows of a list or an array."""
+    return samples[list(rows)] if isinstance(samples, np.ndarray) else [samples[row] for row in rows]
+
+
 def split_by_content(samples: Sequence[Any], held_out: float) -> tuple[list[int], list[int]]:
     """Indices of about 1 − `held_out` of the samples, and of the others; neither is empty, and equal samples are on one
     side, always the same. Raises ValueError where all samples are equal, or there are none."""
@@ -262,5 +267,4 @@ def _only(samples: Sequence[Any], labels: list[str] | None, config: CorpusConfig
 
 
 def _take(samples: Sequence[Any], labels: list[str] | None, indices: list[int]) -> _Labelled:
-    taken = samples[indices] if isinstance(samples, np.ndarray) else [samples[i] for i in indices]
-    return taken, None if labels is None else [labels[i] for i in indices]
+    return taken(samples, indices), None if labels is None else [labels[i] for i in indices]

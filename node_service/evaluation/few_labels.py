@@ -7,7 +7,7 @@ draws, so that two of them can be compared draw by draw.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from common.encoders.base import EncoderModel, Samples
 from common.encoders.hugging_face import seeded
 from common.errors import NotProbed
+from node_service.corpus.corpus import taken
 
 #: The classifier starts at zero and learns at this rate, or at the encoder's where that is larger.
 _HEAD_RATE = 1e-2
@@ -107,11 +108,6 @@ def tested_rows(rows: int, most: int) -> list[int]:
     if not rows:
         raise NotProbed("few-label accuracy needs labelled samples for the test")
     return sorted(int(row) for row in np.random.default_rng(0).permutation(rows)[:most])
-
-
-def taken(samples: Samples, rows: Iterable[int]) -> Samples:
-    """These rows of a list or an array."""
-    return samples[list(rows)] if isinstance(samples, np.ndarray) else [samples[row] for row in rows]
 
 
 def few_label_accuracy(

@@ -14,6 +14,7 @@ from common.encoders.base import EncoderModel, Samples
 from common.errors import NotProbed
 
 # whoever evaluates finds both measures here
+from node_service.corpus.corpus import taken
 from node_service.training.held_out import masked_loss as masked_loss
 
 #: Rows that a probe is fitted on and tested on at most: features are what costs, more for long texts.
@@ -96,8 +97,7 @@ def _drawn(samples: Samples, labels: Sequence[str], rows: int, seed: int) -> tup
     if not len(samples):
         raise NotProbed("a probe needs labelled samples for training and for the test")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:rows])
-    taken = samples[chosen] if isinstance(samples, np.ndarray) else [samples[i] for i in chosen]
-    return taken, [labels[i] for i in chosen]
+    return taken(samples, chosen), [labels[i] for i in chosen]
 
 
 def _standardised(train: ArrayLike, test: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

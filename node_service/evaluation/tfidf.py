@@ -10,7 +10,8 @@ import numpy as np
 
 from common.encoders.base import Samples
 from common.errors import NotProbed
-from node_service.evaluation.few_labels import USUAL, FewLabels, FewLabelScore, draws, taken, tested_rows
+from node_service.corpus.corpus import taken
+from node_service.evaluation.few_labels import USUAL, FewLabels, FewLabelScore, draws, tested_rows
 
 #: The inverse strength of the penalty: what is tried, and what is taken where there are too few rows to choose.
 _GRID = (1.0, 10.0, 100.0)

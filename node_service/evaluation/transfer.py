@@ -1,25 +1,23 @@
 """What an encoder gives to somebody who did not train it: the loss in a domain after a fixed budget of steps.
 
 Rows are encoders of one architecture (each owner's alone, shared, pooled, random, a public start), columns are domains,
-those that took part and those that did not. Every row has the same budget, the same grid of rates and the same seeds.
+those that took part and those that did not. Every row has the same budget and the same grid of rates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
 
-from common.encoders.base import Architecture, Assets, EncoderModel, EncoderType, PrivateSpec, Samples
+from common.encoders.base import Architecture, EncoderModel, EncoderType, PrivateSpec, Samples
 from common.encoders.hugging_face import fill
 from common.wire.messages import InnerOptimizer
 from node_service.config import Precision
-from node_service.corpus.corpus import Corpus, split_by_content
-from node_service.evaluation.few_labels import taken
 from node_service.evaluation.probe import masked_loss
 from node_service.training.trainer import Trainer
 
@@ -35,22 +33,15 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class TransferBudget:
-    """What every row gets: so many steps for each seed at the rate that did best on the validation part for the first
-    seed. `inner` says the rest of the optimiser; its cosine runs over these steps."""
+    """What every row gets: so many steps at each of the rates, of which the one counts that did best on the validation
+    part. `inner` says the rest of the optimiser; its cosine runs over these steps."""
 
     steps: int = 300
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    modes: tuple[Mode, ...] = ("frozen", "free")
     inner: InnerOptimizer = field(default_factory=lambda: InnerOptimizer(warmup_steps=20))
     validation_batches: int = 5
     test_batches: int = 10
     batch_windows: int = 128
-
-    def steps_of(self, rows: int, columns: int) -> int:
-        """The training steps of a whole table, to be said before it is begun."""
-        fits = len(self.rates) + len(self.seeds) - 1
-        return rows * columns * len(self.modes) * fits * self.steps
 
 
 @dataclass(frozen=True)
@@ -62,65 +53,6 @@ class Column:
     validation: Samples
     test: Samples
     spec: PrivateSpec
-
-
-@dataclass(frozen=True)
-class TransferScore:
-    """Loss on the test part (nats for text) of one row in one column, by one seed, and how its rate was found."""
-
-    row: str
-    column: str
-    mode: Mode
-    seed: int
-    rate: float
-    validation: float
-    loss: float
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def column(
-    name: str,
-    corpus: Corpus,
-    encoder_type: EncoderType,
-    architecture: Architecture,
-    assets: Assets,
-    *,
-    private: Mapping[str, Any] | None = None,
-    validation: float = 0.1,
-) -> Column:
-    """A domain's corpus as a column: a part of its training samples, chosen by content, becomes the validation part.
-
-    What private parts need (a vocabulary, unless one came with the encoder) is fitted to the rest of them. Raises
-    UserError for samples that the type does not take, ValueError where nothing can be set aside.
-    """
-    kept, aside = split_by_content(corpus.train, validation)
-    train = taken(corpus.train, kept)
-    spec = encoder_type.fit_private(train, architecture, private or {}, assets)
-    return Column(name, train, taken(corpus.train, aside), corpus.test, spec)
-
-
-def transfer(
-    encoder_type: EncoderType,
-    architecture: Architecture,
-    rows: Mapping[str, Row],
-    columns: Sequence[Column],
-    budget: TransferBudget,
-    *,
-    device: str = "cpu",
-    advance: Advance = lambda: None,
-) -> Iterator[TransferScore]:
-    """Every cell of the table, column by column, as it is known: one score for each mode and seed.
-
-    Private parts start alike in every row of a seed. The test part is read once, by the model at the chosen rate.
-    Raises ValueError for a row of another architecture, when its turn comes, before it is trained.
-    """
-    for each in columns:
-        prepared = Prepared(encoder_type, architecture, each, budget, device=device, advance=advance)
-        for name, row in rows.items():
-            for mode in budget.modes:
-                yield from prepared.scores(name, row, mode, budget.seeds)
 
 
 @dataclass(frozen=True)
@@ -167,14 +99,6 @@ class Prepared:
     def _test(self) -> Any:
         """Not read before a model is to be tested: until then everything is chosen."""
         return self._any.encode(self.column.test)
-
-    def scores(self, name: str, row: Row, mode: Mode, seeds: Sequence[int]) -> Iterator[TransferScore]:
-        """One row in one mode: each seed at the rate that did best on the validation part for the first."""
-        chosen = self.best(row, mode, seeds[0])
-        for seed in seeds:
-            found = chosen if seed == seeds[0] else self._at(row, mode, chosen.rate, seed)
-            loss = self.tested(found.model)
-            yield TransferScore(name, self.column.name, mode, seed, found.rate, found.validation, loss)
 
     def best(self, row: Row, mode: Mode, seed: int) -> Fitted:
         """The model at the rate that does best on the validation part, the first of equals. Reads no test part."""

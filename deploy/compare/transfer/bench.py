@@ -33,8 +33,8 @@ from deploy.compare.transfer.plan import (
     TransferPlan,
     columns_of,
 )
-from node_service.corpus.corpus import Corpus
-from node_service.evaluation.few_labels import FewLabelScore, few_label_accuracy, taken
+from node_service.corpus.corpus import Corpus, taken
+from node_service.evaluation.few_labels import FewLabelScore, few_label_accuracy
 from node_service.evaluation.probe import probe
 from node_service.evaluation.tfidf import tfidf_accuracy, tfidf_few_labels
 from node_service.evaluation.transfer import Column, Prepared, TransferBudget
@@ -205,8 +205,6 @@ class TransferBench:
         budget = TransferBudget(
             settings.steps,
             settings.rates,
-            (seed,),
-            settings.modes,
             inner,
             validation_batches=max(1, settings.windows // 2 // size),
             test_batches=max(1, settings.windows // size),

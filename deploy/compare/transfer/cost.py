@@ -14,7 +14,7 @@ from common.errors import NotProbed
 from deploy.compare.cost import Cost
 from deploy.compare.transfer.bench import TransferBench, one_thread
 from deploy.compare.transfer.plan import FEW_LABELS, LOSS, TFIDF, TransferCell, TransferPlan
-from node_service.evaluation.few_labels import taken
+from node_service.corpus.corpus import taken
 from node_service.evaluation.tfidf import CHOSEN_ON, tfidf_accuracy
 
 #: Rows that are timed: of an encoder, and of TF-IDF, where few are mostly overhead.

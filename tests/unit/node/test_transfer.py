@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import node_service.evaluation.transfer as measured
 from common.encoders import get_encoder_type
 from common.encoders.text_model import WITH_PRIVATE, TextModel
 from common.wire.messages import InnerOptimizer
-from node_service.corpus.corpus import Corpus
-from node_service.evaluation.transfer import Column, TransferBudget, column, transfer
+from node_service.evaluation.transfer import Advance, Column, Mode, Prepared, TransferBudget
 from node_service.training.trainer import Trainer
 from tests.faults.tiny import ASSETS, TinyEncoderType, samples
 
@@ -23,16 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TINY = TinyEncoderType()
 ARCHITECTURE = {"width": 8}
+MODES: tuple[Mode, ...] = ("frozen", "free")
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-BUDGET = TransferBudget(steps=12, rates=(1e-3, 3e-2), seeds=(0, 1), inner=InnerOptimizer(warmup_steps=1))
+BUDGET = TransferBudget(steps=12, rates=(1e-3, 3e-2), inner=InnerOptimizer(warmup_steps=1))
 
 
-def corpus(seed: int) -> Corpus:
-    return Corpus("tiny", samples(seed=seed), None, samples(seed=seed, count=50), None)
-
-
-def columns() -> list[Column]:
-    return [column(f"domain-{seed}", corpus(seed), TINY, ARCHITECTURE, ASSETS) for seed in (3, 4)]
+def prepared(seed: int, budget: TransferBudget = BUDGET, advance: Advance = lambda: None) -> Prepared:
+    train = samples(seed=seed)
+    spec = TINY.fit_private(train, ARCHITECTURE, {}, ASSETS)
+    column = Column(f"domain-{seed}", train[20:], train[:20], samples(seed=seed, count=50), spec)
+    return Prepared(TINY, ARCHITECTURE, column, budget, advance=advance)
 
 
 @pytest.mark.parametrize("kind", ["private text", "shared text", "image"])
@@ -64,7 +62,9 @@ def test_frozen_parameters_do_not_move_and_the_others_do(kind: str, part: str) -
     assert learns == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_every_row_and_column_has_each_mode_and_seed_and_the_whole_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rate_has_the_whole_budget_and_the_test_part_is_read_by_the_chosen_model_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     read: list[int] = []
     original = measured.masked_loss
 
@@ -74,39 +74,35 @@ def test_every_row_and_column_has_each_mode_and_seed_and_the_whole_budget(monkey
 
     monkeypatch.setattr(measured, "masked_loss", masked_loss)
     steps: list[None] = []
-    rows = {"shared": TINY.initial(ARCHITECTURE, 9), "random": None}
-    table = columns()
-    scores = list(transfer(TINY, ARCHITECTURE, rows, table, BUDGET, advance=lambda: steps.append(None)))
-    assert [(score.row, score.column, score.mode, score.seed) for score in scores] == [
-        (row, each.name, mode, seed)
-        for each in table
-        for row in rows
-        for mode in ("frozen", "free")
-        for seed in BUDGET.seeds
-    ]
-    assert len(steps) == BUDGET.steps_of(rows=2, columns=2) == 2 * 2 * 2 * 3 * 12
-    assert read.count(50) == len(scores), "a test part is read once for each score"
-    again = list(transfer(TINY, ARCHITECTURE, rows, columns(), BUDGET))
-    assert scores == again, "the same rows, budget and seeds give the same table"
+    losses = []
+    for _ in range(2):
+        domain = prepared(3, advance=lambda: steps.append(None))
+        found = domain.best(TINY.initial(ARCHITECTURE, 9), "free", 0)
+        assert 50 not in read, "everything is chosen before"
+        losses.append(domain.tested(found.model))
+        assert read == [20, 20, 50]
+        read.clear()
+    assert len(steps) == 2 * 2 * 12
+    assert losses[0] == losses[1], "the same row, budget and seed give the same loss"
 
 
 def test_a_rate_is_chosen_by_the_validation_part_and_a_trunk_that_fits_is_worth_it() -> None:
     """The row that was trained on the domain itself begins ahead of a random one, frozen as well as free; and the rate
     that diverges is not taken."""
-    [one, _] = columns()
-    model = TINY.build(ARCHITECTURE, one.spec, 0)
-    trainer = Trainer(model, model.encode(one.train), InnerOptimizer(warmup_steps=1), seed=0, device="cpu")
+    budget = TransferBudget(steps=60, rates=(1e4, 1e-2), inner=InnerOptimizer(warmup_steps=1))
+    domain = prepared(3, budget)
+    model = TINY.build(ARCHITECTURE, domain.column.spec, 0)
+    trainer = Trainer(model, model.encode(domain.column.train), budget.inner, seed=0, device="cpu")
     for _ in range(300):
         trainer.step()
-    budget = TransferBudget(steps=60, rates=(1e4, 1e-2), seeds=(0, 1), inner=InnerOptimizer(warmup_steps=1))
-    trunk = {name: parameter.detach() for name, parameter in model.shared_parameters().items()}
-    scores = list(transfer(TINY, ARCHITECTURE, {"own": trunk, "random": None}, [one], budget))
-    assert {score.rate for score in scores} == {1e-2}
-    for mode in ("frozen", "free"):
-        mean = {
-            row: np.mean([score.loss for score in scores if (score.row, score.mode) == (row, mode)])
-            for row in ("own", "random")
+    own = {name: parameter.detach() for name, parameter in model.shared_parameters().items()}
+    for mode in MODES:
+        of = {
+            row: [domain.best(tensors, mode, seed) for seed in (0, 1)]
+            for row, tensors in (("own", own), ("random", None))
         }
+        assert {each.rate for fitted in of.values() for each in fitted} == {1e-2}
+        mean = {row: np.mean([domain.tested(each.model) for each in fitted]) for row, fitted in of.items()}
         assert mean["own"] < mean["random"], mode
 
 
@@ -120,20 +116,18 @@ def test_frozen_rows_keep_the_shared_parameters_that_they_came_with(monkeypatch:
 
     monkeypatch.setattr(measured, "masked_loss", masked_loss)
     row = TINY.initial(ARCHITECTURE, 9)
-    for mode, stays in (("frozen", True), ("free", False)):
+    for mode in MODES:
         seen.clear()
-        budget = TransferBudget(steps=5, rates=(1e-2,), seeds=(0,), modes=(mode,))  # type: ignore[arg-type]
-        list(transfer(TINY, ARCHITECTURE, {"row": row}, columns()[:1], budget))
+        domain = prepared(3, TransferBudget(steps=5, rates=(1e-2,)))
+        domain.tested(domain.best(row, mode, 0).model)
+        assert len(seen) == 2
         for shared in seen:
-            assert all(torch.equal(shared[name], row[name]) for name in row) is stays
+            assert all(torch.equal(shared[name], row[name]) for name in row) is (mode == "frozen")
 
 
 def test_a_row_of_another_architecture_is_refused() -> None:
-    def cells() -> Iterator[Any]:
-        return transfer(TINY, ARCHITECTURE, {"other": TINY.initial({"width": 4}, 0)}, columns()[:1], BUDGET)
-
     with pytest.raises(ValueError, match="was expected"):
-        next(cells())
+        prepared(3).model(TINY.initial({"width": 4}, 0), 0)
 
 
 def test_an_export_with_its_vocabulary_is_a_row_and_frozen_steps_all_go_to_the_private_parts(
@@ -147,8 +141,8 @@ def test_an_export_with_its_vocabulary_is_a_row_and_frozen_steps_all_go_to_the_p
     architecture, row = text.architecture_of(tmp_path / "encoder")
     architecture, assets = text.assets(architecture, {"tokenizer": str(tmp_path / "encoder")})
     rows = [f"the {i % 7} and the {i % 5} of {i}" for i in range(80)]
-    domain = column("texts", Corpus("text", rows, None, rows[:20], None), text, architecture, assets)
-    assert domain.spec["tokenizer"].encode() == assets["tokenizer.json"], "no vocabulary of its own"
+    spec = text.fit_private(rows, architecture, {}, assets)
+    assert spec["tokenizer"].encode() == assets["tokenizer.json"], "no vocabulary of its own"
     alone: list[bool] = []
     original = TextModel.loss
 
@@ -158,9 +152,11 @@ def test_an_export_with_its_vocabulary_is_a_row_and_frozen_steps_all_go_to_the_p
 
     monkeypatch.setattr(TextModel, "loss", loss)
     found = {}
-    for mode in ("frozen", "free"):
+    budget = TransferBudget(steps=30, rates=(3e-2,))
+    domain = Prepared(text, architecture, Column("texts", rows, rows[:20], rows[:20], spec), budget)
+    for mode in MODES:
         alone.clear()
-        budget = TransferBudget(steps=30, rates=(3e-2,), seeds=(0,), modes=(mode,))  # type: ignore[arg-type]
-        [found[mode]] = transfer(text, architecture, {"shared": row}, [domain], budget)
+        best = domain.best(row, mode, 0)
         assert any(alone) is (mode == "free"), "a step without the private parts teaches only the shared ones"
-    assert found["free"].loss < found["frozen"].loss < np.log(made["vocab_size"])
+        found[mode] = domain.tested(best.model)
+    assert found["free"] < found["frozen"] < np.log(made["vocab_size"])
