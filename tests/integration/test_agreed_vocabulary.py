@@ -180,6 +180,7 @@ def test_who_waits_for_an_encoder_that_nobody_contributes_to_is_told_why_there_i
     server = MemoryServer()
     settings = SETTINGS.model_copy(update={"words": WordsRule(nodes=1), "min_nodes": 1})
     closed = Node(server, tmp_path, "closed", lines(2), private={})
+    # private: who asks waits so long between two questions, and a test has no time for that
     monkeypatch.setattr("deploy.commands.observe._ASK_EVERY", 0.02)
     monkeypatch.setattr("deploy.commands.observe.connect", lambda *arguments: connection(server, "reader"))
     with (

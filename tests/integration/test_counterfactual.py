@@ -60,5 +60,5 @@ def test_another_rules_encoder_is_evaluated_beside_the_published_one(
     domains = json.loads(figures.read_text())["domains"]
     for name in "ab":
         scores = domains[name]
-        assert list(scores) == ["random", "alone", "shared", "without-b"] and "without-b" in out
+        assert list(scores) == ["random", "alone", "shared", "without-b", "finished"] and "without-b" in out
         assert scores["shared"]["loss"] != scores["without-b"]["loss"] < 10

@@ -13,6 +13,7 @@ from common.wire.messages import Get, Message, UpdateManifest
 from master_service.decisions.records import (
     Configured,
     Entry,
+    Gathering,
     Generated,
     GenerationFailed,
     Presence,
@@ -46,6 +47,7 @@ RECORDS: list[Any] = [
         )
     ),
     Started(epoch=3, fingerprint={"torch": "2"}),
+    Gathering(encoder="e"),
     Provided(encoder="e", name="tokenizer.json", digest=DIGEST, size=3),
     Generated(encoder="e", architecture={"a": None}, layout=LAYOUT.plain(), layout_digest=LAYOUT.digest, digest=DIGEST),
     GenerationFailed(encoder="e", reason="x" * 5000),
