@@ -1,7 +1,7 @@
 """What the demo's encoder is worth in each topic, beside a random one and one that was trained alone.
 
 The one alone takes as many steps on its topic as the node did, finishing included, from the same start, and keeps its
-best moment by the same validation part; its rate and decay were tuned (docs/learning.md says by which command).
+best moment by the same validation part; its rate and decay are its own (docs/learning.md says where from).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _SHOWS = (
     "What this shows: one encoder with one vocabulary, trained by four parties at unequal speeds, one late and one "
     "away for a while; only parameter updates left a node. Each then finished its own copy by itself. What it does not "
     'show: a good encoder. It is tiny and was trained for minutes. "alone" took as many steps on its topic as the node '
-    "did in all, with a rate and decay of its own that were tuned, and kept its best moment too."
+    "did in all, with a rate and decay of its own, and kept its best moment too."
 )
 
 

@@ -227,10 +227,8 @@ class _Tuner:
         model.train()
         with seeded(seed):  # what a model with dropout leaves out is the same for every row
             for step, rows in enumerate(order):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * (
-                        1.0 - step / budget.steps
-                    )  # to nothing, linearly: Devlin et al. 2019
+                for group in optimizer.param_groups:  # to nothing, linearly: Devlin et al. 2019
+                    group["lr"] = group["peak"] * (1.0 - step / budget.steps)
                 outputs = head((model.pooled(taken(samples, rows)) - mean) / spread)
                 loss = cross_entropy(outputs, torch.from_numpy(labels[rows]).to(outputs.device))
                 optimizer.zero_grad(set_to_none=True)

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.encoders.base import EncoderModel, Samples
 from common.errors import NotProbed
+from node_service.corpus.corpus import taken
 
 # whoever evaluates finds both measures here
-from node_service.corpus.corpus import taken
 from node_service.training.held_out import masked_loss as masked_loss
 
 #: Rows that a probe is fitted on and tested on at most: features are what costs, more for long texts.
