@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import NotProbed
@@ -61,12 +63,14 @@ class EncoderModel(nn.Module, ABC):
     def loss(self, batch: Batch) -> Tensor:
         """The self-supervised loss of a batch: a scalar, mean over the masked positions (nats for text)."""
 
-    def held_out(self, samples: Samples, generator: torch.Generator) -> list[tuple[int, Batch, int]]:
-        """All of the samples, once each, corrupted by the generator: (which sample, a batch of it alone, how many
-        positions are predicted, which weigh its loss). A sample may come in several batches, or in none where nothing
-        of it is predicted. By default each is one batch of one, which counts once."""
+    @torch.no_grad()
+    def held_out_losses(self, samples: Samples, generator: torch.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """All of the samples, once each, corrupted by the generator: of each the sum of its losses, and how many
+        positions were predicted, which may be none; both float64 (n,). By default a sample is a batch of one, whose
+        loss counts once."""
         rows = (samples[index : index + 1] for index in range(len(samples)))
-        return [(index, self.batch(self.encode(row), 1, generator), 1) for index, row in enumerate(rows)]
+        sums = [float(self.loss(self.batch(self.encode(row), 1, generator))) for row in rows]
+        return np.array(sums, dtype=float), np.ones(len(samples))
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradients of a loss, as `loss` gave it, into all parameters."""

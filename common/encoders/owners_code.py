@@ -33,7 +33,7 @@ MODEL_METHODS = (
     "encode",
     "batch",
     "loss",
-    "held_out",
+    "held_out_losses",
     "backward",
     "pooled",
     "features",

@@ -17,7 +17,7 @@ from common.encoders import frozen_base, hugging_face, lora, masked_lm
 from common.encoders.adapters import LowRank, Switch, correct, within
 from common.encoders.base import Architecture, Batch, EncoderModel, PrivateSpec, Samples
 from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
-from common.encoders.windows import NOT_MASKED, documents
+from common.encoders.windows import NOT_MASKED, in_order
 from common.errors import UserError
 
 #: In a batch that is trained without the private parts: 0.
@@ -127,9 +127,14 @@ class TextModel(EncoderModel):
         return any(parameter.requires_grad for parameter in self.shared_parameters().values())
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy in nats, mean over the masked positions; 0 if a batch has none (nothing but special tokens).
+        """Cross entropy in nats, mean over the masked positions; 0 if a batch has none (nothing but special tokens)."""
+        logits, wanted, _ = self._scored(batch)
+        return cross_entropy(logits, wanted, reduction="sum") / max(1, len(wanted))
 
-        The head runs on the masked positions alone: at a vocabulary of 1,024 that saves a third of a step.
+    def _scored(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the masked positions alone, what they should be, and where they are, bool (windows, window).
+
+        The head runs on no others: at a vocabulary of 1,024 that saves a third of a step.
         """
         device = self.network.device
         labels = batch["labels"].to(device)
@@ -144,8 +149,7 @@ class TextModel(EncoderModel):
             # as the export has it: without a bias, or with the base's
             bias = masked_lm.decoder(self.network).bias
             logits = logits - (bias if self.lora is None else bias - self.lora.bias)
-        total = cross_entropy(logits, labels[masked], reduction="sum")
-        return total / masked.sum().clamp(min=1)
+        return logits, labels[masked], masked
 
     @property
     def lead(self) -> int:
@@ -157,9 +161,17 @@ class TextModel(EncoderModel):
         """Tokens of the text in a window, its special tokens at the ends left out."""
         return self.window - 2 * self.lead
 
-    def held_out(self, samples: Samples, generator: torch.Generator) -> list[tuple[int, Batch, int]]:
-        """All texts in windows in order, a batch or more of each text; see `windows.documents`."""
-        return list(documents(self, samples, generator))
+    @torch.no_grad()
+    def held_out_losses(self, samples: Samples, generator: torch.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """In nats; every token is in one window, and of what is masked in it each text has its own positions."""
+        sums, counts = np.zeros(len(samples)), np.zeros(len(samples))
+        for batch, owners in in_order(self, samples, generator):
+            logits, wanted, masked = self._scored(batch)
+            losses = cross_entropy(logits, wanted, reduction="none").double().cpu().numpy()
+            texts = owners[masked.cpu()].numpy()
+            sums += np.bincount(texts, losses, len(samples))
+            counts += np.bincount(texts, minlength=len(samples))
+        return sums, counts
 
     @torch.no_grad()
     def features(self, samples: Samples) -> Tensor:

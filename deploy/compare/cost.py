@@ -13,7 +13,7 @@ from deploy.compare.plan import Cell, Point, columns
 
 _WARM_STEPS = 2
 _STEPS = 6
-_DOCUMENTS = 20
+_DOCUMENTS = 100
 
 
 @dataclass(frozen=True)

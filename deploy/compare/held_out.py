@@ -14,19 +14,14 @@ from deploy.compare.statistics import DocumentLosses
 from node_service.corpus.corpus import taken
 
 
-@torch.no_grad()
 def document_losses(model: EncoderModel, samples: Samples, seed: int) -> DocumentLosses:
     """The masked loss of all of the samples, each once. The masks are the seed's, the same for every model of one
     spec."""
-    generator = torch.Generator().manual_seed(seed)
-    sums, counts = np.zeros(len(samples)), np.zeros(len(samples))
     was_training = model.training
     model.eval()
-    for index, batch, predicted in model.held_out(samples, generator):
-        sums[index] += float(model.loss(batch)) * predicted
-        counts[index] += predicted
+    losses = DocumentLosses(*model.held_out_losses(samples, torch.Generator().manual_seed(seed)))
     model.train(was_training)
-    return DocumentLosses(sums, counts)
+    return losses
 
 
 def bounded(samples: Samples, most: int | None) -> Samples:

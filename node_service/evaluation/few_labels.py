@@ -222,6 +222,7 @@ class _Tuner:
                 {"params": list(head.parameters()), "lr": _HEAD_RATE, "peak": max(rate, _HEAD_RATE)},
             ],
             weight_decay=0.01,
+            fused=True,
         )
         order = _batches(len(labels), budget.batch_size, budget.steps, np.random.default_rng(seed))
         model.train()

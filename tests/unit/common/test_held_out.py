@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.encoders import get_encoder_type
 from common.encoders.base import Batch, EncoderModel
-from common.encoders.windows import NOT_MASKED, documents
+from common.encoders.windows import NOT_MASKED, in_order
 
 
 class Numbers:
@@ -32,13 +32,13 @@ class Numbers:
 def test_every_token_of_every_text_is_predicted_once_in_whole_windows(lengths: list[int], window: int) -> None:
     tokens = iter(range(1, 1000))
     texts = [[next(tokens) for _ in range(length)] for length in lengths]
-    found: dict[int, list[int]] = {}
-    for index, batch, predicted in documents(Numbers(window), texts, torch.Generator()):  # type: ignore[arg-type]
-        labels = batch["labels"][batch["labels"] != NOT_MASKED].tolist()
-        assert len(labels) == predicted
+    found: dict[int, list[int]] = {index: [] for index in range(len(texts))}
+    for batch, owners in in_order(Numbers(window), texts, torch.Generator()):  # type: ignore[arg-type]
+        predicted = batch["labels"] != NOT_MASKED
         assert batch["input_ids"].shape[1] == min(window, sum(lengths))
-        found.setdefault(index, []).extend(labels)
-    assert [found[index] for index in range(len(texts))] == texts
+        for owner, label in zip(owners[predicted].tolist(), batch["labels"][predicted].tolist(), strict=True):
+            found[owner].append(label)
+    assert list(found.values()) == texts
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +61,37 @@ def test_the_texts_losses_add_up_to_that_of_the_windows(model: EncoderModel) -> 
     """Weighed by their positions; the same generator gives the same masks, another one others."""
     texts = ["a short one", "and one that is quite a bit longer than a window of this model is, by far", "x"]
 
-    def total(seed: int) -> tuple[float, int]:
-        sums, counts = 0.0, 0
-        with torch.no_grad():
-            for _, batch, predicted in model.held_out(texts, torch.Generator().manual_seed(seed)):
-                sums, counts = sums + float(model.loss(batch)) * predicted, counts + predicted
-        return sums, counts
+    def measured(seed: int) -> tuple[list[float], list[float]]:
+        sums, counts = model.held_out_losses(texts, torch.Generator().manual_seed(seed))
+        return sums.tolist(), counts.tolist()
 
     stream = model.encode(texts)
-    generator, sums, counts = torch.Generator().manual_seed(0), 0.0, 0
+    generator, whole, predicted = torch.Generator().manual_seed(0), 0.0, 0
     with torch.no_grad():
         for start in range(0, len(stream) - 32 + 1, 32):
             batch = model.batch(stream[start : start + 32], 1, generator)
-            predicted = int((batch["labels"] != NOT_MASKED).sum())
-            sums, counts = sums + float(model.loss(batch)) * predicted, counts + predicted
-    whole, predicted = total(0)
-    assert len(stream) % 32 and counts < predicted < counts + 8, "the last window adds its tail alone"
-    tail = (whole - sums) / (predicted - counts)
+            positions = int((batch["labels"] != NOT_MASKED).sum())
+            whole, predicted = whole + float(model.loss(batch)) * positions, predicted + positions
+    sums, counts = measured(0)
+    assert len(stream) % 32 and predicted < sum(counts) < predicted + 8, "the last window adds its tail alone"
+    tail = (sum(sums) - whole) / (sum(counts) - predicted)
     assert 3 < tail < 9, "about that of guessing among 259"
-    assert total(0) == (whole, predicted) and total(1) != (whole, predicted)
+    assert measured(0) == (sums, counts) and measured(1) != (sums, counts)
+
+
+def test_a_texts_loss_is_that_of_its_own_positions(model: EncoderModel) -> None:
+    """Against each position's loss by itself, in batches that are filled and cut anew."""
+    texts = [f"a text of some length, number {index}, " * (1 + index % 4) for index in range(60)]
+    sums, counts = model.held_out_losses(texts, torch.Generator().manual_seed(3))
+    slow_sums, slow_counts = np.zeros(60), np.zeros(60)
+    with torch.no_grad():
+        for batch, owners in in_order(model, texts, torch.Generator().manual_seed(3)):  # type: ignore[arg-type]
+            for window in range(len(owners)):
+                for place in (batch["labels"][window] != NOT_MASKED).nonzero().flatten().tolist():
+                    alone = torch.full_like(batch["labels"][window : window + 1], NOT_MASKED)
+                    alone[0, place] = batch["labels"][window, place]
+                    ids = batch["input_ids"][window : window + 1]
+                    slow_sums[owners[window, place]] += float(model.loss({"input_ids": ids, "labels": alone}))
+                    slow_counts[owners[window, place]] += 1
+    assert counts.tolist() == slow_counts.tolist() and (counts > 0).all()
+    np.testing.assert_allclose(sums, slow_sums, rtol=1e-5)
