@@ -268,12 +268,15 @@ def evaluate(
     card: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the figures into the card of this exported encoder")
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the baselines, and of what is masked")] = 0,
     threads: Threads = None,
 ) -> None:
     """Compare the shared encoder with a random one and one trained alone, on held-out samples and a probe."""
     from deploy.commands.evaluate import run_evaluation
 
-    run_evaluation(config, names or [], encoders=encoder or (), pooled=pooled, out=out, card=card, threads=threads)
+    run_evaluation(
+        config, names or [], encoders=encoder or (), pooled=pooled, seed=seed, out=out, card=card, threads=threads
+    )
 
 
 @app.command()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from common.wire.messages import InnerOptimizer
     from node_service.evaluation.evaluate import Domain
 
+log = structlog.get_logger()
+
 #: Domains → kind of encoder → scores, as it stands in report.json.
 Figures = dict[str, dict[str, dict[str, float | None]]]
 
@@ -37,14 +40,16 @@ def run_evaluation(
     *,
     encoders: Sequence[Path],
     pooled: bool,
+    seed: int,
     out: Path | None,
     threads: int | None,
     card: Path | None = None,
 ) -> None:
     """Evaluate nodes of a configuration and print the table; every encoder after the first is a column of its own.
 
-    With `out`, the figures of each node are there as soon as they are known. With `card`, they become a section of that
-    export's card at the end. Raises UserError for what is not there.
+    The seed is that of what the baselines leave to chance, and of the masks. With `out`, the figures of each node are
+    there as soon as they are known. With `card`, they become a section of that export's card at the end. Raises
+    UserError for what is not there.
     """
     if card is not None:
         read_card(card)
@@ -88,7 +93,9 @@ def run_evaluation(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_durably(out, json.dumps({"domains": figures, "missing": missing}, indent=1).encode())
 
-    figures = evaluate_domains(domains, tensors, config.update.inner, others=more, pooled=pooled, on_domain=keep)
+    figures = evaluate_domains(
+        domains, tensors, config.update.inner, others=more, pooled=pooled, seed=seed, on_domain=keep
+    )
     print_table(figures)
     if out is not None:
         print(f"figures written to {out}")
@@ -142,6 +149,7 @@ def evaluate_domains(
     *,
     others: Mapping[str, Mapping[str, Tensor]] | None = None,
     pooled: bool = False,
+    seed: int = 0,
     probe_rows: int = 2000,
     on_domain: Callable[[Figures], None] = lambda figures: None,
 ) -> Figures:
@@ -168,15 +176,15 @@ def evaluate_domains(
             fresh_model(domain, tensors)
     finished = {domain.name: model for domain in domains if (model := finished_model(domain)) is not None}
     with _progress(total) as advance:
-        together = train_pooled(domains, inner, lambda done, of: advance("pooled")) if pooled else {}
+        together = train_pooled(domains, inner, lambda done, of: advance("pooled"), seed=seed) if pooled else {}
         for domain in domains:
 
             def tell(done: int, of: int, name: str = domain.name) -> None:
                 advance(f"{name} alone")
 
             models = {
-                "random": fresh_model(domain),
-                "alone": train_alone(domain, inner, tell),
+                "random": fresh_model(domain, seed=seed),
+                "alone": train_alone(domain, inner, tell, seed=seed),
                 "shared": shared_model(domain, encoder),
                 **{name: shared_model(domain, other) for name, other in (others or {}).items()},
             }
@@ -184,9 +192,10 @@ def evaluate_domains(
                 models["finished"] = finished[domain.name]
             if domain.name in together:
                 models["pooled"] = together[domain.name]
-            figures[domain.name] = {
-                kind: score(domain, model, probe_rows=probe_rows).plain() for kind, model in models.items()
-            }
+            scores = {kind: score(domain, model, seed=seed, probe_rows=probe_rows) for kind, model in models.items()}
+            figures[domain.name] = {kind: each.plain() for kind, each in scores.items()}
+            for reason in sorted({each.not_probed for each in scores.values() if each.not_probed}):
+                log.warning("no probe", domain=domain.name, reason=reason)
             on_domain(figures)
     return figures
 

@@ -6,11 +6,11 @@ their masked losses are comparable. `pooled` is what nobody may do: one trunk tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -20,13 +20,11 @@ from common.errors import NotProbed, UserError
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import InnerOptimizer
 from node_service.corpus.corpus import Corpus
-from node_service.evaluation.probe import masked_loss, probe
+from node_service.evaluation.probe import probe
 from node_service.training.checkpoint import Facts, read_checkpoint
 from node_service.training.finishing import load_finished
 from node_service.training.private_parts import load_private, load_spec
 from node_service.training.trainer import Trainer
-
-log = structlog.get_logger()
 
 #: Called with (steps done, steps in all) between steps.
 Progress = Callable[[int, int], None]
@@ -65,22 +63,28 @@ class Domain:
 
 @dataclass(frozen=True)
 class Scores:
-    """Masked loss on held-out samples (nats for text), and probe accuracies where there are labels."""
+    """Masked loss on held-out samples (nats for text), and probe accuracies where there are labels that serve;
+    `not_probed` says why they do not."""
 
     loss: float
     probe: float | None = None
     knn: float | None = None
     majority: float | None = None
+    not_probed: str | None = None
 
     def plain(self) -> dict[str, float | None]:
-        return asdict(self)
+        figures = asdict(self)
+        del figures["not_probed"]
+        return figures
 
 
-def score(domain: Domain, model: EncoderModel, *, probe_rows: int = 2000) -> Scores:
-    """Evaluate a whole model on a domain's held-out samples: without labels, by its loss alone."""
+def score(domain: Domain, model: EncoderModel, *, seed: int = 0, probe_rows: int = 2000) -> Scores:
+    """Evaluate a whole model on all of a domain's held-out samples, with the masks of the seed: without labels, by its
+    loss alone. It is the loss that `compare` tests by: of two models with one private spec, on equal terms."""
     corpus = domain.corpus
     model.eval()
-    loss = masked_loss(model, model.encode(corpus.test))
+    sums, counts = model.held_out_losses(corpus.test, torch.Generator().manual_seed(seed))
+    loss = float(sums.sum() / counts.sum()) if counts.sum() else math.nan
     if corpus.train_labels is None or corpus.test_labels is None:
         return Scores(loss)
     try:
@@ -92,8 +96,7 @@ def score(domain: Domain, model: EncoderModel, *, probe_rows: int = 2000) -> Sco
             test_rows=max(1, probe_rows // 2),
         )
     except NotProbed as reason:
-        log.warning("no probe", domain=domain.name, reason=str(reason))
-        return Scores(loss)
+        return Scores(loss, not_probed=str(reason))
     return Scores(loss, result.linear, result.knn, result.majority)
 
 
