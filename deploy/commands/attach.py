@@ -13,6 +13,9 @@ from deploy.commands.display import number, saying
 from deploy.logging import configure_logging
 from node_service.corpus.corpus import CorpusConfig, load_corpus
 
+#: Lines about each stage where there is no terminal for a bar.
+_LINES = 10
+
 
 def run_attach(
     encoder: Path,
@@ -48,6 +51,12 @@ def run_attach(
         if not screen.is_terminal:
             first = f"{frozen_steps} steps with the trunk frozen, if it lacks a vocabulary,"
             print(f"at most {first} and {steps} with all free", file=sys.stderr)
+
+        def tell(stage: str, done: int, of: int) -> None:
+            bar.update(tasks[stage], completed=done, visible=True)
+            if not screen.is_terminal and done * _LINES // of > (done - 1) * _LINES // of:
+                print(f"{bar.tasks[tasks[stage]].description}: {done} of {of} steps", file=sys.stderr, flush=True)
+
         found = attached(
             encoder,
             texts,
@@ -57,7 +66,7 @@ def run_attach(
             out=out,
             budget=AttachBudget(steps=steps, frozen_steps=frozen_steps, seed=seed),
             device=choose_device(device),
-            progress=lambda stage, done, of: bar.update(tasks[stage], completed=done, visible=True),
+            progress=tell,
         )
     losses = [f"held-out loss {number(found.before, 3)}"]
     if found.lacked:
