@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from common.broker_url import split
 from common.errors import UserError
 
 #: The broker that a fresh RabbitMQ on this machine offers.
@@ -26,12 +27,16 @@ class Section(BaseModel):
 
 
 class BrokerConfig(Section):
-    """Where the broker is. A password is better in `password_file` or the environment than in the URL."""
+    """Where the broker is. A password is better in `password_file` or the environment than in the URL.
+
+    `connect_timeout_seconds`: how long a command tries; `wait_seconds`: how long a master or a node does at its start,
+    with pauses that grow, whether nobody answers or the account is refused."""
 
     url: SecretStr = SecretStr(DEFAULT_URL)
     password_file: Path | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "shared-encoder"
     connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+    wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
 
     def resolved_url(self) -> str:
         """The URL with the password from `password_file`, if there is one. Raises UserError."""
@@ -44,7 +49,7 @@ class BrokerConfig(Section):
             raise UserError(f"broker.password_file {self.password_file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UserError(f"broker.password_file {self.password_file}: not UTF-8 text") from None
-        parts = urlsplit(url)
+        parts = split(url)
         user, host = parts.username or "guest", parts.netloc.rpartition("@")[2]
         return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 

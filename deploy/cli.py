@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,12 @@ Namespace = Annotated[
     str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
+WaitForBroker = Annotated[
+    float | None,
+    typer.Option(
+        "--wait-for-broker", metavar="S", min=0, help="seconds to wait for it at the start", show_default="60"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic", show_default="1")]
 
 
@@ -75,6 +83,7 @@ def master(
     config: ConfigFile = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
+    wait: WaitForBroker = None,
     state: Annotated[
         Path | None, typer.Option(metavar="DIR", help="message log, snapshots", show_default="master-state")
     ] = None,
@@ -115,7 +124,7 @@ def master(
 
     stop = {"versions": versions, "updates": updates, "seconds": seconds}
     flags: dict[str, Any] = {
-        "broker": {"url": broker, "namespace": namespace},
+        "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
         "log": {"json_lines": json or None},
         "master": {
             "state_dir": state,
@@ -146,6 +155,7 @@ def node(
     ] = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
+    wait: WaitForBroker = None,
     state: Annotated[
         Path | None, typer.Option(metavar="DIR", help="identity and private parts", show_default="node-state/NAME")
     ] = None,
@@ -170,7 +180,7 @@ def node(
     if not any(value is not None for value in (corpus, type_, field)):
         table = None
     flags: dict[str, Any] = {
-        "broker": {"url": broker, "namespace": namespace},
+        "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
         "log": {"json_lines": json or None},
         "nodes": {
             name: {
@@ -489,6 +499,11 @@ def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:
 
 def main() -> NoReturn:
     """Run the command; what a person can mend is one line, and the exit code says what kind it was."""
+    # at once: to process 1 of a container SIGTERM means nothing until there is a handler, and torch takes seconds
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # what is loaded lies on this machine: no library of ours calls out, unless the environment says that it may
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
     sys.exit(guarded(lambda: app(standalone_mode=True)))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+import structlog
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from common.config import BrokerConfig, Section, explained
+from common.config import BrokerConfig, Section, explained, suggestion
 from common.errors import UserError
 from common.wire.messages import UpdateRule
 from deploy.compare_settings import CompareConfig
@@ -20,6 +22,12 @@ from master_service.decisions.settings import Settings, StopRule
 from node_service.config import NodeConfig
 
 PREFIX = "SHARED_ENCODER_"
+#: Between the names of sections and settings in one of the environment.
+_BELOW = "__"
+#: How alike a name and a setting's are, from 0 to 1, so that one may be meant for the other.
+_NEAR = 0.92
+
+log = structlog.get_logger()
 
 
 class LogConfig(Section):
@@ -34,7 +42,7 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_nested_delimiter="__",
+        env_nested_delimiter=_BELOW,
         extra="forbid",
         frozen=True,
         nested_model_default_partial_update=True,
@@ -51,10 +59,16 @@ class Config(BaseSettings):
     compare: CompareConfig = CompareConfig()
 
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _ignored: list[str] = PrivateAttr(default_factory=list)
 
     def given(self) -> dict[str, Any]:
         """What of `settings()` the file, the environment or a flag says explicitly; the rest of it are defaults."""
         return self._given
+
+    def ignored(self) -> list[str]:
+        """The variables of the environment that have our prefix and are no setting: of a Kubernetes service that is
+        called shared-encoder, or a slip of the pen."""
+        return self._ignored
 
     def settings(self) -> Settings:
         """What of it decides, as the master logs it."""
@@ -88,14 +102,32 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
         model_config = SettingsConfigDict(nested_model_default_partial_update=False)
 
     unknown = [name for name in os.environ if name.startswith(PREFIX) and _section(name) not in Config.model_fields]
-    if unknown:
-        raise UserError(f"environment: {unknown[0]} names no section; there are: {', '.join(Config.model_fields)}")
+    for name in unknown:
+        if _BELOW in name:  # nobody but a user of ours writes names like that
+            raise UserError(f"environment: {name} names no section; {suggestion(_section(name), Config.model_fields)}")
     try:
         config, explicit = FromFile(**_given(flags)), Explicit(**_given(flags))
     except ValidationError as error:
         raise explained(error, Config, source) from None
+    config._ignored = sorted(unknown)
     config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop)
     return config
+
+
+def warn_of_ignored(config: Config) -> None:
+    """One line about what the environment has beside our settings, with the setting that may have been meant."""
+    if not (ignored := config.ignored()):
+        return
+    settings = [
+        PREFIX + _BELOW.join((section, key)).upper()
+        for section, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+    ]
+    meant = {name: found[0] for name in ignored if (found := difflib.get_close_matches(name, settings, 1, _NEAR))}
+    hints = {"meant": "; ".join(f"{name}: {setting}?" for name, setting in meant.items())} if meant else {}
+    shown = ", ".join(ignored[:3]) + (f" and {len(ignored) - 3} more" if len(ignored) > 3 else "")
+    log.warning("variables of the environment that are no settings are ignored", names=shown, **hints)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -111,7 +143,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _section(name: str) -> str:
-    return name.removeprefix(PREFIX).lower().partition("__")[0]
+    return name.removeprefix(PREFIX).lower().partition(_BELOW)[0]
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,12 @@ class LocalRabbitMQ:
             "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\n"
         )
         (directory / "enabled_plugins").write_text("[].\n")
-        cookie = secrets.token_hex(16)
+        # in a file, as Erlang looks for it in HOME: what stands in the arguments of a process, everybody can read
+        cookie = directory / ".erlang.cookie"
+        cookie.unlink(missing_ok=True)
+        cookie.touch(0o600)
+        cookie.write_text(secrets.token_hex(16))
+        cookie.chmod(0o400)
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RABBITMQ_")},
             "HOME": str(directory),
@@ -66,10 +71,7 @@ class LocalRabbitMQ:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
             "RABBITMQ_PID_FILE": str(directory / "pid"),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
-                f"-setcookie {cookie} -kernel inet_dist_use_interface {{127,0,0,1}}"
-            ),
-            "RABBITMQ_CTL_ERL_ARGS": f"-setcookie {cookie}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
 
     @property

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
-from common.errors import UserError
+from common.broker_url import split
 from common.wire.broker import Broker
 
 
@@ -17,8 +15,7 @@ def open_broker(
     `refusal_patience`: seconds that something may be refused in a row before `status` calls it final.
     Raises UserError for a URL of another kind, AccessRefused, or BrokerUnavailable after `connect_timeout` seconds.
     """
-    if urlsplit(url).scheme not in ("amqp", "amqps"):
-        raise UserError(f"broker URL {redacted(url)!r}: write it as amqp://user:password@host:5672/vhost (or amqps://)")
+    split(url)
     from common.brokers.amqp.rabbitmq import RabbitMQBroker
 
     return RabbitMQBroker(
@@ -28,11 +25,3 @@ def open_broker(
         connect_timeout=connect_timeout,
         refusal_patience=refusal_patience,
     )
-
-
-def redacted(url: str) -> str:
-    """A URL that can be shown: without the password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}").geturl()

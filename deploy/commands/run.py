@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from common.brokers import open_broker
-from common.errors import UserError
+from common.clock import SYSTEM, Clock
+from common.errors import AccessRefused, BrokerUnavailable, UserError
 from common.exports import check_export_directory, check_writable
 from common.wire.topology import Topology
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
-from deploy.config import Config, load_config
+from deploy.config import Config, load_config, warn_of_ignored
 from deploy.logging import configure_logging
 from deploy.signals import stop_on_signals
 from node_service.config import NodeConfig
@@ -25,24 +27,31 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+#: Between two attempts of a service to reach the broker at its start: twice as long each time.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
+#: What a service writes is its owner's alone: files 0600, folders 0700.
+_OWNER_ONLY = 0o077
+
 
 def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False) -> None:
     """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured.
 
     `change`: settings that are given and are not those of the message log hold from here on, instead of a UserError.
     """
+    os.umask(_OWNER_ONLY)
     config = load_config(file, flags)
     decided = config.settings()
     check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
         check_export_directory(config.master.export_dir)
     configure_logging(json=config.log.json_lines, level=config.log.level)
+    warn_of_ignored(config)
     from master_service.decisions.rules.model import warnings
 
     for warning in warnings(decided.rule):
         log.warning(warning)
     topology = Topology(config.broker.namespace)
-    broker = connect(config, topology, "master")
+    broker = awaited(config, topology, "master")
     try:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.service import MasterService
@@ -77,8 +86,10 @@ def end_of_waiting(stop: threading.Event, broker: Broker) -> None:
 
 def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured."""
+    os.umask(_OWNER_ONLY)
     config = load_config(file, flags)
     configure_logging(json=config.log.json_lines, level=config.log.level)
+    warn_of_ignored(config)
     check_node_id(name)
     node_config = config.nodes.get(name) or NodeConfig()
     state_dir = node_config.state_dir or Path("node-state") / name
@@ -87,7 +98,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
         check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)
     topology = Topology(config.broker.namespace)
-    broker = connect(config, topology, f"node {name}")
+    broker = awaited(config, topology, f"node {name}")
     try:
         with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
             import transformers  # noqa: F401  # what takes the time, before the first instruction needs it
@@ -98,6 +109,24 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
             NodeService(name, node_config, corpora, broker, topology, on_change=display.update).run(stop)
     finally:
         broker.close()
+
+
+def awaited(config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM) -> Broker:
+    """The broker of a service, which may start before it, or before its account is there: tried for
+    `broker.wait_seconds`, with one warning. Raises what `connect` raises the last time."""
+    deadline, pause, warned = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, False
+    while True:
+        try:
+            return connect(config, topology, client_name)
+        except (AccessRefused, BrokerUnavailable) as error:
+            left = deadline - clock.monotonic()
+            if left <= 0:
+                raise
+            if not warned:
+                log.warning("waiting for the broker", problem=str(error), at_most_seconds=round(left))
+                warned = True
+            clock.wait(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def connect(config: Config, topology: Topology, client_name: str) -> Broker:

@@ -194,6 +194,10 @@ def test_processes_over_rabbitmq_train_and_leave_nothing_at_the_broker(tmp_path:
     assert encoder.updates >= 4 and set(encoder.members) == {"a", "b"}
     assert (tmp_path / "encoder" / "model.safetensors").exists()
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"master.log", "a.log", "b.log"}
+    states = [config.master.state_dir, tmp_path / "encoder", *(each.state_dir for each in config.nodes.values())]
+    written = [path for state in states if state is not None for path in (state, *state.rglob("*"))]
+    readable = [path for path in written if path.stat().st_mode & 0o077]
+    assert len(written) > 20 and not readable, "what they write is their owner's alone"
     broker = open_broker(amqp_url, client_name="looks", dead_letters=topology.dead_letters)
     for exchange, key in (
         (topology.request, "a.join"),

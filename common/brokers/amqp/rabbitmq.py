@@ -76,8 +76,16 @@ class RabbitMQBroker:
         """See `open_broker`."""
         try:
             self._parameters = pika.URLParameters(url)
-        except ValueError as error:
-            raise UserError(f"broker URL: {error}") from None
+        except OSError as error:
+            raise UserError(
+                f"the broker's URL: a file that its ssl_options name cannot be used ({error.strerror})"
+            ) from None
+        except Exception:
+            # ValueError, and with ssl_options whatever Python's parser and ssl raise; its words may hold a password
+            raise UserError(
+                "the broker's URL: what stands behind its ? is not as pika's URLParameters wants it (ssl_options is a "
+                "dict of ca_certs, certfile, keyfile; heartbeat and the like are numbers)"
+            ) from None
         self._parameters.heartbeat = _HEARTBEAT_SECONDS
         self._parameters.blocked_connection_timeout = None
         self._parameters.client_properties = {"connection_name": f"shared-encoder {client_name}"}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import pytest
+import structlog
 from pydantic import Field, SecretStr, ValidationError
 
+from common.brokers import open_broker
 from common.config import BrokerConfig, Section, explained
-from common.errors import UserError
-from deploy.config import load_config
+from common.errors import SharedEncoderError, UserError
+from deploy.config import load_config, warn_of_ignored
 from master_service.decisions.settings import settings_of_start
 
 
@@ -54,6 +57,72 @@ def test_a_password_file_goes_into_the_url_and_nothing_prints_it(tmp_path: Path)
     assert "old" not in repr(config) and "old" not in config.model_dump_json()
     with pytest.raises(UserError, match=r"broker\.password_file .*none: No such file"):
         BrokerConfig(password_file=tmp_path / "none").resolved_url()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://u:sec#ret@h/",
+        "amqp://u:12#secret@h/",
+        "amqp://u:sec?ret@h/",
+        "amqp://u:12?secret@h/",
+        "amqp://u:sec/ret@h/",
+        "amqp://u:12/secret@h/",
+        "amqp://u:sec[ret@h/",
+        "amqp://u:secret@h:99999/",
+        "amqp://:secret@/",
+        "http://u:secret@h/",
+        "u:secret@h",
+        "secret",
+        "amqp://u@127.0.0.1:1/?heartbeat=secret",
+        "amqp://u@127.0.0.1:1/?ssl_options={'password': 'secret'",
+        "amqps://u@127.0.0.1:1/?ssl_options={'keyfile': 'x', 'password': 'secret'}",
+        "amqps://u@127.0.0.1:1/?ssl_options={'ca_certs': 'none', 'password': 'secret'}",
+        "amqp://u:secret@127.0.0.1:1/",
+    ],
+)
+def test_no_word_of_a_url_with_a_password_is_in_an_error(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("secret")
+    for how in (
+        lambda: open_broker(url, client_name="test", dead_letters="none", connect_timeout=0.1),
+        lambda: open_broker(
+            BrokerConfig(url=SecretStr(url), password_file=file).resolved_url(),
+            client_name="test",
+            dead_letters="none",
+            connect_timeout=0.1,
+        ),
+    ):
+        with pytest.raises(SharedEncoderError) as refused:
+            how()
+        text = str(refused.value)
+        assert "\n" not in text and not {"secret", "sec", "ret", "12", "99999"} & set(re.findall(r"\w+", text))
+
+
+def test_variables_that_are_no_settings_are_ignored_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes gives every container the addresses of services; of one that is called shared-encoder they have our
+    prefix."""
+    for name, value in {
+        "SHARED_ENCODER_SERVICE_HOST": "10.0.0.1",
+        "SHARED_ENCODER_SERVICE_PORT": "5672",
+        "SHARED_ENCODER_PORT": "tcp://10.0.0.1:5672",
+        "SHARED_ENCODER_PORT_5672_TCP_ADDR": "10.0.0.1",
+        "SHARED_ENCODER_BROKER_URL": "amqp://secret@there/",
+        "SHARED_ENCODER_MASTER__THREADS": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    config = load_config(None, {})
+    assert config.master.threads == 3
+    with structlog.testing.capture_logs() as lines:
+        warn_of_ignored(config)
+    (line,) = lines
+    assert line["log_level"] == "warning" and "SHARED_ENCODER_BROKER_URL" in line["names"]
+    assert line["names"].endswith(" and 2 more")
+    assert line["meant"] == "SHARED_ENCODER_BROKER_URL: SHARED_ENCODER_BROKER__URL?"
+    assert "secret" not in str(line)
+    monkeypatch.setenv("SHARED_ENCODER_BROKRE__URL", "x")
+    with pytest.raises(UserError, match=r"SHARED_ENCODER_BROKRE__URL names no section; did you mean 'broker'\?"):
+        load_config(None, {})
 
 
 def test_f14_what_is_given_is_known_from_file_environment_and_flags(

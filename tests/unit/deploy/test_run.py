@@ -1,0 +1,69 @@
+"""The first seconds of a service: a broker that comes later, an end that comes at once, and whose its files are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+import deploy.commands.run as run
+from common.clock import VirtualClock
+from common.errors import AccessRefused, BrokerUnavailable, UserError
+from common.wire.topology import Topology
+from deploy.config import load_config
+
+
+def test_a_broker_that_comes_later_is_waited_for_and_one_that_does_not_come_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[Any] = [BrokerUnavailable("nobody there"), AccessRefused("no account yet"), "a broker"]
+    clock = VirtualClock()
+
+    def connect(*_: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(run, "connect", connect)
+    config = load_config(None, {"broker": {"wait_seconds": 30.0}})
+    with structlog.testing.capture_logs() as lines:
+        assert run.awaited(config, Topology("test"), "test", clock) == "a broker"
+    assert [line["problem"] for line in lines] == ["nobody there"], "once, whatever follows"
+    assert clock.time == 0.5 + 1.0
+    answers[:] = [AccessRefused("no account")] * 100
+    with pytest.raises(AccessRefused):
+        run.awaited(config, Topology("test"), "test", clock)
+    assert clock.time == 1.5 + 30 and len(answers) == 100 - 8, "after 0.5, 1, 2, 4, 8, 8 and 6.5 seconds, the last"
+    answers[:] = [UserError("not a URL"), "a broker"]
+    with pytest.raises(UserError):
+        run.awaited(config, Topology("test"), "test", clock)
+
+
+@pytest.mark.parametrize("command", [["master"], ["node", "a", "--corpus", "notes.txt"]])
+def test_a_service_ends_when_it_is_told_to_in_its_first_second(command: list[str], tmp_path: Path) -> None:
+    """By a handler of ours: without one, process 1 of a container goes on."""
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i}" for i in range(30)))
+    program = [sys.executable, "-m", "deploy.cli", *command, "--broker", "amqp://127.0.0.1:1/"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(program, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while not _handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as the kernel says."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(caught >> (number - 1) & 1)
