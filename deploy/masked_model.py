@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from common.encoders import hugging_face, vocabulary
+from common.encoders import hugging_face, masked_lm, vocabulary
 from common.encoders.base import Batch, EncoderModel, Samples
 from common.encoders.vocabulary import OWN_TOKENS, Vocabulary
 from common.errors import NotProbed, UserError
@@ -158,12 +158,19 @@ class MaskedLanguageModel(EncoderModel):
         return {"input_ids": shown, "labels": labels}
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy in nats, mean over the masked positions; 0 where there is none."""
-        device = self.network.device
-        labels = batch["labels"].to(device)
-        logits = self.network(input_ids=batch["input_ids"].to(device)).logits
+        """Cross entropy in nats, mean over the masked positions; 0 where there is none.
+
+        Where it is known what lies behind the last hidden states, that runs on the masked positions alone: with the
+        30,522 entries of BERT's vocabulary it would cost more than all the rest.
+        """
+        network = self.network
+        labels, ids = (batch[name].to(network.device) for name in ("labels", "input_ids"))
         masked = labels >= 0
-        return cross_entropy(logits[masked], labels[masked], reduction="sum") / masked.sum().clamp(min=1)
+        if network.config.model_type in masked_lm.KINDS and getattr(network.config, "legacy", True):
+            logits = masked_lm.score(network, network.base_model(input_ids=ids).last_hidden_state[masked])
+        else:
+            logits = network(input_ids=ids).logits[masked]
+        return cross_entropy(logits, labels[masked], reduction="sum") / masked.sum().clamp(min=1)
 
     def features(self, samples: Samples) -> Tensor:
         raise NotProbed("this model is trained here, and not probed")

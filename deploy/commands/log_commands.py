@@ -62,6 +62,17 @@ def export(
 
 
 @log_app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="an empty folder, or one to make")],
+    state: Directory = DEFAULT_STATE,
+) -> None:
+    """Copy the log, its payloads and snapshots of one moment; a master can start from the copy as its --state."""
+    from deploy.commands.log_tools import back_up_log
+
+    back_up_log(state, target)
+
+
+@log_app.command()
 def verify(
     state: State = DEFAULT_STATE,
     receipts: Annotated[

@@ -144,6 +144,28 @@ def export_rows(state: Path, file: Path, *, after: int, before: int | None, payl
         raise Damaged(f"{len(done.lost)} payloads are damaged or missing and not in {file}: {', '.join(done.lost)}")
 
 
+def back_up_log(state: Path, target: Path) -> None:
+    """Make the copy, and say what is in it. Raises UserError if `target` holds anything, Damaged for lost payloads."""
+    try:
+        taken = target.exists() and any(target.iterdir())
+    except NotADirectoryError:
+        taken = True
+    if taken:
+        raise UserError(f"{target} is not empty; give a new folder for the copy")
+    with opened(state) as log:
+        total = log.payload_count()
+    with saying("loading torch"):
+        from master_service.history.backup import back_up
+    with counting("copying", "payloads", total) as (_, advance):
+        done = back_up(state, target, advance)
+    print(
+        f"{done.rows:,} rows, {done.payloads:,} payloads ({size(done.bytes)}) and {done.snapshots} snapshots copied to "
+        f"{target}; `shared-encoder log verify --state {target}` checks them"
+    )
+    if done.lost:
+        raise Damaged(f"{len(done.lost)} payloads of {state} are damaged or missing: {', '.join(done.lost)}")
+
+
 def verify_log(state: Path, receipts: Sequence[Path]) -> None:
     """Print what is sound, what is damaged, and what receipts are worth. Raises Damaged if anything is not right."""
     with opened(state) as log:

@@ -16,7 +16,7 @@ from common.errors import Damaged, UserError
 from common.locks import DirectoryLock
 from master_service.decisions.records import Repaired
 from master_service.history.snapshot import Manifest, read_snapshot, whole_snapshots
-from master_service.log.message_log import Row, open_log
+from master_service.log.message_log import LEDGER, Row, open_log
 from master_service.log.payloads import FilePayloads
 
 
@@ -38,7 +38,7 @@ def repair(directory: Path) -> Report | None:
 
     None if nothing is wrong. Raises LockHeld while a master runs there, UserError if there is no ledger.
     """
-    path = directory / "ledger.sqlite"
+    path = directory / LEDGER
     if not path.exists():
         raise UserError(f"no message log in {directory}; give the master's state directory with --state DIR")
     lock = DirectoryLock(directory)
@@ -49,13 +49,13 @@ def repair(directory: Path) -> Report | None:
         beside = directory / "repaired"
         shutil.rmtree(beside, ignore_errors=True)
         last_whole, resumed_at, newest = _copy(path, beside, directory, problem)
-        damaged = directory / f"ledger.sqlite.damaged-{int(SYSTEM.now() * 1e9)}"
+        damaged = directory / f"{LEDGER}.damaged-{int(SYSTEM.now() * 1e9)}"
         os.link(path, damaged)  # at no moment is there no ledger: a start would begin a new one
         for suffix in ("-wal", "-shm"):
             side = path.with_name(path.name + suffix)
             if side.exists():
                 side.replace(damaged.with_name(damaged.name + suffix))
-        (beside / "ledger.sqlite").replace(path)
+        (beside / LEDGER).replace(path)
         shutil.rmtree(beside)
         return Report(problem, last_whole, resumed_at, newest, damaged)
     finally:

@@ -154,10 +154,15 @@ def read_snapshot(
 
 def kept_snapshots(directory: Path) -> list[Manifest]:
     """The manifests of the snapshots that a start may use, oldest first; of those that cannot be read none."""
+    return [manifest for _, manifest in usable_snapshots(directory)]
+
+
+def usable_snapshots(directory: Path) -> list[tuple[Path, Manifest]]:
+    """The same with the folder of each."""
     found = []
     for path in sorted(_snapshots(directory)):
         try:
-            found.append(_manifest(path))
+            found.append((path, _manifest(path)))
         except _DAMAGE:
             continue  # a start skips it too
     return found

@@ -24,6 +24,9 @@ from master_service.log.payloads import FilePayloads, Payloads
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
 
+#: The name of its file.
+LEDGER = "ledger.sqlite"
+
 _NO_LIMIT = (1 << 63) - 1
 _NOT_WRITTEN = "not what was written, or a row before it is missing"
 _SCHEMA = f"""
@@ -88,7 +91,7 @@ def open_log(directory: Path, *, read_only: bool = False, before: str = "", last
     `lasting` False: nothing is synced, for a log that may be lost with the machine. Raises FileNotFoundError if there
     is nothing to read, Damaged or UserError as MessageLog does.
     """
-    path = directory / "ledger.sqlite"
+    path = directory / LEDGER
     if read_only:
         if not path.exists():
             raise FileNotFoundError(f"no message log in {directory}")
@@ -130,7 +133,7 @@ class MessageLog:
         self.payloads = payloads
         self._read_only = read_only
         self._db = db
-        path = directory / "ledger.sqlite"
+        path = directory / LEDGER
         try:
             self._check_schema(path)
             if not read_only:
@@ -352,6 +355,10 @@ class MessageLog:
         """How often the master has died of this."""
         row = self._db.execute("SELECT count FROM deaths WHERE what = ?", (what,)).fetchone()
         return int(row[0]) if row else 0
+
+    def copy_into(self, empty: sqlite3.Connection) -> None:
+        """Copy the ledger as it is at one moment; whoever writes meanwhile does not wait."""
+        self._db.backup(empty)
 
     def close(self) -> None:
         self._db.close()

@@ -6,19 +6,27 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertForMaskedLM,
+)
 
 from common.cards import is_card
-from common.encoders import get_encoder_type, vocabulary
+from common.encoders import get_encoder_type, masked_lm, vocabulary
 from common.encoders.text_model import TextModel
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
 from deploy.attach import AttachBudget, attach, attached
-from deploy.masked_model import fast_tokenizer
+from deploy.masked_model import MaskedLanguageModel, fast_tokenizer
 from tests.unit.deploy.conftest import Command
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -203,6 +211,23 @@ def test_any_masked_language_model_of_transformers(tmp_path: Path) -> None:
     found = figures(tmp_path / "bert")
     assert isinstance(found.model, BertForMaskedLM) and found.after_free < found.before
     assert found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight, "still tied"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [*((model_type, {}) for model_type in masked_lm.KINDS), ("deberta-v2", {"legacy": False}), ("mpnet", {})],
+)
+def test_a_loss_is_that_of_the_whole_models_logits_at_masked_tokens(model_type: str, more: dict[str, Any]) -> None:
+    """Whether the head runs there alone, or the model is one whose head is not known."""
+    small = SMALL if model_type != "distilbert" else {"dim": 16, "hidden_dim": 16, "n_heads": 2, "n_layers": 1}
+    config = AutoConfig.for_model(model_type, vocab_size=300, **small, **more, pad_token_id=0)
+    network = AutoModelForMaskedLM.from_config(config).eval()
+    model = MaskedLanguageModel(network, fast_tokenizer(vocabulary.train_vocabulary(TEXTS, 300)))
+    batch = model.batch(model.encode(TEXTS), 4, torch.Generator().manual_seed(0))
+    logits = network(input_ids=batch["input_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    assert (batch["labels"] >= 0).sum() > 4
+    torch.testing.assert_close(model.loss(batch), expected)
 
 
 def test_what_cannot_be_attached_is_one_line(encoder: Path, tmp_path: Path, command: Command) -> None:

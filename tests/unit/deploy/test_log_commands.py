@@ -313,3 +313,21 @@ def test_the_sqlite3_program_reads_it(run: Federation) -> None:
     except FileNotFoundError:
         pytest.skip("there is no sqlite3 program here")
     assert shown.stdout.strip() == f"{run.log.last_offset + 1}|11"
+
+
+# --- backup -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_backup_is_a_state_directory_and_goes_into_an_empty_folder(
+    command: Command, run: Federation, tmp_path: Path
+) -> None:
+    snapshot(run)
+    code, out, err = command("log", "backup", tmp_path / "copy", "--state", run.directory)
+    assert code == 0, err
+    assert f"{run.log.last_offset + 1} rows" in out and "1 snapshots copied" in out
+    code, out, err = command("log", "verify", "--state", tmp_path / "copy")
+    assert code == 0 and "nothing damaged" in out, err
+    code, _, err = command("log", "backup", tmp_path / "copy", "--state", run.directory)
+    assert code == 2 and "is not empty; give a new folder for the copy" in err
+    code, _, err = command("log", "backup", tmp_path / "new", "--state", tmp_path / "none")
+    assert code == 2 and "no message log in" in err
