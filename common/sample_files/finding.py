@@ -3,15 +3,18 @@ folder, a glob and the paths of the same files give the same samples."""
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.sample_files.kinds import SUFFIXES, Kind, SampleFile, kind_of, refusal
+from common.sample_files.decoding import readable
+from common.sample_files.kinds import SUFFIXES, Kind, SampleFile, kind_of, refusal, suffix_of
 from common.sample_files.refusals import LeftOut, Refusals, left_out_line, shown
 
 #: Folders and files that programs leave beside somebody's data, by name, and whose they are.
@@ -46,9 +49,16 @@ class Found:
 
 
 def kinds_in_words(files: Iterable[SampleFile]) -> tuple[tuple[str, int], ...]:
-    """How many files of each kind there are, in words ("CSV tables", 2), most first."""
-    counts = Counter(file.kind for file in files).most_common()
-    return tuple((kind.many if count > 1 else kind.one.partition(" ")[2], count) for kind, count in counts)
+    """How many files of each kind there are, in words ("plain text files (2 .txt, 1 .log)", 3), most first."""
+    found: dict[Kind, Counter[str]] = {}
+    for file in files:
+        found.setdefault(file.kind, Counter())[suffix_of(file.path) or "without a suffix"] += 1
+    words = []
+    for kind, suffixes in sorted(found.items(), key=lambda item: -item[1].total()):
+        name = kind.many if suffixes.total() > 1 else kind.one.partition(" ")[2]
+        several = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        words.append((f"{name} ({several})" if len(suffixes) > 1 else name, suffixes.total()))
+    return tuple(words)
 
 
 def find_files(patterns: Sequence[str], encoder_type: str, base: Path, refusals: Refusals) -> Found:
@@ -73,7 +83,7 @@ def find_files(patterns: Sequence[str], encoder_type: str, base: Path, refusals:
                     if kind.read_as == encoder_type:
                         found.setdefault(os.path.realpath(path), SampleFile(path, kind))
                     elif encoder_type in kind.refused_for:
-                        raise UserError(refusal(path, kind, encoder_type))
+                        raise UserError(refusal(path, kind))
                     else:
                         left_out[path] = LeftOut(shown(path.name), kind.many, path)
     if not found and len(refusals.lines) == named:
@@ -91,30 +101,33 @@ def _nothing(patterns: Sequence[str], encoder_type: str, left_out: Iterable[Left
 
 
 def _kind(path: Path, encoder_type: str) -> Kind:
-    if path.is_file():
-        return kind_of(path, encoder_type)
-    what = "a link to nothing" if path.is_symlink() else "no file but a pipe or a device, which is read only once"
-    raise UserError(f"{shown(path)} is {what}; put a file there, or take it out of path")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{shown(path)} is a link to nothing; mend it, or take it out of path")
+    with readable(path):
+        mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{shown(path)} is a pipe or a device, which can be read only once; put a file there")
+    return kind_of(path, encoder_type)
 
 
 def _matches(pattern: str, base: Path, refusals: Refusals) -> list[tuple[Path, Path]]:
-    """Every file below what the pattern names, sorted, with the folder that is written out: what is hidden below it is
-    hidden from the owner too. Raises UserError where nothing is there."""
+    """Every file that the pattern names or that lies below what it names, sorted, with the folder that is written out:
+    what is hidden below it is hidden from the owner too. Raises UserError where nothing is there."""
     whole = base / _expanded(pattern)
     if os.path.lexists(whole):
         # a path that exists is meant literally, whatever brackets its name has
-        tops, root = [whole], whole if whole.is_dir() else whole.parent
+        is_folder = os.path.isdir(whole)
+        root = whole if is_folder else whole.parent
+        paths = list(_below(root, root, ("**",), {0}, refusals)) if is_folder else [whole]
     else:
-        tops = [Path(match) for match in glob.glob(str(whole), recursive=True, include_hidden=True)]
-        written = next(i for i, part in enumerate((*whole.parts, "*")) if glob.has_magic(part))
-        root = Path(*whole.parts[:written])
-    if not tops:
-        raise UserError(f"{shown(pattern)}: no such file and no match (looked in {base.absolute()}); correct the path")
-    paths = [inside for top in tops for inside in (_below(top, root, refusals) if top.is_dir() else (top,))]
-    nearest: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda path: (len(path.parts), path.parts)):
-        nearest.setdefault(os.path.realpath(path), path)
-    return [(path, root) for path in sorted(nearest.values(), key=lambda path: path.parts)]
+        written = next((i for i, part in enumerate(whole.parts) if glob.has_magic(part)), len(whole.parts))
+        root, parts = Path(*whole.parts[:written]), whole.parts[written:]
+        paths = list(_below(root, root, parts, {0}, refusals)) if parts and os.path.isdir(root) else []
+        if not paths:
+            raise UserError(
+                f"{shown(pattern)}: no such file and no match (looked in {base.absolute()}); correct the path"
+            )
+    return [(path, root) for path in sorted(paths, key=lambda path: path.parts)]
 
 
 def _expanded(pattern: str) -> Path:
@@ -124,29 +137,64 @@ def _expanded(pattern: str) -> Path:
         return Path(pattern)
 
 
-def _below(folder: Path, root: Path, refusals: Refusals, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file below a folder, and the folders that are left out. Links are followed, but not back upwards."""
+def _below(
+    folder: Path,
+    root: Path,
+    parts: tuple[str, ...],
+    places: set[int],
+    refusals: Refusals,
+    above: frozenset[str] = frozenset(),
+) -> Iterator[Path]:
+    """Every file below a folder that the glob `parts` names, or a folder of it does; and the folders that are left out.
+
+    `places` are those in the glob that the folder's own name has led to. Links are followed, but not back upwards: that
+    is why this is no `glob.glob`, which goes around such a circle for forty levels.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
     try:
-        inside = list(os.scandir(folder))
+        inside = sorted(os.listdir(folder))
     except OSError as error:
         refusals.add(f"{shown(folder)} cannot be read ({error.strerror}); correct its permissions")
         return
-    for entry in inside:
-        path = folder / entry.name
-        if entry.is_dir() and _leftover(path, root) is None:
-            yield from _below(path, root, refusals, above | {real})
-        else:
+    for name in inside:
+        path, reached = folder / name, _reached(name, parts, places)
+        if not os.path.isdir(path):
+            if len(parts) in reached:
+                yield path
+        elif reached and _leftover(path, root) is not None:
             yield path
+        elif reached:
+            yield from _below(path, root, parts, reached, refusals, above | {real})
+
+
+def _reached(name: str, parts: tuple[str, ...], places: set[int]) -> set[int]:
+    """The places in a glob that a name leads to from `places`; the end is one of them if it fits."""
+    reached = set()
+    for at in _skipping(places, parts):
+        if at == len(parts) or parts[at] == "**":
+            reached.add(at)  # what is in a folder that fits, and any name
+        elif fnmatch.fnmatch(name, parts[at]):
+            reached.add(at + 1)
+    return _skipping(reached, parts)
+
+
+def _skipping(places: set[int], parts: tuple[str, ...]) -> set[int]:
+    """These places and those behind a ** at them, which may stand for no folder at all."""
+    found = set(places)
+    for place in places:
+        while place < len(parts) and parts[place] == "**":
+            place += 1
+            found.add(place)
+    return found
 
 
 def _leftover(path: Path, root: Path) -> LeftOut | None:
     """Why the path is no sample, if its name or that of a folder above says so; of the uppermost that does."""
     last = len(path.parts) - 1
     for index, part in enumerate(path.parts):
-        is_file = index == last and not path.is_dir()
+        is_file = index == last and not os.path.isdir(path)
         why = _FOLDERS.get(part) or (_of_file(part) if is_file else None)
         if why is None and index >= len(root.parts) and part.startswith("."):
             why = HIDDEN

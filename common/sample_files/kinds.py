@@ -123,11 +123,11 @@ DATABASE = _refused(
 )
 PROGRAM = _refused("a program", "programs", ".so .dll .dylib .exe .o .a .class .jar .whl .pyc .pyd .wasm", "", "")
 UNKNOWN = _refused(
-    "a file of bytes of no kind that is known",
-    "files of bytes of no kind that is known",
+    "a file that is neither UTF-8 text nor of a kind that is known",
+    "files of no kind that is known",
     "",
     "text image",
-    "convert it, or take it out of path",
+    "convert it",
 )
 
 KINDS = (
@@ -234,9 +234,9 @@ def kind_of(path: Path, encoder_type: str) -> Kind:
     return by_name
 
 
-def refusal(path: Path, kind: Kind, encoder_type: str) -> str:
+def refusal(path: Path, kind: Kind) -> str:
     """The line for a file that is not read although it may hold samples."""
-    return f"{shown(path)} is {kind.one}, which is not read as {encoder_type}; {kind.mend}, or take it out of path"
+    return f"{shown(path)} is {kind.one}, which is not read; {kind.mend}, or take it out of path"
 
 
 def _by_suffix(path: Path) -> Kind | None:
@@ -279,5 +279,6 @@ def _refuse_contradiction(path: Path, by_name: Kind, by_content: Kind, encoder_t
         mend = "call it .jsonl (a row a line) or .json (a list of rows), or keys and braces would be trained on"
         raise UserError(f"{shown(path)} begins with a JSON object and is no plain text; {mend}")
     both = f"{by_content.one} by its content and {by_name.one} by its name"
-    mend = by_content.mend or "give it the name of what it is"
+    known = encoder_type in by_content.refused_for
+    mend = by_content.mend if known else "give it the name of what it is"
     raise UserError(f"{shown(path)} is {both}; {mend}, or take it out of path")

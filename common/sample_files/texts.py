@@ -42,7 +42,8 @@ def read_texts(files: Sequence[SampleFile], field: str, label: str | None, docum
         with refusals.gathering():
             _read(file, (field, label, documents), texts, labels, left_out)
     if files and not texts and len(refusals.lines) == wrong:
-        refusals.add(f"{shown(files[0].path)} holds no text, nor do the {len(files) - 1} other files; correct path")
+        others = f", nor do {len(files) - 1} others" if len(files) > 1 else ""
+        refusals.add(f"{shown(files[0].path)} holds no text{others}; correct path")
     known = [given for given in labels if given is not None]
     return Texts(texts, known if len(known) == len(texts) else None, tuple(left_out))
 

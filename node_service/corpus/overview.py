@@ -25,7 +25,7 @@ def first_line(corpus: Corpus) -> str:
     left_out = left_out_line(corpus.sources.left_out)
     samples = _all(corpus)
     return (
-        f"{corpus.type}: {len(samples):,} samples"
+        f"{corpus.type}: {len(samples):,} sample{'' if len(samples) == 1 else 's'}"
         + (f" from {kinds}" if kinds else "")
         + (f"; {size}" if (size := _size(samples)) else "")
         + (f"; left out: {left_out}" if left_out else "")
@@ -40,7 +40,7 @@ def page(corpus: Corpus) -> list[tuple[str, str]]:
         most = ", ".join(f"{_short(label)} ({count:,})" for label, count in labels.most_common(_LABELS))
         rest = len(labels) - _LABELS
         rows.append(("labels", f"{len(labels)}: {most}" + (f" and {rest} more" if rest > 0 else "")))
-    rows += [("look at", line) for line in _odd(_all(corpus))]
+    rows += [("look at", line) for line in (*_odd(_all(corpus)), *_leaks(corpus))]
     train = corpus.train
     places = sorted({0, len(train) // 2, len(train) - 1})[:_EXAMPLES] if len(train) else []
     for place in places:
@@ -91,18 +91,30 @@ def _odd(samples: Sequence[Any]) -> Iterator[str]:
         ("the sign � of a conversion that went wrong", sum("\ufffd" in text for text in texts)),
     ]:
         if found:
-            yield f"{found:,} samples hold {what}"
+            yield f"{what}: in {found:,} of {len(texts):,}"
     arrays = [sample for sample in samples if isinstance(sample, np.ndarray) and sample.dtype == np.uint8]
     if arrays and len(arrays) == len(samples):
         if max(int(array.max()) for array in arrays) <= 1:
             yield "no pixel is above 1 of 255: numbers from 0 to 1 are scaled if they are saved as float or bool"
         flat = sum(int(array.min()) == int(array.max()) for array in arrays)
         if flat:
-            yield f"{flat:,} pictures are of one value all over"
+            yield f"one value all over: {flat:,} of {len(arrays):,}"
     if len(texts) + len(arrays) == len(samples) and samples:
-        different = len({sample if isinstance(sample, str) else sample.tobytes() for sample in samples})
+        different = len({_content(sample) for sample in samples})
         if different < len(samples):
-            yield f"{len(samples) - different:,} samples are equal to another one"
+            yield f"equal to another one: {len(samples) - different:,} of {len(samples):,}"
+
+
+def _leaks(corpus: Corpus) -> Iterator[str]:
+    """Held-out samples that are trained on too: what is measured on them says nothing."""
+    trained = {_content(sample) for sample in corpus.train}
+    leaked = sum(_content(sample) in trained for sample in corpus.test)
+    if leaked:
+        yield f"held out, and trained on too: {leaked:,} of {len(corpus.test):,}; correct path and test_path"
+
+
+def _content(sample: Any) -> Any:
+    return sample if isinstance(sample, str) else sample.tobytes() if isinstance(sample, np.ndarray) else repr(sample)
 
 
 def _example(sample: Any) -> str:

@@ -77,6 +77,8 @@ def _pages(path: Path, alpha: Alpha | None, left_out: list[LeftOut]) -> Iterator
             for number, page in enumerate(ImageSequence.Iterator(picture), 1):
                 if number > pages:
                     break
+                if alpha != "channel" and _shows_ground(page):
+                    left_out.append(LeftOut(shown(path.name), "transparency, which is white now", path))
                 yield picture_array(page, shown(path) + (f" page {number}" if pages > 1 else ""), alpha)
     except UnidentifiedImageError as error:
         raise UserError(f"{shown(path)} is not a picture; take it out of path") from error
@@ -84,6 +86,10 @@ def _pages(path: Path, alpha: Alpha | None, left_out: list[LeftOut]) -> Iterator
         raise UserError(
             f"{shown(path)} cannot be read ({first_line(error)}); save it again or take it out of path"
         ) from error
+
+
+def _shows_ground(picture: Image.Image) -> bool:
+    return picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] != 255
 
 
 def picture_array(picture: Image.Image, where: str, alpha: Alpha | None) -> Images:
