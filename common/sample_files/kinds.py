@@ -164,6 +164,8 @@ SUFFIXES = {
     for encoder_type in ("text", "image")
 }
 
+_BY_SUFFIX = {suffix: kind for kind in KINDS for suffix in kind.suffixes}
+
 #: Kinds that may be gzipped, if they are called so.
 _GZIPPED = (PLAIN, JSON_LINES, JSON, CSV, TABS)
 #: Kinds that are zip archives inside.
@@ -221,7 +223,7 @@ def kind_of(path: Path, encoder_type: str) -> Kind:
     Raises UserError for a file that is one thing by its content and another by its name, if it may hold samples of
     `encoder_type`, and for one that cannot be read.
     """
-    by_name = _by_suffix(path)
+    by_name = _BY_SUFFIX.get(suffix_of(path))
     with readable(path):
         by_content, plain = _by_content(path)
     if by_name is None:
@@ -239,11 +241,6 @@ def refusal(path: Path, kind: Kind) -> str:
     return f"{shown(path)} is {kind.one}, which is not read; {kind.mend}, or take it out of path"
 
 
-def _by_suffix(path: Path) -> Kind | None:
-    suffix = suffix_of(path)
-    return next((kind for kind in KINDS if suffix in kind.suffixes), None)
-
-
 def _by_content(path: Path) -> tuple[Kind | None, bool]:
     """The kind that the content shows beyond doubt, if it does, and whether the beginning is text."""
     try:
@@ -251,14 +248,16 @@ def _by_content(path: Path) -> tuple[Kind | None, bool]:
             head = file.read(_HEAD)
     except (gzip.BadGzipFile, EOFError, zlib.error):
         return None, True  # whoever reads it says what is wrong
+    plain = is_text(head)
     for place, magic, kind in _MAGIC:
-        if head[place : place + len(magic)] == magic:
+        # a text may have any word at any place but its first
+        if head[place : place + len(magic)] == magic and not (place and plain):
             return kind, False
     if _MARKUP.match(head):
         return MARKUP, True
     if _ROW.match(head):
         return JSON_LINES, True
-    return None, is_text(head)
+    return None, plain
 
 
 def _agree(by_name: Kind, by_content: Kind) -> bool:

@@ -61,6 +61,8 @@ def shown(path: Path | str) -> str:
 
 def in_one_line(text: str) -> str:
     """The text with everything escaped that does not print."""
+    if text.isprintable():
+        return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
