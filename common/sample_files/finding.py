@@ -67,7 +67,7 @@ def find_files(patterns: Sequence[str], encoder_type: str, base: Path, refusals:
     A pattern is a path, a folder (all below it, links followed), or a glob. Hidden files and folders below what is
     written out are left out, and so is what programs leave behind (`__MACOSX`, `Thumbs.db`, …) and what is of another
     encoder type. Gathered in `refusals` are a pattern without a match, files that may hold samples of the type in a
-    kind that is not read, files that are no files, and patterns in which nothing is left.
+    kind that is not read, what is no file, and that nothing is left of all patterns together.
     """
     found: dict[str, SampleFile] = {}
     left_out: dict[Path, LeftOut] = {}
