@@ -15,11 +15,13 @@ SharedEncoderError
 ├── NotProbed          these samples and this model allow no probe
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
     ├── AccessRefused       wrong account or password, or no permission at the broker
+    ├── FilesRefused        files of a corpus that cannot be read right: one line, or one for each
     └── OwnersCodeError     code of the owner or of another package raised
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 EXIT_OK = 0
@@ -29,6 +31,8 @@ EXIT_BROKER = 3
 
 #: Characters of an error that is not ours in a line of ours.
 _WORDS = 300
+#: Files that an error names; the others are counted.
+_FILES = 10
 
 
 #: Why a message is poison: the routing keys of the dead letters.
@@ -115,6 +119,20 @@ class UserError(SharedEncoderError):
 
 class AccessRefused(UserError):
     """The broker does not accept the account, the password or the virtual host, or forbids what was asked."""
+
+
+class FilesRefused(UserError):
+    """Files of a corpus that cannot be read right. `lines` has one line for each, which names it and the mend.
+
+    One file is one line, as every error; of several, the first ten have a line each below the one that counts them.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        rest = len(self.lines) - _FILES
+        shown = [*self.lines[:_FILES], *([f"and {rest} more"] if rest > 0 else [])]
+        several = "\n  ".join([f"{len(self.lines)} things are wrong with the samples:", *shown])
+        super().__init__(self.lines[0] if len(self.lines) == 1 else several)
 
 
 class OwnersCodeError(UserError):

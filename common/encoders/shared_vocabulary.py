@@ -14,7 +14,10 @@ from transformers import AutoTokenizer
 from common.encoders import hugging_face, words
 from common.encoders.vocabulary import OWN_TOKENS, SMALLEST, Vocabulary, train_vocabulary
 from common.errors import UserError, WordsNeeded
-from common.text_files import SUFFIXES, read_texts
+from common.sample_files.finding import find_files
+from common.sample_files.kinds import SUFFIXES
+from common.sample_files.refusals import Refusals
+from common.sample_files.texts import read_texts
 
 #: The asset's name.
 TOKENIZER = "tokenizer.json"
@@ -103,14 +106,13 @@ def trained(texts: Sequence[str], entries: int) -> Vocabulary:
 
 
 def texts_of(place: Path) -> list[str]:
-    """Every text of a file, or of a folder's files of kinds that are read. Raises UserError if there is none."""
+    """Every text of a file or folder, read as a node reads its corpus. Raises UserError if there is none."""
     if not place.exists():
         raise UserError(f"{place} does not exist; set encoder.reference to a file or folder of texts")
-    if place.is_file():
-        found = [place]
-    else:
-        found = sorted(path for path in place.rglob("*") if path.is_file() and SUFFIXES & set(path.suffixes))
-    if not found:
-        raise UserError(f"{place} holds no texts; encoder.reference takes {', '.join(sorted(SUFFIXES))}")
-    texts, _ = read_texts(found, "text", None, "auto")
+    if place.is_dir() and not any(place.iterdir()):
+        raise UserError(f"{place} holds no texts; encoder.reference takes {', '.join(sorted(SUFFIXES['text']))}")
+    refusals = Refusals()
+    found = find_files([str(place)], "text", Path(), refusals)
+    texts = read_texts(found.files, "text", None, "auto", refusals).texts
+    refusals.check()
     return texts

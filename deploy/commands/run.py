@@ -149,20 +149,28 @@ def check_node_id(name: str) -> None:
 
 def load_corpora(name: str, config: NodeConfig, file: Path | None = None) -> dict[str, Corpus]:
     """The node's samples by encoder type, read before anything is promised; an entry point's module may lie beside the
-    configuration `file`. Raises UserError."""
+    configuration `file`. Raises UserError, which names all broken files of all corpora at once."""
+    from common.sample_files.refusals import Refusals
     from node_service.corpus.corpus import load_corpus
+    from node_service.corpus.overview import first_line
 
     if not config.corpus:
         raise UserError(f"node {name!r} has no samples: give --corpus PATH, or [nodes.{name}.corpus] in the file")
     corpora: dict[str, Corpus] = {}
+    refusals, seen = Refusals(), set[str]()
     for corpus_config in config.corpus:
-        if corpus_config.type in corpora:
+        if corpus_config.type in seen:
             raise UserError(
                 f"nodes.{name}.corpus: two corpora of type {corpus_config.type}; one with several paths does"
             )
+        seen.add(corpus_config.type)
         started = time.monotonic()
-        corpus = load_corpus(corpus_config, beside=file.parent if file is not None else None)
-        corpora[corpus_config.type] = corpus
+        with refusals.gathering():
+            corpora[corpus_config.type] = load_corpus(corpus_config, beside=file.parent if file is not None else None)
+        corpus = corpora.get(corpus_config.type)
+        if corpus is None:
+            continue
+        log.info(first_line(corpus), node=name)
         log.info(
             "corpus read",
             node=name,
@@ -171,4 +179,5 @@ def load_corpora(name: str, config: NodeConfig, file: Path | None = None) -> dic
             held_out_samples=len(corpus.test),
             seconds=round(time.monotonic() - started, 2),
         )
+    refusals.check()
     return corpora

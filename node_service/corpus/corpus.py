@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from common import text_files
 from common.errors import UserError
-from node_service.corpus import image_files
+from common.sample_files.finding import Found, find_files, kinds_in_words
+from common.sample_files.kinds import SUFFIXES
+from common.sample_files.refusals import LeftOut, Refusals
+from common.sample_files.texts import read_texts
+from node_service.corpus.arrays import Alpha
 from node_service.corpus.entry_point import call_entry_point
-
-#: The file suffixes of the types that are read from files; other types come through an entry point.
-SUFFIXES = {"text": text_files.SUFFIXES, "image": image_files.SUFFIXES}
+from node_service.corpus.image_files import ImageOptions, read_images
 
 #: Rows of the validation part at most, and training rows that there must be for one.
 MOST_VALIDATION, FEWEST_FOR_VALIDATION = 2000, 40
@@ -49,9 +49,7 @@ class CorpusConfig(BaseModel):
         description="share of the rest by whose loss training is steered: measured, and never trained on",
     )
     limit: int | None = Field(None, ge=1, description="at most this many samples, spread over the corpus")
-    field: str | None = Field(
-        None, description="text field of .jsonl .csv .parquet (text), array of .npz (x_train, x, …)"
-    )
+    field: str | None = Field(None, description="text field of a table (text), array of .npz (x_train, x, …)")
     label: str | None = Field(None, description="label field or array, for probes only; by default label, y_train, …")
     only: tuple[str, ...] = Field((), description="of the samples, those with one of these labels alone")
     documents: Literal["auto", "file", "paragraph", "line"] = Field(
@@ -59,6 +57,11 @@ class CorpusConfig(BaseModel):
         description="what one sample of a plain text file is; auto: the file if ten or more match, else the paragraph",
     )
     image_size: int | None = Field(None, ge=1, description="pixels a side that pictures are scaled to")
+    alpha: Alpha | None = Field(
+        None,
+        description='transparent pixels: "white" ground (pictures, by default), or a "channel" of their own; arrays of '
+        "two or four channels must say which",
+    )
 
     @field_validator("path", "test_path", "only", mode="before")
     @classmethod
@@ -72,6 +75,14 @@ class CorpusConfig(BaseModel):
         if self.test_path and not self.path:
             raise ValueError("test_path needs path; an entry point splits by held_out")
         return self
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where samples came from: kinds of files with their numbers ("CSV tables", 2), and what was left out and why."""
+
+    kinds: tuple[tuple[str, int], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class Corpus:
     test: Sequence[Any]
     test_labels: list[str] | None
     validation: Sequence[Any] = ()
+    sources: Sources = Sources()
 
 
 def select_corpus(configs: Sequence[CorpusConfig], encoder_type: str) -> CorpusConfig:
@@ -109,13 +121,14 @@ def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path 
     The module of an entry point is looked for in `beside`, the folder of the configuration file, first.
 
     The held-out part follows from the samples' content alone: it is the same on every run and whatever is added, and
-    equal samples are on one side. Raises UserError naming the file and the mend for everything unreadable or empty, and
-    OwnersCodeError for what the function of an entry point raises.
+    equal samples are on one side. Raises FilesRefused, which names all files that cannot be read right, UserError for
+    what else is wrong, and OwnersCodeError for what the function of an entry point raises.
     """
     if config.entry_point is not None:
-        (samples, labels), test = call_entry_point(config.entry_point, config.type, beside), None
+        (samples, labels), test = call_entry_point(config.entry_point, config.type, beside, config.alpha), None
+        sources = Sources((("entry point", 1),))
     else:
-        (samples, labels), test = _from_files(config, base or Path())
+        (samples, labels), test, sources = _from_files(config, base or Path())
     samples, labels = _only(samples, labels, config)
     test = None if test is None else _only(*test, config)
     kept = _limited(samples, config.limit)
@@ -125,63 +138,35 @@ def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path 
         train, held_out = _split(samples, config.held_out, config)
         test = _take(samples, labels, held_out)
     train, validation = _without_validation([samples[i] for i in train], train, config.validation)
-    return Corpus(config.type, *_take(samples, labels, train), *test, _take(samples, None, validation)[0])
+    return Corpus(config.type, *_take(samples, labels, train), *test, _take(samples, None, validation)[0], sources)
 
 
-def _from_files(config: CorpusConfig, base: Path) -> tuple[_Labelled, _Labelled | None]:
-    """The samples, and the held-out ones where they come from files of their own."""
+def _from_files(config: CorpusConfig, base: Path) -> tuple[_Labelled, _Labelled | None, Sources]:
+    """The samples, the held-out ones where they come from files of their own, and where all came from."""
     if config.type not in SUFFIXES:
         raise UserError(f"samples of type {config.type} are not read from files; set entry_point instead of path")
-    files = _files(config.path, config.type, base)
-    test_files = _files(config.test_path, config.type, base) if config.test_path else None
+    refusals = Refusals()
+    found = find_files(config.path, config.type, base, refusals)
+    samples, set_aside, left_out = _read(config, found, refusals)
+    files = found.files
+    if config.test_path:
+        others = find_files(config.test_path, config.type, base, refusals)
+        set_aside, _, more = _read(config, others, refusals, test=True)
+        files, left_out = (*files, *others.files), (*left_out, *more)
+    refusals.check()
+    return samples, set_aside, Sources(kinds_in_words(files), left_out)
+
+
+def _read(
+    config: CorpusConfig, found: Found, refusals: Refusals, *, test: bool = False
+) -> tuple[_Labelled, _Labelled | None, tuple[LeftOut, ...]]:
+    """The samples of the files, those that a file sets aside, and all that was left out."""
     if config.type == "image":
-        wanted = (config.field, config.label, config.image_size)
-        images, set_aside = image_files.read_images(files, *wanted)
-        return images, image_files.read_images(test_files, *wanted, test=True)[0] if test_files else set_aside
-    wanted_text = (config.field or "text", config.label, config.documents)
-    texts = text_files.read_texts(files, *wanted_text)
-    return texts, text_files.read_texts(test_files, *wanted_text) if test_files else None
-
-
-def _files(patterns: Iterable[str], encoder_type: str, base: Path) -> list[Path]:
-    """The files of all patterns, sorted within each. Raises UserError for a pattern without a file of the type."""
-    found: dict[Path, None] = {}
-    suffixes = SUFFIXES[encoder_type]
-    for pattern in patterns:
-        whole = str(base / Path(pattern).expanduser())
-        # a path that exists is meant literally, whatever brackets its name has
-        matches = [whole] if Path(whole).exists() else sorted(glob.glob(whole, recursive=True))
-        if not matches:
-            raise UserError(f"{pattern}: no such file and no match (looked in {base.absolute()}); correct the path")
-        for path in map(Path, matches):
-            if path.is_dir():
-                inside = sorted(inner for inner in path.rglob("*") if inner.is_file())
-                found.update((inner, None) for inner in inside if kind_of(inner) in suffixes)
-            elif kind_of(path) in suffixes or _spelled_out(pattern, path, encoder_type):
-                found[path] = None
-        if not any(path in found for path in _below(matches, found)):
-            raise UserError(
-                f"{pattern} holds no samples of type {encoder_type}, which come in {' '.join(sorted(suffixes))}; "
-                "correct path or type"
-            )
-    return list(found)
-
-
-def _below(matches: Sequence[str], found: Iterable[Path]) -> Iterable[Path]:
-    roots = {Path(match) for match in matches}
-    return (path for path in found if roots & {path, *path.parents})
-
-
-def _spelled_out(pattern: str, path: Path, encoder_type: str) -> bool:
-    """Whether a file of unknown suffix is meant all the same: plain text that the pattern names (`*.log`)."""
-    known = any(kind_of(path) in suffixes for suffixes in SUFFIXES.values())
-    named = not glob.has_magic(pattern) or (path.suffix != "" and pattern.endswith(path.suffix))
-    return encoder_type == "text" and not known and named
-
-
-def kind_of(path: Path) -> str:
-    """The suffix that says how to read a file, in lower case, without a `.gz` behind it."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+        wanted = ImageOptions(config.field, config.label, config.image_size, config.alpha)
+        images, set_aside, left_out = read_images(found.files, wanted, refusals, test)
+        return images, set_aside, (*found.left_out, *left_out)
+    texts = read_texts(found.files, config.field or "text", config.label, config.documents, refusals)
+    return (texts.texts, texts.labels), None, (*found.left_out, *texts.left_out)
 
 
 def _digest(sample: Any) -> tuple[float, int]:
@@ -210,9 +195,11 @@ def _split(samples: Sequence[Any], held_out: float, config: CorpusConfig) -> tup
         return split_by_content(samples, held_out)
     except ValueError:
         source = config.entry_point or " ".join(config.path)
-        cut = 'set documents = "paragraph" or "line", or test_path' if config.path else "give others"
+        what = "one sample" if len(samples) == 1 else f"{len(samples)} equal samples"
+        as_text = 'set documents = "paragraph" or "line", or test_path'
+        mend = "give others" if not config.path else as_text if config.type == "text" else "set test_path"
         raise UserError(
-            f"{source}: one sample cannot be split for the held-out part; {cut}, or set held_out = 0"
+            f"{source}: {what} cannot be split for the held-out part; {mend}, or set held_out = 0"
         ) from None
 
 

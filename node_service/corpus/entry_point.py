@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from common.config import suggestion
 from common.encoders.owners_code import owners_code
 from common.errors import UserError
-from common.text_files import check_unicode
-from node_service.corpus.image_files import as_images
+from common.sample_files.decoding import check_unicode
+from node_service.corpus.arrays import Alpha, as_images
+from node_service.corpus.pictures import picture_array
 
 log = structlog.get_logger()
 
@@ -29,12 +30,13 @@ _Labelled = tuple[Sequence[Any], list[str] | None]
 _PATH = threading.RLock()
 
 
-def call_entry_point(name: str, encoder_type: str, beside: Path | None) -> _Labelled:
+def call_entry_point(name: str, encoder_type: str, beside: Path | None, alpha: Alpha | None = None) -> _Labelled:
     """The samples that "module:function" gives, or samples and labels (a tuple of the two), each any iterable.
 
-    Text comes out as a list of str, images as one uint8 array, other types as they came, in a list or an array. The
-    module is looked for in `beside` (the folder of the configuration file), in the current folder, and among what is
-    installed. The two folders are on sys.path during the call alone, not for a later import.
+    Text comes out as a list of str, images as one uint8 array, other types as they came, in a list or an array.
+    Pictures of Pillow are read as files are, and arrays as those of .npz are (`alpha`: see `as_images`). The module is
+    looked for in `beside` (the folder of the configuration file), in the current folder, and among what is installed.
+    The two folders are on sys.path during the call alone, not for a later import.
     Raises UserError for a module that does not load and for samples that are none, OwnersCodeError for what the
     owner's code raises.
     """
@@ -55,7 +57,9 @@ def call_entry_point(name: str, encoder_type: str, beside: Path | None) -> _Labe
         raise UserError(f"{whose} gave no samples; mend the function or set path")
     if texts is not None and len(texts) != len(samples):
         raise UserError(f"{whose} gave {len(samples)} samples and {len(texts)} labels; give one for each")
-    return _fitting(whose, encoder_type, samples), texts
+    for i, text in enumerate(texts or ()):
+        check_unicode(text, f"{whose}: label {i}")
+    return _fitting(whose, encoder_type, samples, alpha), texts
 
 
 def _sequence(whose: str, what: str, given: Any) -> Sequence[Any]:
@@ -72,34 +76,36 @@ def _sequence(whose: str, what: str, given: Any) -> Sequence[Any]:
     )
 
 
-def _fitting(whose: str, encoder_type: str, samples: Sequence[Any]) -> Sequence[Any]:
+def _fitting(whose: str, encoder_type: str, samples: Sequence[Any], alpha: Alpha | None) -> Sequence[Any]:
     """The samples as their type wants them. A type from another package checks its own."""
     match encoder_type:
         case "text":
             return _texts(whose, samples)
         case "image":
-            return cast("Sequence[Any]", _images(whose, samples))
+            return cast("Sequence[Any]", _images(whose, samples, alpha))
         case _:
             return samples
 
 
 def _texts(whose: str, samples: Sequence[Any]) -> list[str]:
+    """The samples as str. Raises UserError that names the first which is none, and counts the others."""
+    wrong = [i for i, sample in enumerate(samples) if not isinstance(sample, str)]
+    if wrong:
+        first = f"{whose}: sample {wrong[0]} is {_kind(samples[wrong[0]])}, not str"
+        others = f", and {len(wrong) - 1} others are none either" if len(wrong) > 1 else ""
+        raise UserError(f"{first}{others}; give each sample's text, or leave it out")
     for i, sample in enumerate(samples):
-        if not isinstance(sample, str):
-            raise UserError(
-                f"{whose}: sample {i} is {_kind(sample)}, not str; give each sample's text, or leave it out"
-            )
         check_unicode(sample, f"{whose}: sample {i}")
     return [str(sample) for sample in samples]
 
 
-def _images(whose: str, samples: Sequence[Any]) -> NDArray[np.uint8]:
+def _images(whose: str, samples: Sequence[Any], alpha: Alpha | None) -> NDArray[np.uint8]:
     mend = "give one height, width and number of channels to all"
     if isinstance(samples, np.ndarray) and samples.dtype != np.object_:
-        return as_images(samples, whose, mend)
+        return as_images(samples, whose, mend, alpha)
     arrays: list[NDArray[Any]] = []
     for i, sample in enumerate(samples):
-        array = _array(whose, sample)
+        array = _array(whose, i, sample, alpha)
         if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or not array.size:
             raise UserError(
                 f"{whose}: sample {i} is {_kind(sample)}, not an image: an array (height, width[, channels]) of numbers"
@@ -107,11 +113,15 @@ def _images(whose: str, samples: Sequence[Any]) -> NDArray[np.uint8]:
         if arrays and array.shape != arrays[0].shape:
             raise UserError(f"{whose}: sample {i} has shape {array.shape} and sample 0 {arrays[0].shape}; {mend}")
         arrays.append(array)
-    return as_images(np.stack(arrays), whose, mend)
+    return as_images(np.stack(arrays), whose, mend, alpha)
 
 
-def _array(whose: str, sample: Any) -> NDArray[Any]:
+def _array(whose: str, i: int, sample: Any, alpha: Alpha | None) -> NDArray[Any]:
+    from PIL import Image
+
     with owners_code(whose):  # a sample may have a conversion of its own
+        if isinstance(sample, Image.Image):
+            return picture_array(sample, f"{whose}: sample {i}", alpha)
         try:
             return np.asarray(sample)
         except ValueError:  # rows of different lengths
