@@ -10,13 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import UserError
 from common.wire.messages import UpdateRule
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule
+
+#: What is made of the numbers that members say of their updates (steps, samples, seconds, losses) and of the norms of
+#: these. checked: see `guarding` and `stopping`. taken: as masters before that decided, which is what their logs say;
+#: a master that goes on with such a log checks from there on.
+Claims = Literal["taken", "checked"]
 
 
 class LossPlateau(BaseModel):
-    """Stop when the mean loss of the last `patience` versions is no better than `min_change` (nats) below the best.
+    """Stop when the loss of the last `patience` versions is no better than `min_change` (nats) below the best.
 
-    That is the held-out loss which nodes measure; where nobody does, the training loss that they claim."""
+    That is the held-out loss which nodes measure; where nobody does, the training loss that they claim; the median over
+    nodes of either."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,6 +106,26 @@ class Difference:
     def __str__(self) -> str:
         logged, wanted = ("not set" if value is None else value for value in (self.logged, self.wanted))
         return f"{self.path}: {logged} in the log, {wanted} wanted"
+
+
+#: What `guards.norm_clip` was by default while it was a multiple of the median over all updates.
+_TAKEN_NORM_CLIP = 10.0
+
+
+def unsaid() -> Settings:
+    """What a log decides by before a row says so: what masters left unsaid that took claims as facts."""
+    rule = AggregationRule(guards=GuardRule(norm_clip=_TAKEN_NORM_CLIP))
+    return Settings(rule=rule)
+
+
+def carried_over(settings: Settings, claims: Claims) -> Settings:
+    """Logged settings as they are meant from here on. Where claims were taken as facts, `guards.norm_clip` was a
+    multiple of something else: its default becomes today's, and another number stays."""
+    guards = settings.rule.guards
+    if claims == "checked" or guards.norm_clip != _TAKEN_NORM_CLIP:
+        return settings
+    guards = guards.model_copy(update={"norm_clip": GuardRule().norm_clip})
+    return settings.model_copy(update={"rule": settings.rule.model_copy(update={"guards": guards})})
 
 
 def settings_of_start(

@@ -200,7 +200,7 @@ class Refold:
             return None
         if isinstance(body, Configured) and self.counterfactual:
             changed = self.change(body.settings) if self.change else body.settings
-            return Configured(settings=changed.model_copy(update={"stop": StopRule()}))
+            return body.model_copy(update={"settings": changed.model_copy(update={"stop": StopRule()})})
         if isinstance(body, UpdateManifest) and self.counterfactual:
             base = self._reached.get((body.encoder, body.base_version), 0)
             return body.model_copy(update={"base_version": base})

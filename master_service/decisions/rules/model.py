@@ -48,11 +48,11 @@ class OuterOptimizer(_Part):
 
 
 class GuardRule(_Part):
-    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the running median of the norms,
-    each for a single step)."""
+    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the median over nodes of the usual
+    norm of each one's updates, for a single step; None: nothing is cut)."""
 
     max_staleness: Annotated[int, Field(ge=0)] = 50
-    norm_clip: Annotated[float, Field(gt=0)] | None = 10.0
+    norm_clip: Annotated[float, Field(gt=0)] | None = 2.0
 
 
 class AggregationRule(_Part):
