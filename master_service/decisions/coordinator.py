@@ -59,11 +59,12 @@ from master_service.decisions.verdicts import (
     accepted,
     count,
     issued,
+    left_over,
     refusal,
     refused,
     stranger,
 )
-from master_service.decisions.weighing import observe_norms, weigh
+from master_service.decisions.weighing import by_node, grace_ends, observe_norms, weigh
 
 
 class Coordinator:
@@ -144,8 +145,8 @@ class Coordinator:
                 due.append(encoder.gathering_until)
             if encoder.status != "running":
                 continue
-            if encoder.buffer:
-                due.append(encoder.buffer_since + settings.rule.buffer.grace_seconds)
+            if (flush_at := grace_ends(encoder, settings)) is not None:
+                due.append(flush_at)
             if settings.stop.seconds is not None and encoder.started:
                 due.append(encoder.run_started_at + settings.stop.seconds)
             if encoder.published_version < encoder.version:
@@ -296,17 +297,16 @@ class Coordinator:
         if encoder.status != "running" or encoder.stepping:
             return []
         ending = stop_reason(encoder, settings.stop, at)
-        waiting = bool(encoder.buffer)
+        turnout, needs = tally.turnout(encoder), settings.rule.combine.needs
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
-        grace_over = waiting and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
-        rule, most = settings.rule.buffer, settings.update_rule.max_unanswered
-        ready = is_ready(tally.turnout(encoder), rule, most)
+        flush_at = grace_ends(encoder, settings)
+        ready = is_ready(turnout, settings.rule.buffer, settings.update_rule.max_unanswered, needs)
         if ready and self.checking and settings.rule.guards.norm_clip is not None:
             ready = guarding.comparable(encoder)
-        if waiting and (ending or grace_over or ready):
+        if flush_at is not None and (ending or at >= flush_at or ready):
             return [self._step(encoder)]
         if ending:
-            return self._finish(encoder, ending, at)
+            return self._left_over(encoder) + self._finish(encoder, ending, at)
         if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
             return [publish(self.state.settings, encoder, at)]
         return []
@@ -315,6 +315,8 @@ class Coordinator:
         """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
         rule = self.state.settings.rule
         encoder.stepping = weigh(encoder, tally.emptied(encoder), rule, self.state.claims)
+        if rule.combine.robust:
+            return Step(encoder.encoder, encoder.version + 1, by_node(encoder.stepping), rule.outer, rule.combine)
         contributions = tuple(
             Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
             for weighed in encoder.stepping
@@ -322,6 +324,19 @@ class Coordinator:
         step_rate = rate(rule.outer, [weighed.coefficient for weighed in encoder.stepping], encoder.agreement)
         outer = rule.outer.model_copy(update={"lr": step_rate})
         return Step(encoder.encoder, encoder.version + 1, contributions, outer)
+
+    def _left_over(self, encoder: EncoderState) -> list[Effect]:
+        """The training ends while fewer nodes' updates are at hand than a robust rule needs: they do not count."""
+        effects: list[Effect] = []
+        for item in tally.emptied(encoder):
+            tally.no_longer_pending(encoder, item)
+            count(encoder, item, -1)
+            member = encoder.members[item.node]
+            receipt = issued(encoder, left_over(encoder, item))
+            member.refused += 1
+            settle(member, receipt)
+            effects.append(Send(item.node, receipt))
+        return effects
 
     def _versioned(self, body: Versioned, at: float) -> list[Effect]:
         """A version is computed: its updates are answered, who waits is told, and it may have been the last."""
@@ -337,7 +352,7 @@ class Coordinator:
             tally.no_longer_pending(encoder, item)
             settle(member, receipt)
             effects.append(Send(item.node, receipt))
-        if body.norm is not None:
+        if body.norm is not None and not self.state.settings.rule.combine.robust:
             coefficients, norms = zip(*((each.coefficient, each.item.norm) for each in counted), strict=True)
             encoder.agreement = smoothed(encoder.agreement, mean_cosine(body.norm, coefficients, norms))
         settings, every = self.state.settings, self.state.settings.update_rule.evaluate_every

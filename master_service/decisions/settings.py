@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import UserError
 from common.wire.messages import UpdateRule
-from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule
+from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule, check_nodes
 
 #: What is made of the numbers that members say of their updates (steps, samples, seconds, losses) and of the norms of
 #: these. checked: see `guarding` and `stopping`. taken: as masters before that decided, which is what their logs say;
@@ -136,11 +136,12 @@ def settings_of_start(
     `logged`: those that its log ends with; None for a log that no master has written to, where `defaults` hold (what
     was given, and defaults for the rest). `given` are the explicitly given ones alone, shaped as a `Settings`; None
     means that all of `defaults` is meant, as of somebody who composes a service in code. What is not given stays as it
-    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant.
+    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant, and for
+    a robust rule that `min_nodes` are too few for.
     """
     if logged is None or given is None:
-        return defaults
-    wanted = merged(logged, given)
+        return _enough_nodes(defaults)
+    wanted = _enough_nodes(merged(logged, given))
     found = differences(logged, wanted)
     if found and not change:
         lines = "".join(f"\n  {difference}" for difference in found)
@@ -180,6 +181,11 @@ def differences(logged: Settings, wanted: Settings) -> list[Difference]:
         for path in dict.fromkeys((*before, *after))
         if before.get(path) != after.get(path)
     ]
+
+
+def _enough_nodes(settings: Settings) -> Settings:
+    check_nodes(settings.rule, settings.min_nodes, "encoder.min_nodes is")
+    return settings
 
 
 def _overlaid(below: Any, above: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from master_service.decisions import guarding
+from master_service.decisions.effects import Contribution
 from master_service.decisions.rules.model import AggregationRule
 from master_service.decisions.rules.weights import (
     believed_steps,
@@ -14,7 +16,7 @@ from master_service.decisions.rules.weights import (
     staleness_factor,
     step_norm,
 )
-from master_service.decisions.settings import Claims
+from master_service.decisions.settings import Claims, Settings
 from master_service.decisions.state import Buffered, EncoderState, Weighed
 from master_service.decisions.tally import totals
 
@@ -55,6 +57,27 @@ def weigh(encoder: EncoderState, items: list[Buffered], rule: AggregationRule, c
             )
         )
     return weighed
+
+
+def by_node(weighed: list[Weighed]) -> tuple[Contribution, ...]:
+    """What a robust rule is made of: a node is a part, of as many updates as it has at hand, whose mean counts. Parts
+    are in the order of the nodes' names, so that it makes no difference who was first."""
+    nodes = sorted({each.item.node for each in weighed})
+    counts = Counter(each.item.node for each in weighed)
+    return tuple(
+        Contribution(
+            each.item.payload, each.item.encoding, each.weight / counts[each.item.node], nodes.index(each.item.node)
+        )
+        for each in sorted(weighed, key=lambda each: each.item.node)
+    )
+
+
+def grace_ends(encoder: EncoderState, settings: Settings) -> float | None:
+    """When the updates at hand become a version, however few they are; None while they cannot: there are none, or a
+    robust rule needs more distinct nodes."""
+    if not encoder.buffer or encoder.tally.returned < settings.rule.combine.needs:
+        return None
+    return encoder.buffer_since + settings.rule.buffer.grace_seconds
 
 
 def _taken(encoder: EncoderState, item: Buffered, rule: AggregationRule) -> guarding.Believed:

@@ -31,6 +31,7 @@ from master_service.decisions.records import (
 )
 from master_service.decisions.settings import Settings, StopRule
 from master_service.decisions.state import EncoderState
+from master_service.decisions.weighing import grace_ends
 from master_service.history.fold import Check, Fold
 from master_service.history.snapshot import read_snapshot
 from master_service.log.message_log import MessageLog
@@ -261,9 +262,9 @@ def _grace(coordinator: Coordinator) -> dict[str, float]:
     """When the updates at hand of each encoder become a version, however few they are."""
     state = coordinator.state
     return {
-        name: encoder.buffer_since + state.settings.rule.buffer.grace_seconds
+        name: ends
         for name, encoder in state.encoders.items()
-        if encoder.buffer and encoder.status == "running"
+        if encoder.status == "running" and (ends := grace_ends(encoder, state.settings)) is not None
     }
 
 
