@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,15 +25,29 @@ Count = Annotated[int, Field(ge=1)]
 Domain = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
+#: What a hostile member does, beside the honest ones. noise: a thousand times its norm of noise. sign-flip, scaling: it
+#: trains as others do and sends the opposite, or a hundred times as much. free-rider: noise of a thousandth of its
+#: norm. flood: the opposite after every single step, and not when the rule says so. foreign: it trains honestly, on a
+#: text that nobody else reads (its letters are exchanged).
+Attack = Literal["noise", "sign-flip", "scaling", "free-rider", "flood", "foreign"]
+ATTACKS: tuple[Attack, ...] = get_args(Attack)
+#: The name of an arm in which nobody is hostile.
+NOBODY = "nobody"
+
+
 class ArmConfig(Section):
     """A federated arm: what differs from the sections rule and update. `rule` is a preset; without it, the changes are
-    to the section rule as it stands."""
+    to the section rule as it stands. With an `attack` there are `hostile` members more than nodes, who commit it; the
+    losses are those of the nodes alone."""
 
     rule: str | None = None
     weights: dict[str, Any] = Field(default_factory=dict)
     buffer: dict[str, Any] = Field(default_factory=dict)
     outer: dict[str, Any] = Field(default_factory=dict)
     guards: dict[str, Any] = Field(default_factory=dict)
+    combine: dict[str, Any] = Field(default_factory=dict)
+    attack: Attack | None = None
+    hostile: Count = 1
     update: dict[str, Any] = Field(default_factory=dict)
     finish_shares: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
 
@@ -123,6 +138,28 @@ class TransferConfig(Section):
         )
 
 
+#: An arm's name.
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+
+
+class AttacksConfig(Section):
+    """A table of attacks and rules: for each of the `rules`, which are arms, and each of the `kinds` an arm RULE-KIND
+    with that attack, and RULE-nobody without one. `hostile` members commit it together."""
+
+    rules: Annotated[dict[ArmName, ArmConfig], Field(min_length=1)]
+    kinds: Annotated[tuple[Attack, ...], Field(min_length=1)] = ATTACKS
+    hostile: Count = 1
+
+    def arms(self) -> dict[str, ArmConfig]:
+        """The arms by name, rule after rule."""
+        found = {}
+        for name, rule in self.rules.items():
+            found[f"{name}-{NOBODY}"] = rule
+            for kind in self.kinds:
+                found[f"{name}-{kind}"] = rule.model_copy(update={"attack": kind, "hostile": self.hostile})
+        return found
+
+
 class CompareConfig(Section):
     """What is compared, and how thoroughly.
 
@@ -136,7 +173,8 @@ class CompareConfig(Section):
     a node's line. `pooled_steps`: steps of the arm pooled-all; None: those of all nodes together. `device` and
     `precision` are as a node's, for all arms alike; processes share a GPU. `cut`: each node's training samples are
     dealt out to so many nodes, which have its test and validation part in common.
-    `transfer`: measure, too, what the encoders are worth in other domains and with few labels.
+    `transfer`: measure, too, what the encoders are worth in other domains and with few labels. `attacks`: federated
+    arms that are not named one by one, and a table of them.
     """
 
     steps: Annotated[int, Field(ge=2)] = 2000
@@ -156,7 +194,8 @@ class CompareConfig(Section):
     link: Rate = 10e6
     device: str = "cpu"
     precision: Precision = "float32"
-    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")], ArmConfig] = Field(default_factory=dict)
+    arms: dict[ArmName, ArmConfig] = Field(default_factory=dict)
+    attacks: AttacksConfig | None = None
     transfer: TransferConfig | None = None
 
     @model_validator(mode="after")
@@ -172,7 +211,8 @@ class CompareConfig(Section):
     @property
     def federated(self) -> dict[str, ArmConfig]:
         """The federated arms by name, in their order; one of the plain rule where none is named."""
-        return self.arms or {DEFAULT_ARM: ArmConfig()}
+        arms = {**self.arms, **(self.attacks.arms() if self.attacks else {})}
+        return arms or {DEFAULT_ARM: ArmConfig()}
 
     def rehearsal(self) -> CompareConfig:
         """The same in a hurry: a twentieth of the steps, two seeds, and a grid of one point, its middle one."""
@@ -188,7 +228,13 @@ class CompareConfig(Section):
                 "look_every": max(1, min(self.look_every, steps // 4)),
                 "test_documents": min(self.test_documents or 200, 200),
                 "pooled_steps": self.pooled_steps and max(2, self.pooled_steps // 20),
-                "arms": {name: arm.model_copy(update={"finish_shares": None}) for name, arm in self.arms.items()},
+                "arms": _unfinished(self.arms),
+                "attacks": self.attacks and self.attacks.model_copy(update={"rules": _unfinished(self.attacks.rules)}),
                 "transfer": self.transfer and self.transfer.rehearsal(),
             }
         )
+
+
+def _unfinished(arms: Mapping[str, ArmConfig]) -> dict[str, ArmConfig]:
+    """The arms with the finishing shares of all."""
+    return {name: arm.model_copy(update={"finish_shares": None}) for name, arm in arms.items()}

@@ -21,7 +21,7 @@ from deploy.commands.display import console, saying
 from deploy.commands.progress import counting
 from deploy.commands.replay import parse_changes
 from deploy.logging import configure_logging
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.rules.model import AggregationRule, aggregation_rule, check_nodes
 
 _REPORT = "report.json"
 #: What a simulation writes, and the next one replaces.
@@ -58,6 +58,7 @@ def run_simulation(out: Path, *, rule: str, changes: Sequence[str], speeds: str,
         plan = Plan(speeds=_speeds(speeds), rule=changed, update=update_rule, **arguments)
     except ValidationError as error:
         raise explained(error, Plan, "simulate") from None
+    check_nodes(plan.rule, plan.nodes, "--nodes is")
     configure_logging(level="error")  # that nodes are killed and updates refused is what is simulated
     torch.set_num_threads(1)
     with closing(DirectoryLock(out, "--out")):

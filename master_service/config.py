@@ -68,6 +68,7 @@ class RuleConfig(Section):
     buffer: dict[str, Any] = Field(default_factory=dict)
     outer: dict[str, Any] = Field(default_factory=dict)
     guards: dict[str, Any] = Field(default_factory=dict)
+    combine: dict[str, Any] = Field(default_factory=dict)
 
 
 def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule) -> Settings:

@@ -44,7 +44,7 @@ from master_service.decisions.records import (
     UpdateFacts,
     Versioned,
 )
-from master_service.decisions.settings import Settings
+from master_service.decisions.settings import Settings, carried_over
 from master_service.decisions.state import State
 from master_service.history.state_directory import Journal
 from master_service.narration import events
@@ -122,7 +122,7 @@ class Recorder:
             ) from None
         state = self.state
         # before anything is written: a start that is refused leaves the log as it is
-        settings = chosen(state.settings if state.epoch else None)
+        settings = chosen(carried_over(state.settings, state.claims) if state.epoch else None)
         journal.carried_out = fold.offset
         with journal.attempts.at(_row(fold.offset)):
             outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
@@ -131,8 +131,8 @@ class Recorder:
         for outcome in outcomes:
             self.record(Todo(outcome.body, payload=outcome.payload))
         # before the epoch: a first start that dies in between is a first start again
-        if state.settings != settings:
-            self.record(Todo(Configured(settings=settings)))
+        if state.settings != settings or state.claims != "checked":
+            self.record(Todo(Configured(settings=settings, claims="checked")))
         # later than every epoch before, also when rows of the log were lost
         epoch = max(state.epoch + 1, int(self._clock.now()))
         self.record(Todo(Started(epoch=epoch, fingerprint=fold.arithmetic.fingerprint())))

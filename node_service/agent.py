@@ -365,7 +365,7 @@ class Agent:
                 return [*answered, *self._fetch()]
             case "finished":
                 return answered  # a Finish comes with it
-            case "accepted" | "stale" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
+            case "accepted" | "stale" | "early" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
                 return answered  # of this update alone
         assert_never(said)
 

@@ -39,6 +39,17 @@ def encoded_size(count: int, encoding: EncodingName) -> int:
     return count + 4 * block_count(count)
 
 
+def part_ranges(count: int, encoding: EncodingName, start: int, stop: int) -> list[tuple[int, int]]:
+    """(offset, length) of the bytes that elements `start` to `stop` of an encoded slice of `count` elements consist of:
+    put together they are what these elements alone would be encoded as. `start` is a multiple of BLOCK."""
+    assert start % BLOCK == 0, "a part begins with a scale"
+    if encoding != "int8":
+        width = encoded_size(1, encoding)
+        return [(width * start, width * (stop - start))]
+    scales = 4 * block_count(count)
+    return [(4 * (start // BLOCK), 4 * block_count(stop - start)), (scales + start, stop - start)]
+
+
 def payload_size(size: int, encoding: EncodingName) -> int:
     """Bytes of a whole encoded vector of `size` elements."""
     return sum(encoded_size(stop - start, encoding) for start, stop in slices(size))

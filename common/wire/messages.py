@@ -404,7 +404,8 @@ class Rule(Message):
 
 #: Why an update is refused. finished: the training has ended. unknown-encoder: none of that id is trained here.
 #: layout, size, digest: the payload is not what the encoder, or the manifest, says. not-finite: it holds NaN or
-#: infinity. stale, future: its base version is too old, or not made yet. conflict: its number was another update's.
+#: infinity. stale, future: its base version is too old, or not made yet. early: the training has not started yet.
+#: conflict: its number was another update's.
 #: set-aside: the master died of it.
 Reason = Literal[
     "finished",
@@ -415,6 +416,7 @@ Reason = Literal[
     "not-finite",
     "stale",
     "future",
+    "early",
     "conflict",
     "set-aside",
 ]

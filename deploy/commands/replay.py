@@ -17,8 +17,8 @@ from common.exports import check_export_directory
 from deploy.commands.display import console, number, saying
 from deploy.commands.progress import Counted, counting
 from deploy.logging import configure_logging
-from master_service.decisions.records import Started, unpack
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.records import Configured, Started, unpack
+from master_service.decisions.rules.model import AggregationRule, aggregation_rule, check_nodes
 from master_service.decisions.settings import Settings
 from master_service.log.jsonl import opened
 from master_service.log.message_log import MessageLog
@@ -251,6 +251,9 @@ def _decide_anew(
     nodes = {row.sender for row in log.rows() if row.kind == "request.join"}
     if unknown := sorted(set(without) - nodes):
         raise UserError(f"no node {unknown[0]!r} is in the log; there are: {', '.join(sorted(nodes)) or 'none'}")
+    for body in log.bodies("configured"):
+        if change is not None and isinstance(body, Configured):
+            check_nodes(change(body.settings).rule, len(nodes - set(without)), "there are in the log")
     refold = Refold(log, change, frozenset(without))
     with counting(f"deciding {how(without)}", "messages", log.last_offset + 1) as (_, advance):
         for _entry in refold.run():

@@ -6,17 +6,20 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel, PrivateSpec, Samples
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import FinishRule, InnerOptimizer
 from deploy.compare.cells import CellResult, Cells, ModelOf
-from deploy.compare.federation import GRACE_SECONDS, Member, TrainedFederation
+from deploy.compare.federation import GRACE_SECONDS, Member, Trained, TrainedFederation
 from deploy.compare.held_out import bounded, document_losses, fingerprint
-from deploy.compare.plan import FINISHED, VERSION, WITHOUT, Cell, Comparison, Point
+from deploy.compare.hostile import foreign
+from deploy.compare.plan import FINISHED, VERSION, WITHOUT, Cell, Comparison, FederatedArm, Point
 from deploy.compare.training import (
     Best,
     Pace,
@@ -136,6 +139,7 @@ class Bench:
             )
             for name in self._domains
         }
+        honest, members = list(members), members | self._hostile(arm, members, seed)
         settings = Settings(
             rule=arm.rule,
             # here the phase is the comparison's own, so that every arm is measured alike, and at the same moments
@@ -175,9 +179,9 @@ class Bench:
             validation[VERSION][name] = best[name].looks[0][1]
             validation[FINISHED][name] = best[name].loss
         models = {
-            FINISHED: {name: ModelOf(f"{FINISHED} {name}") for name in members},
-            VERSION: {name: ModelOf(f"{VERSION} {name}") for name in members},
-            WITHOUT: {name: ModelOf(f"{VERSION} {name}", shared_only=True) for name in members},
+            FINISHED: {name: ModelOf(f"{FINISHED} {name}") for name in honest},
+            VERSION: {name: ModelOf(f"{VERSION} {name}") for name in honest},
+            WITHOUT: {name: ModelOf(f"{VERSION} {name}", shared_only=True) for name in honest},
         }
         facts = {
             "steps": {name: trainer.steps for name, trainer in trained.trainers.items()},
@@ -186,8 +190,25 @@ class Bench:
             "versions": trained.encoder.version,
             "updates": trained.encoder.updates,
             "virtual_seconds": trained.virtual_seconds,
+            **self._counted(trained, [name for name in members if name not in honest]),
         }
         return CellResult(validation, models, {name: each.looks for name, each in best.items()}, facts), states
+
+    def _hostile(self, arm: FederatedArm, members: Mapping[str, Member], seed: int) -> dict[str, Member]:
+        """The arm's hostile members: each has the samples of a node, or what nobody can read of them."""
+        found = {}
+        for index in range(arm.hostile):
+            like = members[self._domains[index % len(self._domains)]]
+            train = foreign(like.train, seed) if arm.attack == "foreign" else like.train
+            found[f"hostile-{index}"] = replace(like, train=train, attack=arm.attack)
+        return found
+
+    @staticmethod
+    def _counted(trained: Trained, hostile: list[str]) -> dict[str, Any]:
+        """What of the hostile members' updates counted, and with what weight."""
+        books = {name: trained.encoder.members[name] for name in hostile}
+        counted = {name: {"updates": each.returns, "weight": each.weight} for name, each in books.items()}
+        return {"hostile": counted} if counted else {}
 
     # --- the test part, once all choices are made ------------------------------------------------------------------
 

@@ -28,12 +28,14 @@ from deploy.config import Config, load_config
 from deploy.logging import configure_logging
 from deploy.signals import interrupted_once
 from master_service.decisions.requests import sources
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.rules.model import AggregationRule, aggregation_rule, check_nodes
 
 if TYPE_CHECKING:
     from deploy.compare.plan import Comparison, FederatedArm
     from node_service.corpus.corpus import Corpus
 
+#: The word for all arms of the table of attacks.
+_TABLE = "attacks"
 #: What says of a folder that a comparison is in it.
 _ABOUT = "comparison.json"
 
@@ -113,12 +115,13 @@ def check_comparison_directory(directory: Path, *, resume: bool) -> None:
 
 
 def chosen_arms(settings: CompareConfig, words: str | None) -> tuple[str, ...]:
-    """The arms to run, in the order of the report: all, or those named; alone always, what all others are compared
-    with. Raises UserError for a name that is no arm's."""
+    """The arms to run, in the order of the report: all, or those named (`attacks`: the whole table of them); alone
+    always, what all others are compared with. Raises UserError for a name that is no arm's."""
     known = [*BASELINES, *settings.federated]
     if words is None:
         return tuple(known)
-    wanted = [word.strip() for word in words.split(",")]
+    table = list(settings.attacks.arms()) if settings.attacks else []
+    wanted = [name for word in words.split(",") for name in (table if word.strip() == _TABLE else [word.strip()])]
     for word in wanted:
         if word not in known:
             raise UserError(f"--arms: there is no arm {word!r}; {suggestion(word, known)}")
@@ -168,6 +171,8 @@ def comparison_of(
     from deploy.compare.plan import Comparison
     from deploy.compare.training import agreed_words
 
+    if encoder_type != "text" and any(each.attack == "foreign" for each in settings.federated.values()):
+        raise UserError("compare.attacks: the attack foreign exchanges letters; leave it out where samples have none")
     unknown = [name for name in settings.speeds if name not in corpora]
     if unknown:
         raise UserError(f"compare.speeds: there is no node {unknown[0]!r}; {suggestion(unknown[0], corpora)}")
@@ -196,7 +201,9 @@ def comparison_of(
         base_seed=encoder.seed,
         update=config.update,
         federated={
-            name: federated_arm(config, settings, name, arm) for name, arm in settings.federated.items() if name in arms
+            name: federated_arm(config, settings, name, arm, len(corpora))
+            for name, arm in settings.federated.items()
+            if name in arms
         },
         arms=tuple(arms),
         private=private,
@@ -204,12 +211,13 @@ def comparison_of(
     )
 
 
-def federated_arm(config: Config, settings: CompareConfig, name: str, arm: ArmConfig) -> FederatedArm:
-    """The rules of an arm: those of the sections rule and update, with what it changes. Raises UserError."""
+def federated_arm(config: Config, settings: CompareConfig, name: str, arm: ArmConfig, nodes: int) -> FederatedArm:
+    """The rules of an arm of so many nodes: those of the sections rule and update, with what it changes. Raises
+    UserError."""
     from deploy.compare.plan import FederatedArm
 
     where = f"compare.arms.{name}"
-    changes = {section: getattr(arm, section) for section in ("weights", "buffer", "outer", "guards")}
+    changes = {section: getattr(arm, section) for section in ("weights", "buffer", "outer", "guards", "combine")}
     base: dict[str, Any] = {} if arm.rule else config.rule.model_dump(exclude={"preset"})
     merged = {section: {**base.get(section, {}), **values} for section, values in changes.items()}
     try:
@@ -223,7 +231,9 @@ def federated_arm(config: Config, settings: CompareConfig, name: str, arm: ArmCo
         update = UpdateRule.model_validate(plain)
     except ValidationError as error:
         raise explained(error, UpdateRule, f"{where}.update") from None
-    return FederatedArm(rule, update, arm.finish_shares or settings.finish_shares)
+    hostile = arm.hostile if arm.attack else 0
+    check_nodes(rule, nodes + hostile, f"{where} has")
+    return FederatedArm(rule, update, arm.finish_shares or settings.finish_shares, arm.attack, hostile)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

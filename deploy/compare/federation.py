@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from common.encoders.base import Architecture, PrivateSpec
 from common.errors import SharedEncoderError
 from common.numbers.parameters import ParameterSet
 from common.wire.messages import Instruction
+from deploy.compare.hostile import HostileSession
+from deploy.compare_settings import Attack
 from deploy.simulation.federation import SteppedFederation
 from deploy.simulation.given import GivenSnapshots
 from deploy.simulation.master import SimulatedMaster
@@ -39,19 +42,20 @@ _SNAPSHOTS = 20
 @dataclass(frozen=True)
 class Member:
     """A node of the arm: its training samples, what its private parts depend on, its speed (steps a second), and how
-    many steps it takes at most."""
+    many steps it takes at most. With an `attack` it is hostile."""
 
     encoder_type: str
     train: Any
     spec: PrivateSpec
     speed: float
     steps: int
+    attack: Attack | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: each node's trainer, which holds the final version within its private parts, and the master's
-    books."""
+    """What came of it: each honest node's trainer, which holds the final version within its private parts, and the
+    master's books."""
 
     trainers: dict[str, Trainer]
     encoder: EncoderState
@@ -110,10 +114,11 @@ class TrainedFederation(SteppedFederation):
         if encoder is None or encoder.status != "finished" or self.given_up or self.ended_at is None:
             why = encoder.reason if encoder is not None else "no encoder was made"
             raise SharedEncoderError(f"the federated training came to no good end: {why or 'it made no headway'}")
-        late = [node.name for node in self.nodes if self._sessions[node.name].version != encoder.version]
+        honest = {name: session for name, session in self._sessions.items() if not isinstance(session, HostileSession)}
+        late = [name for name, session in honest.items() if session.version != encoder.version]
         if late:
             raise SharedEncoderError(f"node {late[0]} did not read the final version, {encoder.version}")
-        trainers = {name: session.trainer for name, session in self._sessions.items()}
+        trainers = {name: session.trainer for name, session in honest.items()}
         return Trained(trainers, encoder, self.ended_at)
 
     def _node(self, name: str, member: Member, directory: Path) -> SimulatedNode:
@@ -128,7 +133,8 @@ class TrainedFederation(SteppedFederation):
         ) -> TimedSession:
             place = directory / instruction.encoder
             save_spec(place, member.spec)
-            self._sessions[name] = TimedSession(
+            kind = TimedSession if member.attack is None else partial(HostileSession, attack=member.attack)
+            self._sessions[name] = kind(
                 instruction,
                 corpus.train,
                 place,

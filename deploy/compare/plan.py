@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from common.wire.messages import UpdateRule
-from deploy.compare_settings import ALONE, BASELINES, POOLED, POOLED_ALL, RANDOM, CompareConfig
+from deploy.compare_settings import ALONE, BASELINES, POOLED, POOLED_ALL, RANDOM, Attack, CompareConfig
 from master_service.decisions.rules.model import AggregationRule
 
 #: A federated arm's views: each node's own copy after the finishing phase, the final version within each node's private
@@ -56,11 +56,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class FederatedArm:
-    """What the master of an arm decides by, and what it tells its nodes."""
+    """What the master of an arm decides by, and what it tells its nodes; and what so many `hostile` members do."""
 
     rule: AggregationRule
     update: UpdateRule
     finish_shares: tuple[float, ...]
+    attack: Attack | None = None
+    hostile: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ class Comparison:
             update = arm.update.model_dump(mode="json", exclude={"inner"})
             on["federated"] = [arm.rule.model_dump(mode="json"), update]
             on["world"] = [{name: self.speed(name) for name in domains}, settings.link]
+            if arm.attack is not None:
+                on["attack"] = [arm.attack, arm.hostile]
         return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from common.durable import write_durably
 from deploy.commands.display import number
+from deploy.compare.attacks import attack_tables
 from deploy.compare.picture import draw
 from deploy.compare.plan import Comparison, columns
 from deploy.compare.run import Outcome
@@ -47,6 +48,8 @@ def described(comparison: Comparison) -> dict[str, Any]:
                 "rule": comparison.federated[arm].rule.model_dump(mode="json"),
                 "update": comparison.federated[arm].update.model_dump(mode="json"),
                 "finish_shares": comparison.federated[arm].finish_shares,
+                "attack": comparison.federated[arm].attack,
+                "hostile": comparison.federated[arm].hostile,
             }
             if arm in comparison.federated
             else None
@@ -156,6 +159,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
             ["arm", *domains, "mean", "worst", "better/worse/undecided", "gap closed"],
             differences,
         ),
+        *attack_tables(report, unit),
         ("chosen by the validation part", ["arm", "rate", "decay", "finishing", "of points"], chosen),
         *(
             (marked(title, architecture), headings, rows)

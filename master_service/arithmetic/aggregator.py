@@ -20,6 +20,7 @@ from common.numbers.encodings import decode_slice, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
+from master_service.arithmetic import robust
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
 from master_service.arithmetic.export import export_encoder
 from master_service.arithmetic.generation import fingerprint, generated
@@ -61,19 +62,27 @@ class Aggregator:
             raise PayloadsLost(lost)
         if target.momentum is None:
             target.momentum = new_momentum(size, step.outer)
-        positions, total = [0] * len(step.contributions), 0.0
-        for start, stop in slices(size):
-            gradient = torch.zeros(stop - start)
-            for index, contribution in enumerate(step.contributions):
-                length = encoded_size(stop - start, contribution.encoding)
-                body = self._payloads.read(contribution.payload, positions[index], length)
-                positions[index] += length
-                gradient.add_(decode_slice(body, stop - start, contribution.encoding).mul_(contribution.coefficient))
+        total = 0.0
+        gradients = robust.gradients if step.combine.robust else self._means
+        for start, stop, gradient in gradients(step, self._payloads, size):
             for squares in _squares(gradient.numpy()):
                 total += squares
             momentum = None if target.momentum is None else target.momentum[start:stop]
             outer_step(target.parameters.vector[start:stop], gradient, momentum, step.outer)
         return Stepped(target.parameters.digest(), math.sqrt(total))
+
+    @staticmethod
+    def _means(step: Step, payloads: Payloads, size: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, Σ coefficient·Δ) of every slice."""
+        positions = [0] * len(step.contributions)
+        for start, stop in slices(size):
+            gradient = torch.zeros(stop - start)
+            for index, contribution in enumerate(step.contributions):
+                length = encoded_size(stop - start, contribution.encoding)
+                body = payloads.read(contribution.payload, positions[index], length)
+                positions[index] += length
+                gradient.add_(decode_slice(body, stop - start, contribution.encoding).mul_(contribution.coefficient))
+            yield start, stop, gradient
 
     def digest(self, encoder: str) -> str:
         return self.targets[encoder].parameters.digest()

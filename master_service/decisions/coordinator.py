@@ -16,11 +16,12 @@ from common.wire.messages import (
     Introduce,
     Join,
     Leave,
+    Reason,
     Stop,
     UpdateManifest,
     Words,
 )
-from master_service.decisions import gathering, membership, requests, streams, tally
+from master_service.decisions import gathering, guarding, membership, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -46,22 +47,24 @@ from master_service.decisions.records import (
     Started,
     StepFailed,
     Tick,
+    UpdateFacts,
     Versioned,
 )
 from master_service.decisions.rules.buffer import is_ready
 from master_service.decisions.rules.rate import mean_cosine, rate, smoothed
 from master_service.decisions.settled import is_settled, settle, stored
 from master_service.decisions.state import Buffered, EncoderState, State
-from master_service.decisions.stopping import close_windows, observe_held_out, observe_loss, stop_reason
+from master_service.decisions.stopping import close_windows, observe_held_out, observe_loss, observe_losses, stop_reason
 from master_service.decisions.verdicts import (
     accepted,
     count,
     issued,
+    left_over,
     refusal,
     refused,
     stranger,
 )
-from master_service.decisions.weighing import observe_norms, weigh
+from master_service.decisions.weighing import by_node, grace_ends, observe_norms, weigh
 
 
 class Coordinator:
@@ -121,7 +124,7 @@ class Coordinator:
                     for effect in (*self._advance(encoder, at), *streams.release(encoder, at))
                 ]
             case Configured():
-                self.state.settings = body.settings
+                self.state.settings, self.state.claims = body.settings, body.claims
                 return []
             case Started():
                 self.state.epoch = body.epoch
@@ -142,8 +145,8 @@ class Coordinator:
                 due.append(encoder.gathering_until)
             if encoder.status != "running":
                 continue
-            if encoder.buffer:
-                due.append(encoder.buffer_since + settings.rule.buffer.grace_seconds)
+            if (flush_at := grace_ends(encoder, settings)) is not None:
+                due.append(flush_at)
             if settings.stop.seconds is not None and encoder.started:
                 due.append(encoder.run_started_at + settings.stop.seconds)
             if encoder.published_version < encoder.version:
@@ -153,7 +156,7 @@ class Coordinator:
     def wants_payload(self, manifest: UpdateManifest) -> bool:
         """Whether the update's chunks must be fetched to decide on it; reads the state, changes nothing."""
         encoder = self.state.encoders.get(manifest.encoder)
-        if stranger(encoder, manifest) or refusal(encoder, manifest, None) is not None:
+        if stranger(encoder, manifest) or self._refusal(encoder, manifest, None) is not None:
             return False
         return not self._known_update(encoder, manifest)
 
@@ -193,6 +196,20 @@ class Coordinator:
 
     # --- updates and versions ----------------------------------------------------------------------------------------
 
+    @property
+    def checking(self) -> bool:
+        """Whether what members claim is checked."""
+        return self.state.claims == "checked"
+
+    def _refusal(
+        self, encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
+    ) -> tuple[Reason, str] | None:
+        """Why an update cannot be counted, as `refusal` has it; nothing counts before the training has started."""
+        problem = refusal(encoder, manifest, facts)
+        if problem is None and self.checking and encoder is not None and not encoder.started:
+            return "early", f"the training of {encoder.encoder} has not started yet"
+        return problem
+
     def _known_update(self, encoder: EncoderState | None, update: UpdateManifest) -> bool:
         member = encoder.members.get(update.node) if encoder else None
         if encoder is None or member is None:
@@ -207,7 +224,7 @@ class Coordinator:
         if stranger(encoder, manifest):
             # no receipt: once it has joined it sends again what it owes
             return [*dropped, Send(manifest.node, Introduce(node=manifest.node))]
-        problem = refusal(encoder, manifest, entry.facts)
+        problem = self._refusal(encoder, manifest, entry.facts)
         if problem is None and encoder is not None:
             staleness = encoder.version - manifest.base_version
             if staleness > self.state.settings.rule.guards.max_staleness:
@@ -229,6 +246,8 @@ class Coordinator:
                 effects += streams.last_version(self.state.settings, encoder, manifest.node, entry.at)
             return effects
         member = encoder.members[manifest.node]
+        if self.checking:
+            manifest = guarding.capped(manifest, encoder, self.state.settings.update_rule, entry.at)
         if not encoder.buffer:
             encoder.buffer_since = entry.at
         tally.buffer(
@@ -252,7 +271,9 @@ class Coordinator:
         )
         count(encoder, encoder.buffer[-1], 1)
         member.loss, member.version = manifest.loss, manifest.base_version
-        observe_held_out(encoder, manifest, self.state.settings.update_rule.evaluate_every)
+        if self.checking:
+            guarding.note_loss(encoder, member, manifest.loss)
+        observe_held_out(encoder, manifest, self.state.settings.update_rule.evaluate_every, self.state.claims)
         if manifest.wants_version:
             encoder.waiting[manifest.node] = None
         return self._advance(encoder, entry.at)
@@ -276,14 +297,16 @@ class Coordinator:
         if encoder.status != "running" or encoder.stepping:
             return []
         ending = stop_reason(encoder, settings.stop, at)
-        waiting = bool(encoder.buffer)
+        turnout, needs = tally.turnout(encoder), settings.rule.combine.needs
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
-        grace_over = waiting and at >= encoder.buffer_since + settings.rule.buffer.grace_seconds
-        rule, most = settings.rule.buffer, settings.update_rule.max_unanswered
-        if waiting and (ending or grace_over or is_ready(tally.turnout(encoder), rule, most)):
+        flush_at = grace_ends(encoder, settings)
+        ready = is_ready(turnout, settings.rule.buffer, settings.update_rule.max_unanswered, needs)
+        if ready and self.checking and settings.rule.guards.norm_clip is not None:
+            ready = guarding.comparable(encoder)
+        if flush_at is not None and (ending or at >= flush_at or ready):
             return [self._step(encoder)]
         if ending:
-            return self._finish(encoder, ending, at)
+            return self._left_over(encoder) + self._finish(encoder, ending, at)
         if encoder.published_version < encoder.version and at >= encoder.published_at + settings.publish_every_seconds:
             return [publish(self.state.settings, encoder, at)]
         return []
@@ -291,7 +314,9 @@ class Coordinator:
     def _step(self, encoder: EncoderState) -> Step:
         """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
         rule = self.state.settings.rule
-        encoder.stepping = weigh(encoder, tally.emptied(encoder), rule)
+        encoder.stepping = weigh(encoder, tally.emptied(encoder), rule, self.state.claims)
+        if rule.combine.robust:
+            return Step(encoder.encoder, encoder.version + 1, by_node(encoder.stepping), rule.outer, rule.combine)
         contributions = tuple(
             Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
             for weighed in encoder.stepping
@@ -299,6 +324,19 @@ class Coordinator:
         step_rate = rate(rule.outer, [weighed.coefficient for weighed in encoder.stepping], encoder.agreement)
         outer = rule.outer.model_copy(update={"lr": step_rate})
         return Step(encoder.encoder, encoder.version + 1, contributions, outer)
+
+    def _left_over(self, encoder: EncoderState) -> list[Effect]:
+        """The training ends while fewer nodes' updates are at hand than a robust rule needs: they do not count."""
+        effects: list[Effect] = []
+        for item in tally.emptied(encoder):
+            tally.no_longer_pending(encoder, item)
+            count(encoder, item, -1)
+            member = encoder.members[item.node]
+            receipt = issued(encoder, left_over(encoder, item))
+            member.refused += 1
+            settle(member, receipt)
+            effects.append(Send(item.node, receipt))
+        return effects
 
     def _versioned(self, body: Versioned, at: float) -> list[Effect]:
         """A version is computed: its updates are answered, who waits is told, and it may have been the last."""
@@ -314,13 +352,17 @@ class Coordinator:
             tally.no_longer_pending(encoder, item)
             settle(member, receipt)
             effects.append(Send(item.node, receipt))
-        if body.norm is not None:
+        if body.norm is not None and not self.state.settings.rule.combine.robust:
             coefficients, norms = zip(*((each.coefficient, each.item.norm) for each in counted), strict=True)
             encoder.agreement = smoothed(encoder.agreement, mean_cosine(body.norm, coefficients, norms))
-        observe_norms(encoder, [weighed.item for weighed in counted])
-        settings = self.state.settings
-        observe_loss(encoder, [weighed.item.loss for weighed in counted], settings.stop)
-        close_windows(encoder, settings.stop, settings.update_rule.evaluate_every)
+        settings, every = self.state.settings, self.state.settings.update_rule.evaluate_every
+        if self.checking:
+            guarding.observe(encoder, counted)
+            observe_losses(encoder, settings.stop)
+        else:
+            observe_norms(encoder, [weighed.item for weighed in counted])
+            observe_loss(encoder, [weighed.item.loss for weighed in counted], settings.stop)
+        close_windows(encoder, settings.stop, every, self.state.claims)
         ending = stop_reason(encoder, self.state.settings.stop, at)
         if ending:
             return effects + self._finish(encoder, ending, at)
@@ -343,7 +385,9 @@ class Coordinator:
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
         encoder.status, encoder.reason = "finished", reason
-        close_windows(encoder, self.state.settings.stop, self.state.settings.update_rule.evaluate_every, ending=True)
+        settings = self.state.settings
+        every = settings.update_rule.evaluate_every
+        close_windows(encoder, settings.stop, every, self.state.claims, ending=True)
         streams.ended(encoder)
         return [
             publish(self.state.settings, encoder, at),

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.numbers.slicing import EncodingName
 from common.wire.messages import Message
-from master_service.decisions.rules.model import OuterOptimizer
+from master_service.decisions.rules.model import CombineRule, OuterOptimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,13 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One update of a step: its payload by digest, and its weight already divided by the buffer's sample weights."""
+    """One update of a step: its payload by digest, and its weight already divided by the buffer's sample weights. For a
+    robust rule updates of one `part` are of one node, and the weight is divided by how many those are."""
 
     payload: str
     encoding: EncodingName
     coefficient: float
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Step:
     version: int
     contributions: tuple[Contribution, ...]
     outer: OuterOptimizer
+    combine: CombineRule = field(default_factory=CombineRule)
 
 
 @dataclass(frozen=True, slots=True)

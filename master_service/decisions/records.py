@@ -31,14 +31,16 @@ from common.wire.messages import (
     UpdateManifest,
     Words,
 )
-from master_service.decisions.settings import Settings
+from master_service.decisions.settings import Claims, Settings
 
 
 class Configured(Message):
-    """The settings from here on."""
+    """The settings from here on, and what is made of members' claims. A row that does not say so was written by a
+    master that took them as facts, and is decided as that master did."""
 
     kind: Literal["configured"] = "configured"
     settings: Settings
+    claims: Claims = "taken"
 
 
 class Started(Message):

@@ -64,7 +64,7 @@ def go_on(state: State, request: Continue, at: float) -> list[Effect]:
     encoder.waiting = {}
     for member in encoder.members.values():
         with changing(encoder, member):
-            member.accepted = False
+            member.accepted, member.claimed_loss = False, None
     return [
         publish(state.settings, encoder, at),
         *provide(encoder, at),

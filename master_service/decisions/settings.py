@@ -10,13 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import UserError
 from common.wire.messages import UpdateRule
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule
+from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule, check_nodes
+
+#: What is made of the numbers that members say of their updates (steps, samples, seconds, losses) and of the norms of
+#: these. checked: see `guarding` and `stopping`. taken: as masters before that decided, which is what their logs say;
+#: a master that goes on with such a log checks from there on.
+Claims = Literal["taken", "checked"]
 
 
 class LossPlateau(BaseModel):
-    """Stop when the mean loss of the last `patience` versions is no better than `min_change` (nats) below the best.
+    """Stop when the loss of the last `patience` versions is no better than `min_change` (nats) below the best.
 
-    That is the held-out loss which nodes measure; where nobody does, the training loss that they claim."""
+    That is the held-out loss which nodes measure; where nobody does, the training loss that they claim; the median over
+    nodes of either."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -102,6 +108,26 @@ class Difference:
         return f"{self.path}: {logged} in the log, {wanted} wanted"
 
 
+#: What `guards.norm_clip` was by default while it was a multiple of the median over all updates.
+_TAKEN_NORM_CLIP = 10.0
+
+
+def unsaid() -> Settings:
+    """What a log decides by before a row says so: what masters left unsaid that took claims as facts."""
+    rule = AggregationRule(guards=GuardRule(norm_clip=_TAKEN_NORM_CLIP))
+    return Settings(rule=rule)
+
+
+def carried_over(settings: Settings, claims: Claims) -> Settings:
+    """Logged settings as they are meant from here on. Where claims were taken as facts, `guards.norm_clip` was a
+    multiple of something else: its default becomes today's, and another number stays."""
+    guards = settings.rule.guards
+    if claims == "checked" or guards.norm_clip != _TAKEN_NORM_CLIP:
+        return settings
+    guards = guards.model_copy(update={"norm_clip": GuardRule().norm_clip})
+    return settings.model_copy(update={"rule": settings.rule.model_copy(update={"guards": guards})})
+
+
 def settings_of_start(
     logged: Settings | None, defaults: Settings, given: Mapping[str, Any] | None, *, change: bool = False
 ) -> Settings:
@@ -110,11 +136,12 @@ def settings_of_start(
     `logged`: those that its log ends with; None for a log that no master has written to, where `defaults` hold (what
     was given, and defaults for the rest). `given` are the explicitly given ones alone, shaped as a `Settings`; None
     means that all of `defaults` is meant, as of somebody who composes a service in code. What is not given stays as it
-    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant.
+    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant, and for
+    a robust rule that `min_nodes` are too few for.
     """
     if logged is None or given is None:
-        return defaults
-    wanted = merged(logged, given)
+        return _enough_nodes(defaults)
+    wanted = _enough_nodes(merged(logged, given))
     found = differences(logged, wanted)
     if found and not change:
         lines = "".join(f"\n  {difference}" for difference in found)
@@ -154,6 +181,11 @@ def differences(logged: Settings, wanted: Settings) -> list[Difference]:
         for path in dict.fromkeys((*before, *after))
         if before.get(path) != after.get(path)
     ]
+
+
+def _enough_nodes(settings: Settings) -> Settings:
+    check_nodes(settings.rule, settings.min_nodes, "encoder.min_nodes is")
+    return settings
 
 
 def _overlaid(below: Any, above: Any) -> Any:

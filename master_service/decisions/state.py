@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
 from common.wire.messages import AssetEntries, LayoutEntries
-from master_service.decisions.settings import Settings
+from master_service.decisions.settings import Claims, Settings, unsaid
 
 Status = Literal["generating", "gathering", "running", "finished", "failed"]
 
@@ -71,7 +71,9 @@ class Member(_State):
     incarnation, because one may come back (from a backup) after another. `may_owe`: the most updates without an answer
     that a rule has ever allowed it. `pending`: its updates that wait for a version, or are being made one, by
     `incarnation/sequence`, with their digests; `buffered` is how many of them wait. `held_out`: its newest measurement.
-    `named`: its owner agrees that the name is published.
+    `named`: its owner agrees that the name is published. `norms` and `made_of` are of its newest counted updates, as
+    `guarding` has them: the norm for a single step, after it was cut, and the steps; `usual_norm` and `usual_steps` are
+    their medians. `claimed_loss`: the newest training loss that is one.
     """
 
     node: str
@@ -95,6 +97,11 @@ class Member(_State):
     may_owe: int = 0
     buffered: int = 0
     named: bool = False
+    norms: list[float] = Field(default_factory=list)
+    made_of: list[int] = Field(default_factory=list)
+    usual_norm: float | None = None
+    usual_steps: int | None = None
+    claimed_loss: float | None = None
     pending: dict[str, str] = Field(default_factory=dict)
     settled: dict[str, Settled] = Field(default_factory=dict)
 
@@ -124,23 +131,30 @@ class Buffered(_State):
 
 class Weighed(_State):
     """An update of the version that is being computed. `coefficient` is its share of the step, `weight` is for people:
-    the coefficient times the number of updates."""
+    the coefficient times the number of updates. `norm`: for a single step, after it was cut; `made_of`: the steps that
+    are believed of it; both 0 where claims are taken as facts."""
 
     item: Buffered
     weight: float
     coefficient: float
     staleness: int
+    norm: float = 0.0
+    made_of: int = 0
 
 
 class Tally(_State):
-    """Sums that `tally` keeps. Of the active members: how many, their returns, their samples (each at least 1), and how
-    many have an update in the buffer. `returned`: how many members have one, active or not."""
+    """Sums that `tally` keeps. Of the active members: how many, their returns, their samples (each at least 1), how
+    many have an update in the buffer, and in order the `usual_norm`, the `usual_steps` and the `claimed_loss` of those
+    that have one. `returned`: how many members have an update in the buffer, active or not."""
 
     active: int = 0
     returns: int = 0
     samples: int = 0
     active_returned: int = 0
     returned: int = 0
+    norms: list[float] = Field(default_factory=list)
+    steps: list[int] = Field(default_factory=list)
+    losses: list[float] = Field(default_factory=list)
 
 
 class EncoderState(_State):
@@ -148,7 +162,7 @@ class EncoderState(_State):
 
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
     `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
-    newest counted updates: the norm for a single step, and the steps.
+    newest counted updates: the norm for a single step, and the steps (where claims are taken as facts).
     `agreement`: the running mean cosine between two updates of a version.
     `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
@@ -225,9 +239,10 @@ class EncoderState(_State):
 
 
 class State(_State):
-    """Everything that the log has led to."""
+    """Everything that the log has led to. `claims`: what is made of what members say of themselves."""
 
-    settings: Settings = Settings()
+    settings: Settings = Field(default_factory=unsaid)
+    claims: Claims = "taken"
     epoch: int = 0
     nodes: dict[str, NodeState] = Field(default_factory=dict)
     encoders: dict[str, EncoderState] = Field(default_factory=dict)

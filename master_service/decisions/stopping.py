@@ -3,19 +3,26 @@
 How good is what the members measure on validation samples of their own. They measure every so many versions
 (`UpdateRule.evaluate_every`), each at its own pace, so what they say comes together in windows of so many versions,
 [0, 10), [10, 20), …: in each a member's newest measurement counts. A window is closed once as many versions again were
-made, or at the end; later measurements in it change nothing. Its loss is the mean over the members that measured in it,
-its version the newest that they measured. It is better than the best so far if the mean gain of the members that
-measured in both is above `min_change`: so nobody's coming or going passes for a gain. Where these are less than half of
-the best one's members that are still active it is not compared at all; where none of those is active, it begins anew.
+made, or at the end; later measurements in it change nothing. Its loss is the median over the members that measured in
+it, its version the newest that they measured. It is better than the best so far if the median gain of the members that
+measured in both is above `min_change`: so nobody's coming or going passes for a gain, and no minority's claim does.
+Where these are less than half of the best one's members that are still active it is not compared at all; where none of
+those is active, it begins anew. So it does where most of those who measured are not among the best one's members; and
+a window in which less than half of those measured who do so at all, and are active, is not compared either.
+
+Logs of masters that took claims as facts say so (`Claims`): there every median is a mean, of any number that a float
+holds, and the last two conditions are not there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median, median_high
 
 from common.wire.messages import UpdateManifest
-from master_service.decisions.settings import StopRule
+from master_service.decisions.guarding import MAX_LOSS
+from master_service.decisions.settings import Claims, StopRule
 from master_service.decisions.state import EncoderState, Measured
 
 
@@ -72,10 +79,20 @@ def observe_loss(encoder: EncoderState, losses: Sequence[float], rule: StopRule)
         encoder.versions_without_gain += 1
 
 
-def observe_held_out(encoder: EncoderState, update: UpdateManifest, every: int) -> None:
+def observe_losses(encoder: EncoderState, rule: StopRule) -> None:
+    """Note the training loss of a version for the plateau rule: the median over the active nodes of what each said
+    last, so that a node counts once, whoever this version is made of. As long as no more than half have said something
+    nothing is noted, and of two in the middle the higher one is taken: a single low claim would be a best for ever."""
+    losses = encoder.tally.losses
+    observe_loss(encoder, [median_high(losses)] if 2 * len(losses) > encoder.tally.active else [], rule)
+
+
+def observe_held_out(encoder: EncoderState, update: UpdateManifest, every: int, claims: Claims) -> None:
     """Note what an accepted update says of the validation samples of its node."""
     loss, version = update.held_out, update.held_out_version
     if loss is None or version is None or not encoder.run_first_version <= version <= encoder.version:
+        return
+    if claims == "checked" and not abs(loss) <= MAX_LOSS:
         return
     member = encoder.members[update.node]
     if member.held_out is None or version >= member.held_out.version:
@@ -88,12 +105,13 @@ def observe_held_out(encoder: EncoderState, update: UpdateManifest, every: int) 
         encoder.measured[window][update.node] = Measured(version, loss)
 
 
-def close_windows(encoder: EncoderState, rule: StopRule, every: int, *, ending: bool = False) -> None:
+def close_windows(encoder: EncoderState, rule: StopRule, every: int, claims: Claims, *, ending: bool = False) -> None:
     """Close the windows whose time has come, at the end all, the oldest first."""
     margin = rule.plateau.min_change if rule.plateau else 0.0
     for window in sorted(encoder.measured):
         if ending or encoder.version >= window + 2 * every:
-            _close(encoder, encoder.measured.pop(window), margin)
+            close = _close if claims == "checked" else _close_taken
+            close(encoder, encoder.measured.pop(window), margin)
 
 
 def forget_held_out(encoder: EncoderState) -> None:
@@ -103,6 +121,23 @@ def forget_held_out(encoder: EncoderState) -> None:
 
 
 def _close(encoder: EncoderState, measured: dict[str, Measured], margin: float) -> None:
+    losses = {node: each.loss for node, each in measured.items()}
+    measuring = [each.node for each in encoder.members.values() if each.active and each.held_out is not None]
+    if 2 * sum(node in losses for node in measuring) < len(measuring):
+        return
+    still = [node for node in encoder.best_measured if encoder.members[node].active]
+    both = [node for node in still if node in losses]
+    anew = 2 * len(both) < len(losses)
+    if 2 * len(both) < len(still) and not anew:
+        return
+    encoder.held_out = median(losses.values())
+    encoder.held_out_version = max(each.version for each in measured.values())
+    if anew or median(encoder.best_measured[node] - losses[node] for node in both) > margin:
+        encoder.best_held_out, encoder.best_version = encoder.held_out, encoder.held_out_version
+        encoder.best_measured = losses
+
+
+def _close_taken(encoder: EncoderState, measured: dict[str, Measured], margin: float) -> None:
     losses = {node: each.loss for node, each in measured.items()}
     still = [node for node in encoder.best_measured if encoder.members[node].active]
     both = [node for node in still if node in losses]

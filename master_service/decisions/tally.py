@@ -1,13 +1,15 @@
 """Sums over an encoder's members and its buffer, kept true at every change, so that nothing looks through all of them
 for each update.
 
-Whole numbers only: a sum that is kept is the same, to the bit, as one that is taken anew.
+Whole numbers only, and lists in order: what is kept is the same, to the bit, as what is taken anew.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from common.wire.messages import UpdateChunk, UpdateManifest
 from master_service.decisions.rules.buffer import Turnout
@@ -17,7 +19,7 @@ from master_service.decisions.state import Buffered, EncoderState, Member
 
 @contextmanager
 def changing(encoder: EncoderState, member: Member) -> Iterator[None]:
-    """Around whatever changes a member's activity, samples, returns, or updates in the buffer."""
+    """Around whatever changes a member's activity, samples, returns, updates in the buffer, or what is usual for it."""
     _add(encoder, member, -1)
     yield
     _add(encoder, member, 1)
@@ -99,3 +101,16 @@ def _add(encoder: EncoderState, member: Member, sign: int) -> None:
         tally.returns += sign * member.returns
         tally.samples += sign * max(member.samples, 1)
         tally.active_returned += sign * (member.buffered > 0)
+        _keep(tally.norms, member.usual_norm, sign)
+        _keep(tally.steps, member.usual_steps, sign)
+        _keep(tally.losses, member.claimed_loss, sign)
+
+
+def _keep(values: list[Any], value: float | None, sign: int) -> None:
+    """Put a member's value into a list in order, or take it out."""
+    if value is None:
+        return
+    if sign > 0:
+        insort(values, value)
+    else:
+        del values[bisect_left(values, value)]

@@ -60,6 +60,21 @@ def refused(encoder: EncoderState | None, manifest: UpdateManifest, reason: Reas
     )
 
 
+def left_over(encoder: EncoderState, item: Buffered) -> Receipt:
+    """The receipt of an update that was accepted, and that no version can be made of any more."""
+    return Receipt(
+        encoder=encoder.encoder,
+        node=item.node,
+        incarnation=item.incarnation,
+        sequence=item.sequence,
+        digest=item.digest,
+        accepted=False,
+        reason="finished",
+        detail="the training ended before enough other nodes had handed in for a robust rule",
+        version=encoder.version,
+    )
+
+
 def accepted(encoder: EncoderState, item: Buffered, weight: float, staleness: int, returns: int) -> Receipt:
     """The receipt of an update that counts in the encoder's current version."""
     return Receipt(

@@ -31,6 +31,7 @@ from master_service.decisions.records import (
 )
 from master_service.decisions.settings import Settings, StopRule
 from master_service.decisions.state import EncoderState
+from master_service.decisions.weighing import grace_ends
 from master_service.history.fold import Check, Fold
 from master_service.history.snapshot import read_snapshot
 from master_service.log.message_log import MessageLog
@@ -200,7 +201,7 @@ class Refold:
             return None
         if isinstance(body, Configured) and self.counterfactual:
             changed = self.change(body.settings) if self.change else body.settings
-            return Configured(settings=changed.model_copy(update={"stop": StopRule()}))
+            return body.model_copy(update={"settings": changed.model_copy(update={"stop": StopRule()})})
         if isinstance(body, UpdateManifest) and self.counterfactual:
             base = self._reached.get((body.encoder, body.base_version), 0)
             return body.model_copy(update={"base_version": base})
@@ -261,9 +262,9 @@ def _grace(coordinator: Coordinator) -> dict[str, float]:
     """When the updates at hand of each encoder become a version, however few they are."""
     state = coordinator.state
     return {
-        name: encoder.buffer_since + state.settings.rule.buffer.grace_seconds
+        name: ends
         for name, encoder in state.encoders.items()
-        if encoder.buffer and encoder.status == "running"
+        if encoder.status == "running" and (ends := grace_ends(encoder, state.settings)) is not None
     }
 
 

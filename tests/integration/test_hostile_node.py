@@ -69,7 +69,9 @@ def test_an_attempt_has_a_next(server: MemoryServer, tmp_path: Path) -> None:
 
 
 def test_a_flood_of_chunks_holds_nobody_up(server: MemoryServer, tmp_path: Path) -> None:
-    with running_master(server, tmp_path):
+    # the first update waits for a second node's, which never comes: for the grace time, and no longer
+    rule = aggregation_rule("fedasync", {"buffer": {"grace_seconds": 0.5}})
+    with running_master(server, tmp_path, decided(rule=rule)):
         evil, good = HandNode(server, "evil"), HandNode(server, "good")
         instruction = evil.enter()
         good.enter()

@@ -17,7 +17,7 @@ from master_service.decisions.records import (
     UpdateFacts,
     Versioned,
 )
-from master_service.decisions.settings import Settings
+from master_service.decisions.settings import Claims, Settings
 from tests.builders import LAYOUT, update_manifest
 
 DIGEST = hashlib.sha256(b"version").hexdigest()
@@ -26,13 +26,13 @@ DIGEST = hashlib.sha256(b"version").hexdigest()
 class Scenario:
     """A coordinator with a hand-written log. Steps are answered at once by a Versioned entry, as the shell does."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, claims: Claims = "checked", **settings: Any) -> None:
         self.coordinator = Coordinator()
         self.log: list[Entry] = []
         self.effects: list[Effect] = []
         self.at = 1000.0
         self.apply(Started(epoch=1, fingerprint={}))
-        self.apply(Configured(settings=Settings(**settings)))
+        self.apply(Configured(settings=Settings(**settings), claims=claims))
 
     def apply(self, body: Loggable, facts: UpdateFacts | None = None, payload: str | None = None) -> list[Effect]:
         """Fold one entry and everything that follows from it; gives the effects in the order of the shell."""

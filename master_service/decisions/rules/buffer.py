@@ -18,16 +18,16 @@ class Turnout:
     missing: int
 
 
-def is_ready(turnout: Turnout, rule: BufferRule, max_unanswered: int) -> bool:
+def is_ready(turnout: Turnout, rule: BufferRule, max_unanswered: int, needs: int = 1) -> bool:
     """Whether to step now.
 
     arrival: at once (FedAsync). count: K updates (FedBuff), or as many as the active nodes may hand in without an
     answer (`max_unanswered` each), so that a few do not wait for those who have gone. half: min(active, max(2,
     ⌈active/2⌉)) updates. cohort: one of every active node (FedAvg, DiLoCo). count and half want two distinct nodes
-    where two are active.
+    where two are active. None of them steps with fewer than `needs` distinct nodes.
     """
     active = turnout.active
-    if not turnout.updates:
+    if not turnout.updates or turnout.nodes < needs:
         return False
     if rule.kind == "arrival":
         return True

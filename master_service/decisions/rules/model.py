@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.errors import UserError
 
@@ -48,11 +48,38 @@ class OuterOptimizer(_Part):
 
 
 class GuardRule(_Part):
-    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the running median of the norms,
-    each for a single step)."""
+    """What is refused (`max_staleness`, versions) or cut (`norm_clip`, a multiple of the median over nodes of the usual
+    norm of each one's updates, for a single step; None: nothing is cut)."""
 
     max_staleness: Annotated[int, Field(ge=0)] = 50
-    norm_clip: Annotated[float, Field(gt=0)] | None = 10.0
+    norm_clip: Annotated[float, Field(gt=0)] | None = 2.0
+
+
+class CombineRule(_Part):
+    """What becomes of the updates of a version: their weighted mean, or a robust statistic over the distinct nodes that
+    `liars` of them, whatever they send, cannot move far; see `arithmetic/robust` for the formulas.
+
+    Of a node with several updates at hand the mean counts. A robust rule needs 2·`liars` + 3 distinct nodes for every
+    version, and waits for them, without a grace time. `iterations`: of the two that iterate (None: 32 of the geometric
+    median, 3 of centred clipping). `smoothing`: the least distance of the geometric median, as a share of the nodes'
+    median norm. `radius`: the L2 norm that centred clipping cuts to; None: the nodes' median distance.
+    """
+
+    how: Literal["mean", "median", "trimmed-mean", "geometric-median", "centered-clip"] = "mean"
+    liars: Annotated[int, Field(ge=0, le=10_000)] = 1
+    iterations: Annotated[int, Field(ge=1, le=1000)] | None = None
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def robust(self) -> bool:
+        return self.how != "mean"
+
+    @property
+    def needs(self) -> int:
+        """The distinct nodes without which there is no version: with 2f + 1 a majority is honest, with two more the
+        honest ones are more than one around whatever is in the middle."""
+        return 2 * self.liars + 3 if self.robust else 1
 
 
 class AggregationRule(_Part):
@@ -63,6 +90,20 @@ class AggregationRule(_Part):
     buffer: BufferRule = BufferRule()
     outer: OuterOptimizer = OuterOptimizer()
     guards: GuardRule = GuardRule()
+    combine: CombineRule = CombineRule()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> AggregationRule:
+        if self.combine.robust and self.outer.rho is not None:
+            raise ValueError(
+                f"outer.rho is for a mean of updates: with combine.how = {self.combine.how!r} set outer.lr instead"
+            )
+        if self.combine.robust and self.weights.samples_power > 0:
+            raise ValueError(
+                f"with combine.how = {self.combine.how!r} every node counts once, whatever samples it claims: "
+                "set weights.samples_power = 0"
+            )
+        return self
 
     @property
     def synchronous(self) -> bool:
@@ -100,6 +141,16 @@ def aggregation_rule(preset: str, changes: Mapping[str, Any] | None = None) -> A
         for section, values in source.items():
             merged[section] = {**merged.get(section, {}), **values}
     return AggregationRule.model_validate(merged)
+
+
+def check_nodes(rule: AggregationRule, nodes: int, where: str) -> None:
+    """Raises UserError if so many nodes, of which `where` speaks, are too few for a robust rule."""
+    combine = rule.combine
+    if nodes < combine.needs:
+        raise UserError(
+            f"rule.combine.how = {combine.how!r} with liars = {combine.liars} needs {combine.needs} distinct nodes, "
+            f"and {where} {nodes}; more nodes, fewer liars, or how = 'mean'"
+        )
 
 
 def warnings(rule: AggregationRule) -> list[str]:

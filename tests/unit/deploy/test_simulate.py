@@ -206,7 +206,8 @@ def test_a_killed_node_comes_back_as_the_same(tmp_path: Path) -> None:
 
 def test_a_node_returns_as_often_as_it_is_fast(tmp_path: Path) -> None:
     """Under a rule that waits for nobody."""
-    run = simulated(tmp_path / "out", nodes=2, returns=40, speeds=(1, 16), rule=aggregation_rule("fedasync"))
+    rule = aggregation_rule("fedasync", {"guards": {"norm_clip": None}})  # else the first waits for the second's
+    run = simulated(tmp_path / "out", nodes=2, returns=40, speeds=(1, 16), rule=rule)
     slow, fast = (sum(receipt.accepted for receipt in node.receipts()) for node in run.nodes)
     assert 13 <= fast / slow <= 20
     # 80 updates of 10 steps, 17 steps a second together
@@ -257,3 +258,22 @@ def test_a_node_that_is_back_before_its_goodbye_has_left_sends_the_rest_then(tmp
         receipts = node.receipts()
         assert [receipt.sequence for receipt in receipts] == list(range(len(receipts))) and node.owed() == 0
         assert node.bytes_up > 1040 * len(receipts), "the bytes of all its processes are counted"
+
+
+@pytest.mark.parametrize("how", ["median", "centered-clip"])
+def test_a_robust_rule_is_simulated_replayed_and_refused_where_nodes_are_too_few(
+    command: Command, tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("simulate", "--returns", 4, "--steps", 3, "--set", f"combine.how={how}", "--out", out)
+    code, _, told = command(*arguments, "--nodes", 4)
+    assert code == 2 and f"'{how}' with liars = 1 needs 5 distinct nodes, and --nodes is 4" in told
+    code, printed, told = command(*arguments, "--nodes", 6)
+    assert code == 0, told
+    code, printed, _ = command("replay", "--state", out)
+    assert code == 0 and "identical" in printed
+    assert command("log", "verify", "--state", out)[0] == 0
+    code, printed, _ = command("replay", "--state", out, "--set", "combine.how=trimmed-mean")
+    assert code == 0 and "updates counted" in printed
+    code, _, told = command("replay", "--state", out, "--set", "combine.liars=2")
+    assert code == 2 and "needs 7 distinct nodes, and there are in the log 6" in told

@@ -57,8 +57,11 @@ class Federation:
         self.record(Get(sender="operator", encoder_type="text"))
         self.encoder = next(iter(self.fold.coordinator.state.encoders))
         for node in "abc":
-            self.record(Join(node=node, incarnation="i", types=["text"]))
-            self.record(InstructionAck(node=node, incarnation="i", encoder=self.encoder, accepted=True, samples=10))
+            self.join(node)
+
+    def join(self, node: str) -> None:
+        self.record(Join(node=node, incarnation="i", types=["text"]))
+        self.record(InstructionAck(node=node, incarnation="i", encoder=self.encoder, accepted=True, samples=10))
 
     def record(self, body: Loggable, facts: UpdateFacts | None = None, payload: str | None = None) -> None:
         self.at += 1.0

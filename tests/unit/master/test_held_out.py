@@ -15,7 +15,7 @@ from common.wire.codec import decode, encode
 from common.wire.messages import Continue, Leave, ReturnWhen, Stop, UpdateManifest, UpdateRule
 from master_service.arithmetic.export import card
 from master_service.decisions.rules.model import aggregation_rule
-from master_service.decisions.settings import LossPlateau, Settings, StopRule
+from master_service.decisions.settings import Claims, LossPlateau, Settings, StopRule
 from master_service.decisions.state import EncoderState, State
 from tests.builders import update_manifest
 from tests.unit.scenario import Scenario
@@ -27,11 +27,14 @@ ARRIVAL = aggregation_rule("fedasync")
 class Run:
     """Every update is a version of its own, and members measure one of every ten."""
 
-    def __init__(self, *nodes: str, plateau: LossPlateau | None = None, every: int = 10) -> None:
+    def __init__(
+        self, *nodes: str, plateau: LossPlateau | None = None, every: int = 10, claims: Claims = "checked"
+    ) -> None:
         self.scenario = Scenario(
             rule=ARRIVAL,
             stop=StopRule(versions=100_000, plateau=plateau),
             update_rule=UpdateRule(evaluate_every=every),
+            claims=claims,
         )
         self.name = self.scenario.generate()
         for node in nodes:
@@ -60,8 +63,16 @@ class Run:
         self.until(start + 10, next(iter(losses)))
 
 
-def test_a_window_is_the_mean_of_those_who_measured_in_it_and_closes_when_ten_more_are_made() -> None:
-    run = Run("a", "b")
+@pytest.mark.parametrize("claims", ["taken", "checked"])
+def test_a_window_is_of_those_who_measured_in_it_and_closes_when_ten_more_are_made(claims: Claims) -> None:
+    run = Run("a", "b", claims=claims)
+    if claims == "checked":
+        run.update("a"), run.update("b")  # the first version waits for both
+        run.until(10, "a")
+        run.window({"a": 4.0, "b": 2.0})
+        run.until(40, "a")
+        assert (run.encoder.best_held_out, run.encoder.best_version) == (3.0, 11)
+        return
     run.window({"a": 4.0, "b": 2.0})
     assert run.encoder.held_out is None, "somebody may be slow"
     assert run.encoder.members["a"].held_out == (0, 4.0) and run.encoder.members["b"].held_out == (1, 2.0)
@@ -75,20 +86,26 @@ def test_a_window_is_the_mean_of_those_who_measured_in_it_and_closes_when_ten_mo
     assert run.encoder.members["b"].held_out == (4, 0.5), "it is that member's newest all the same"
 
 
-def test_nobodys_coming_or_going_passes_for_a_gain() -> None:
-    run = Run("easy", "hard", "third")
+@pytest.mark.parametrize("claims", ["taken", "checked"])
+def test_nobodys_coming_or_going_passes_for_a_gain(claims: Claims) -> None:
+    run = Run("easy", "hard", "third", claims=claims)
+    if claims == "checked":
+        run.update("easy"), run.update("hard")  # the first version waits for a second node
+        run.until(10, "easy")
+    first = run.encoder.version
     run.window({"easy": 2.0, "hard": 5.0, "third": 2.0})
     run.window({"easy": 2.1, "third": 2.1})  # the hard one is away: a lower mean, and still worse
     run.window({"easy": 1.0, "hard": 4.9, "third": 2.0})
     run.window({"easy": 0.1})  # too few of those whom the best is made of
-    run.until(60, "easy")
-    assert run.encoder.best_held_out == pytest.approx((1.0 + 4.9 + 2.0) / 3) and run.encoder.best_version == 22
+    run.until(60 + first, "easy")
+    loss = (1.0 + 4.9 + 2.0) / 3 if claims == "taken" else 2.0  # their mean, or median
+    assert run.encoder.best_held_out == pytest.approx(loss) and run.encoder.best_version == 22 + first
     assert run.encoder.held_out == run.encoder.best_held_out, "what cannot be compared is not shown either"
     for node in ("hard", "third"):
         run.scenario.apply(Leave(node=node, incarnation="first"))
     run.window({"easy": 0.9})  # the others have gone for good
-    run.until(90, "easy")
-    assert (run.encoder.best_held_out, run.encoder.best_version) == (0.9, 60)
+    run.until(90 + first, "easy")
+    assert (run.encoder.best_held_out, run.encoder.best_version) == (0.9, 60 + first)
 
 
 def test_the_plateau_goes_by_held_out_losses_where_there_are_any() -> None:
