@@ -26,7 +26,7 @@ from node_service.corpus.corpus import Corpus
 from node_service.evaluation.probe import linear_probe
 from node_service.training.trainer import Trainer
 
-#: Rate and decay of the encoder that is trained alone: what most organisations alone chose in docs/learning.md.
+#: Rate and decay of the encoder that is trained alone: what `compare --arms alone` chose; see docs/learning.md.
 ALONE = InnerOptimizer(lr=6e-3, weight_decay=0.1)
 #: Few labels: rows of each label, and how often they are drawn.
 _LABELS, _DRAWS = 16, 10

@@ -209,7 +209,7 @@ def configuration(
         "[compare]",
         f"steps = {steps}",
         "seeds = 1",
-        "learning_rates = [2e-3, 4e-3, 8e-3]",
+        "learning_rates = [3e-3, 6e-3, 1.2e-2]",
         "weight_decays = [0.01, 0.1]",
     ]
     for index, (name, (train, test)) in enumerate(corpora.items()):
