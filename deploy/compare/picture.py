@@ -73,11 +73,9 @@ def draw(
             axes.spines[side].set_visible(False)
         figure.suptitle("What training together changes, for each organisation", fontsize=22, x=0.02, ha="left")
         ncols = 1 if len(arms) < 3 else 2
-        if not arms:
-            pass  # there is nothing to be told apart
-        elif below:  # each panel has its own
+        if arms and below:  # each panel has its own
             axes.legend(loc="upper left", bbox_to_anchor=(0.0, -1.0 / height), ncols=ncols, frameon=False)
-        else:
+        elif arms:
             figure.legend(loc="outside lower left", ncols=ncols, frameon=False)
         bars = "thin: 95 % over held-out documents"
         if seeds > 1:
