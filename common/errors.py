@@ -35,6 +35,7 @@ _WORDS = 300
 PoisonReason = Literal[
     "checksum",
     "digest",
+    "headers",
     "invalid",
     "kills",
     "layout",

@@ -15,7 +15,7 @@ from common.crash_points import reached
 from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
 from common.wire.broker import Broker, Delivery
-from common.wire.codec import decode
+from common.wire.codec import received
 from common.wire.messages import (
     Answer,
     AssetEntry,
@@ -131,7 +131,7 @@ class Node:
         """Handle one message from the master, and ack it."""
         self._master_at = self._clock.monotonic()
         try:
-            message = decode(delivery.body)
+            message = received(delivery)
         except Poison as poison:
             log.warning("message set aside", node=self.name, reason=poison.reason, detail=poison.detail)
             self._broker.dead_letter(delivery, poison.reason, poison.detail)

@@ -8,6 +8,7 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import Poison
+from common.wire.broker import Delivery
 from common.wire.messages import SCHEMA_VERSION, AnyMessage, Message
 from common.wire.topology import MAX_BODY_BYTES
 
@@ -18,6 +19,13 @@ def encode(message: Message) -> bytes:
     """The msgpack body of a message."""
     body: bytes = msgpack.packb(message.model_dump(mode="python"), use_bin_type=True)
     return body
+
+
+def received(delivery: Delivery) -> Message:
+    """The message of a delivery. Raises Poison, also where only what stands beside the body cannot be read."""
+    if delivery.unreadable:
+        raise Poison("headers", delivery.unreadable)
+    return decode(delivery.body)
 
 
 def decode(body: bytes) -> Message:

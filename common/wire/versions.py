@@ -9,7 +9,7 @@ from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
 from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Subscription, Timestamp
-from common.wire.codec import decode, encode
+from common.wire.codec import encode, received
 from common.wire.messages import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, payload_digest
@@ -237,7 +237,7 @@ class VersionReader:
 
     def _take(self, search: _Search, delivery: Delivery) -> None:
         try:
-            chunk = decode(delivery.body)
+            chunk = received(delivery)
             if not isinstance(chunk, ParameterChunk):
                 return
             done = self._assembly.add(chunk)
