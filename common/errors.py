@@ -14,6 +14,7 @@ SharedEncoderError
 ├── WordsNeeded        an encoder type makes its assets of words that nodes contribute
 ├── NotProbed          these samples and this model allow no probe
 └── UserError          wrong configuration, missing file, no samples: one line, exit code 2
+    ├── CannotBuild         an encoder type fails on what an instruction asks for
     ├── AccessRefused       wrong account or password, or no permission at the broker
     ├── FilesRefused        files of a corpus that cannot be read right: one line, or one for each
     └── OwnersCodeError     code of the owner or of another package raised
@@ -39,6 +40,7 @@ _FILES = 10
 PoisonReason = Literal[
     "checksum",
     "digest",
+    "headers",
     "invalid",
     "kills",
     "layout",
@@ -46,6 +48,7 @@ PoisonReason = Literal[
     "oversize",
     "schema-version",
     "sender",
+    "size",
     "unexpected-kind",
     "unknown-kind",
 ]
@@ -115,6 +118,18 @@ class UserError(SharedEncoderError):
     def public(self) -> str:
         """What others may be told of it over the broker: nothing that could be out of a sample."""
         return str(self)
+
+
+class CannotBuild(UserError):
+    """What an instruction asks for cannot be built here; what was raised may be out of a sample, and is for the log."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"what the instruction asks for cannot be built: {type(error).__name__}: {error}"[:_WORDS])
+        self._kind = type(error).__name__
+
+    @property
+    def public(self) -> str:
+        return f"what the instruction asks for cannot be built ({self._kind})"
 
 
 class AccessRefused(UserError):

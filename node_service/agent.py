@@ -75,12 +75,14 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Read the newest version ≥ `at_least` from the stream (`exact`: that very one)."""
+    """Read the newest version ≥ `at_least` from the stream (`exact`: that very one). `digest`: that of `at_least`, if
+    the master has said it."""
 
     encoder: str
     at_least: int
     published_at: float
     exact: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ class Agent:
             case Rule() if self._is_built(message.encoder):
                 return self._ruled(message)
             case Notice() if self._is_built(message.encoder):
-                return self._read(message.version, message.published_at)
+                return self._read(message.version, message.published_at, message.digest)
         return []
 
     def mistaken(self) -> list[Action]:
@@ -202,6 +204,14 @@ class Agent:
         if refusal and self._is_current(instruction.encoder):
             self.current = None
         return [self._acknowledge(instruction, samples, refusal), *([] if self.current else self._next())]
+
+    def rule_refused(self, encoder: str, why: str) -> list[Action]:
+        """A rule has come that this node cannot train by. With one that it can it goes on; without one it lets go of
+        the encoder, and the master is told why."""
+        if not self._is_built(encoder) or self.rule is not None or self.current is None:
+            return []
+        refused, self.current = self.current, None
+        return [self._acknowledge(refused, 0, why), *self._next()]
 
     def lacks_assets(self, instruction: Instruction) -> list[Action]:
         """The answer to CheckSamples, or to what is to be resumed, if assets are not here: they are read first."""
@@ -379,15 +389,16 @@ class Agent:
             return []  # it is on its way: an update refused as finished brings a Finish of its own
         self.finishing, self.wanted = finish, finish.version
         exact = finish.version <= self.lost
-        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact)]
+        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact, digest=finish.digest)]
 
-    def _read(self, version: int, published_at: float) -> list[Action]:
+    def _read(self, version: int, published_at: float, digest: str = "") -> list[Action]:
         """Read each version once, and only if it is newer than what is here or on its way."""
         assert self.current is not None
         if version <= max(self.version, self.wanted):
             return []
         self.wanted = version
-        return [Read(self.current.encoder, version, published_at, exact=version <= self.lost)]
+        exact = version <= self.lost
+        return [Read(self.current.encoder, version, published_at, exact=exact, digest=digest)]
 
     def _turn(self) -> list[Action]:
         """The current encoder is done with: turn to the next."""

@@ -12,10 +12,11 @@ import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import Poison, UserError
+from common.errors import CannotBuild, Poison, SharedEncoderError, UserError
 from common.events import BrokerWatch, happened
+from common.numbers.layout import Layout
 from common.wire.broker import Broker, Delivery
-from common.wire.codec import decode
+from common.wire.codec import received
 from common.wire.messages import (
     Answer,
     AssetEntry,
@@ -26,6 +27,7 @@ from common.wire.messages import (
     Pulse,
     Receipt,
     Rule,
+    UpdateRule,
     update_id,
 )
 from common.wire.topology import Topology
@@ -50,12 +52,14 @@ from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
 from node_service.handover.contributing import Contributions, answer
+from node_service.handover.deadly import name_of
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, Reading, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.training.training import Training, update_manifest
+from node_service.training.update_rule import impossible
 
 log = structlog.get_logger()
 
@@ -114,6 +118,8 @@ class Node:
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
         self._connection = BrokerWatch(clock, node=name)
+        #: The rule by which a step was taken.
+        self._tried: UpdateRule | None = None
 
     # --- what drives it ----------------------------------------------------------------------------------------------
 
@@ -131,7 +137,7 @@ class Node:
         """Handle one message from the master, and ack it."""
         self._master_at = self._clock.monotonic()
         try:
-            message = decode(delivery.body)
+            message = received(delivery)
         except Poison as poison:
             log.warning("message set aside", node=self.name, reason=poison.reason, detail=poison.detail)
             self._broker.dead_letter(delivery, poison.reason, poison.detail)
@@ -143,7 +149,10 @@ class Node:
         if isinstance(message, Answer) and not message.accepted:
             log.error("the master cannot make this encoder", problem=message.detail)
         mistaken = isinstance(message, Receipt) and self._handover.mistaken(message)
-        self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
+        if isinstance(message, Rule) and (why := self._refused(message)):
+            self._refuse_rule(message, why)
+        else:
+            self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
         reached("node before ack")
         self._broker.ack(delivery)
         reached("node after ack")
@@ -253,12 +262,21 @@ class Node:
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
-        took = training.step() + self._clock.monotonic() - before
+        took = self._step(training) + self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
         if training.finishing is not None:
             self._ending.stepped(training, training.finishing)
         most = self.config.max_steps_per_second
         return took if most is None else max(took, 1.0 / most)
+
+    def _step(self, training: Training) -> float:
+        """One step; the first by a rule is tried with a mark, because it may be the end of this process."""
+        if self._tried == training.rule:
+            return training.step()
+        with self.state.guard.at(_trial(training.instruction.encoder, training.rule)):
+            took = training.step()
+        self._tried = training.rule
+        return took
 
     def _account(self, training: Training | None, now: float, ready: bool) -> None:
         """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
@@ -354,7 +372,11 @@ class Node:
                     self._go_on(action.rule)
                 case Read():
                     self.reading.read(
-                        self._trained().instruction, action.at_least, action.published_at, exact=action.exact
+                        self._trained().instruction,
+                        action.at_least,
+                        action.published_at,
+                        exact=action.exact,
+                        digest=action.digest,
                     )
                 case Look():
                     self.reading.look(self._trained().instruction, action.at_least)
@@ -396,7 +418,23 @@ class Node:
         assert self.training is not None, "the agent reads versions only of an encoder whose training was built"
         return self.training
 
+    def _refused(self, rule: Rule) -> str:
+        """Why this node does not train by a rule; empty if it does."""
+        return impossible(rule.update_rule) or self.state.guard.fatal(_trial(rule.encoder, rule.update_rule))
+
+    def _refuse_rule(self, rule: Rule, why: str) -> None:
+        log.error("refusing the rule", node=self.name, encoder=rule.encoder, problem=why)
+        refused = self._agent.rule_refused(rule.encoder, f"the rule is refused: {why}")
+        if refused:
+            self._ending.end(self.training)
+            self.training = None
+            self.figures.note = f"refused the rule of {rule.encoder}: {why}"
+        self._perform(refused)
+
     def _go_on(self, rule: Rule) -> None:
+        if rule.unknown:
+            fields = ", ".join(rule.unknown)
+            log.warning("of the rule this release leaves out what it does not know", node=self.name, fields=fields)
         training = self._trained()
         self._ending.end(self.training)
         training.retune(rule.update_rule, rule.progress)
@@ -416,6 +454,10 @@ class Node:
         if (assets := self.state.assets.read(current.instruction.assets)) is None:
             log.warning("assets of the encoder are gone from the disk, reading them", node=self.name, encoder=encoder)
             self._perform(self._agent.lacks_assets(current.instruction))
+            return
+        if why := self._refused(current.rule):
+            log.error("cannot go on by the rule", node=self.name, encoder=encoder, problem=why)
+            self.state.forget_current()
             return
         try:
             training = self._begin(current.instruction, corpus, assets)
@@ -487,7 +529,19 @@ class Node:
         self.figures.note = "building the model"
         ledger = self.state.ledger(instruction.encoder)
         self._wait_until_version = ledger.wait_until_version
-        self.training = self._build(instruction, corpus, ledger, assets)
+        name = name_of("instruction", instruction)
+        if why := self.state.guard.fatal(name):
+            raise UserError(why)
+        if Layout(instruction.layout).digest != instruction.layout_digest:
+            raise UserError("the instruction's layout does not match its digest")
+        with self.state.guard.at(name):
+            try:
+                self.training = self._build(instruction, corpus, ledger, assets)
+            except (SharedEncoderError, OSError):
+                raise
+            except Exception as error:  # whatever an encoder type makes of an architecture that is none
+                log.error("building failed", node=self.name, encoder=instruction.encoder, exc_info=error)
+                raise CannotBuild(error) from error
         self.figures.steps = self.training.steps
         # to build it takes a while, in which nothing could be heard, and the master was not waited for
         self._heard_at = self._looked_at = self._clock.monotonic()
@@ -569,6 +623,10 @@ class Node:
         if self.training is not None and self.training.finishing is None:
             self.training = None
         self._perform(self._agent.join())
+
+
+def _trial(encoder: str, rule: UpdateRule) -> str:
+    return name_of("rule", encoder, rule)
 
 
 def _shown(assets: Sequence[AssetEntry]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,3 +47,26 @@ def update_manifest(
 def update_chunks(manifest: UpdateManifest, bodies: Sequence[bytes]) -> list[UpdateChunk]:
     """All chunks of an update."""
     return [update_chunk(manifest, index, body) for index, body in enumerate(bodies)]
+
+
+def header_table(*fields: bytes) -> bytes:
+    """A header table of AMQP: a name of one letter before each value."""
+    content = b"".join(b"\x01" + bytes([ord("a") + index]) + field for index, field in enumerate(fields))
+    return struct.pack(">I", len(content)) + content
+
+
+def _levels(count: int) -> bytes:
+    inner = header_table()
+    for _ in range(count):
+        inner = header_table(b"F" + inner)
+    return b"F" + inner
+
+
+#: Values of headers that the driver fails on. RabbitMQ carries all but the numbers, whose publisher it cuts off.
+ODD_FIELDS = {
+    "a time out of range": b"T" + struct.pack(">Q", 2**63),
+    "the year 36812": b"T" + struct.pack(">Q", 1 << 40),
+    "a number that is none": b"f" + struct.pack(">f", float("nan")),
+    "infinity in a list": b"A" + struct.pack(">I", 9) + b"d" + struct.pack(">d", float("inf")),
+    "1,500 levels": _levels(1_500),
+}

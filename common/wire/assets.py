@@ -14,7 +14,7 @@ from contextlib import suppress
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
 from common.wire.broker import Broker, Delivery, Publication, Subscription
-from common.wire.codec import decode, encode
+from common.wire.codec import encode, received
 from common.wire.messages import ASSET_CHUNK_BYTES, AssetChunk, AssetEntry
 from common.wire.topology import Topology
 from common.wire.transfer import checksum, verify
@@ -162,7 +162,7 @@ class AssetReader:
 
     def _taken(self, delivery: Delivery) -> tuple[AssetEntry, bytes] | None:
         try:
-            chunk = decode(delivery.body)
+            chunk = received(delivery)
             return self._assembly.add(chunk) if isinstance(chunk, AssetChunk) else None
         except Poison:
             return None  # not on the stream for this reader; another copy will be

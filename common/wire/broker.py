@@ -43,7 +43,8 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message as it came. `handle` is the broker's own; a handle of a lost connection is acked without effect."""
+    """One message as it came. `handle` is the broker's own; a handle of a lost connection is acked without effect.
+    `unreadable`: what beside the body could not be read, in words; such a message is to be set aside."""
 
     queue: str
     exchange: str
@@ -56,6 +57,7 @@ class Delivery:
     timestamp: float | None
     offset: int | None
     handle: object = field(repr=False)
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,13 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import Poison
-from common.wire.messages import SCHEMA_VERSION, AnyMessage, Message
-from common.wire.topology import MAX_BODY_BYTES
+from common.wire.bounds import CONTROL, Limits, check
+from common.wire.broker import Delivery
+from common.wire.messages import DOOR, SCHEMA_VERSION, AnyMessage, Message
 
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(AnyMessage)
+#: Characters of a stranger's value in a line of ours.
+_WORDS = 80
 
 
 def encode(message: Message) -> bytes:
@@ -20,28 +23,42 @@ def encode(message: Message) -> bytes:
     return body
 
 
-def decode(body: bytes) -> Message:
-    """The message of a body; sizes are bounded before anything is allocated. Raises Poison."""
-    plain = _unpack(body)
+def received(delivery: Delivery, limits: Limits = CONTROL) -> Message:
+    """The message of a delivery. Raises Poison, also where only what stands beside the body cannot be read."""
+    if delivery.unreadable:
+        raise Poison("headers", delivery.unreadable)
+    return decode(delivery.body, limits)
+
+
+def decode(body: bytes, limits: Limits = CONTROL) -> Message:
+    """The message of a body; what it may hold is bounded before anything is built of it. Raises Poison."""
+    plain = _unpack(body, limits)
     version = plain.get("schema_version")
-    if version != SCHEMA_VERSION:
-        detail = f"this program reads schema version {SCHEMA_VERSION}, the message has {version!r}"
-        raise Poison("schema-version", detail[:200])
+    if type(version) is not int or version != SCHEMA_VERSION:
+        detail = f"this program reads schema version {SCHEMA_VERSION}, the message has {shown(version)}"
+        raise Poison("schema-version", detail)
     try:
-        return _ADAPTER.validate_python(plain)
+        return _ADAPTER.validate_python(plain, context=DOOR)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            raise Poison("unknown-kind", f"no message kind {plain.get('kind')!r}"[:200]) from None
-        where = ".".join(str(part) for part in first["loc"])
-        raise Poison("invalid", f"{where}: {first['msg']}") from None
+            raise Poison("unknown-kind", f"no message kind {shown(plain.get('kind'))}") from None
+        where = ".".join(str(part)[:_WORDS] for part in first["loc"][:8])
+        raise Poison("invalid", f"{where}: {first['msg'][:_WORDS]}") from None
 
 
-def _unpack(body: bytes) -> dict[str, Any]:
-    if len(body) > MAX_BODY_BYTES:
-        raise Poison("oversize", f"{len(body)} bytes, at most {MAX_BODY_BYTES} are read")
+def shown(value: object) -> str:
+    """A stranger's value in words: never the whole of it, whatever it is."""
+    if isinstance(value, str | bytes):
+        return repr(value[:_WORDS]) + ("…" if len(value) > _WORDS else "")
+    if value is None or isinstance(value, int | float):
+        return repr(value)[:_WORDS]
+    return f"a {type(value).__name__}"
+
+
+def _unpack(body: bytes, limits: Limits) -> dict[str, Any]:
+    check(body, limits)
     try:
-        # msgpack bounds every length by the buffer's own size, so no header can claim more than was sent
         plain = msgpack.unpackb(body, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise Poison("not-msgpack", str(error)[:200] or type(error).__name__) from None

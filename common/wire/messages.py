@@ -10,13 +10,54 @@ import hashlib
 import math
 from typing import Annotated, Any, Literal, TypeGuard, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from common.numbers.slicing import EncodingName
+from common.numbers.slicing import EncodingName, slice_bytes
+from common.wire.bounds import MAX_FLOAT, MAX_WHOLE
 from common.wire.topology import MIB
 
 SCHEMA_VERSION = 1
 
+#: So many of the fields that are not known are named.
+_NAMED = 8
+
+#: The context in which what comes over the broker is validated. What was taken in once is read again from logs and
+#: state without it: a bound that came later must not make an old log unreadable.
+DOOR: dict[str, bool] = {"door": True}
+
+
+def _at_the_door(most: float) -> AfterValidator:
+    """A bound on what comes in: on a number, or on the characters of a string."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        size = len(value) if isinstance(value, str) else abs(value)
+        if info.context is DOOR and most < size < math.inf:
+            raise ValueError(f"beyond {most:g}, which is the most that is read")
+        return value
+
+    return AfterValidator(check)
+
+
+def _finite_at_the_door(value: float, info: ValidationInfo) -> float:
+    if info.context is DOOR and not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+_FINITE = AfterValidator(_finite_at_the_door)
+Positive = Annotated[float, Field(gt=0), _FINITE]
+#: A whole number given for it becomes one with a point: receipts are hashed as they are written.
+_WITH_POINT = AfterValidator(float)
 #: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 #: The highest number of an attempt; far below the end of `Count`, so that the next attempt still has a number.
@@ -27,12 +68,27 @@ MAX_COUNT = (1 << 62) - 1
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 #: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
 ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: Up to thirty thousand years: whoever shows a time or a moment can.
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _WITH_POINT, _at_the_door(1e12)]
+#: A share of something, such as how far the training is.
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _WITH_POINT]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), _WITH_POINT]
+#: A training loss; one that has diverged is NaN or infinite, and is told as it is.
+Loss = Annotated[float, _WITH_POINT]
 #: A loss that was measured on held-out samples; a model that has diverged has none.
-HeldOut = Annotated[float, Field(allow_inf_nan=False)]
+HeldOut = Annotated[float, Field(allow_inf_nan=False), _WITH_POINT]
 Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
 #: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
-LayoutEntries = Annotated[list[tuple[str, Shape]], Field(max_length=100_000, fail_fast=True)]
+TensorName = Annotated[str, _at_the_door(1000)]
+LayoutEntries = Annotated[
+    list[Annotated[tuple[TensorName, Shape], Strict(False)]], Field(max_length=100_000, fail_fast=True)
+]
+#: xxh3-64, hexadecimal.
+Checksum = Annotated[str, Field(max_length=16)]
+#: The largest slice is of float32.
+ChunkData = Annotated[bytes, Field(max_length=slice_bytes("float32"))]
+#: One of a few words.
+Term = Annotated[str, Field(max_length=64)]
 
 
 def _plain(value: Any, depth: int = 16) -> Any:
@@ -68,7 +124,7 @@ class AssetEntry(BaseModel):
     """What nodes need of an encoder beside its architecture, such as a tokenizer, by name. `digest` is the sha256 of
     its `size` bytes."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     name: AssetName
     digest: Digest
@@ -96,8 +152,9 @@ Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH), AfterVali
 class Message(BaseModel):
     """What all messages share."""
 
-    # messages are kept as JSON too (owed updates, snapshots): a loss that is NaN stays NaN there
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+    # messages are kept as JSON too (owed updates, snapshots): a loss that is NaN stays NaN there. Strict: no digits as
+    # strings, which would be numbers of any length
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, ser_json_inf_nan="constants")
 
     schema_version: Literal[1] = 1
 
@@ -163,9 +220,9 @@ class Words(NodeMessage):
     encoder: Id
     documents: Count = 0
     min_documents: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 2
-    words: Annotated[list[tuple[Word, Count]], Field(max_length=MAX_WORDS, fail_fast=True)] = Field(
-        default_factory=list
-    )
+    words: Annotated[
+        list[Annotated[tuple[Word, Count], Strict(False)]], Field(max_length=MAX_WORDS, fail_fast=True)
+    ] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _bounded(self) -> Words:
@@ -198,10 +255,10 @@ class Alive(NodeMessage):
 
     kind: Literal["request.alive"] = "request.alive"
     encoder: Id | None = None
-    version: int = -1
+    version: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = -1
     steps: Count = 0
-    steps_per_second: float = 0.0
-    loss: float | None = None
+    steps_per_second: Annotated[Amount, _at_the_door(1e12)] = 0.0
+    loss: Loss | None = None
     waiting_seconds: Seconds = 0.0
     bytes_sent: Count = 0
     note: Text = ""
@@ -261,7 +318,7 @@ class UpdateManifest(NodeMessage):
     steps: Count
     samples: Count
     seconds: Seconds
-    loss: float
+    loss: Loss
     wants_version: bool = True
     encoding: EncodingName
     layout_digest: Digest
@@ -286,8 +343,8 @@ class UpdateChunk(NodeMessage):
     attempt: Count
     order: Count = 0
     index: Count
-    checksum: str
-    data: bytes
+    checksum: Checksum
+    data: ChunkData
 
 
 # --- master → nodes --------------------------------------------------------------------------------------------------
@@ -324,10 +381,10 @@ class ReturnWhen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: Annotated[int, Field(ge=1)] | None = None
-    seconds: Annotated[float, Field(gt=0)] | None = None
+    seconds: Positive | None = None
     samples: Annotated[int, Field(ge=1)] | None = None
-    loss_change: Annotated[float, Field(gt=0)] | None = None
-    drift: Annotated[float, Field(gt=0)] | None = None
+    loss_change: Positive | None = None
+    drift: Positive | None = None
 
 
 class InnerOptimizer(BaseModel):
@@ -336,10 +393,10 @@ class InnerOptimizer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: Annotated[float, Field(gt=0)] = 5e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    lr: Positive = 5e-3
+    weight_decay: Annotated[float, Field(ge=0), _FINITE] = 0.01
+    betas: tuple[Annotated[float, _FINITE], Annotated[float, _FINITE]] = (0.9, 0.999)
+    gradient_clip: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -390,8 +447,30 @@ class UpdateRule(BaseModel):
     finish: FinishRule = FinishRule()
 
 
+def _split(model: type[BaseModel], plain: dict[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
+    """What a model and those in it know of a table of values, and the names of what they do not know."""
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in plain.items():
+        field = model.model_fields.get(name)
+        if field is None:
+            unknown.append(f"{where}{str(name)[:64]}")
+            continue
+        inner = field.annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            value, more = _split(inner, value, f"{where}{name}.")
+            unknown += more
+        known[name] = tuple(value) if isinstance(value, list) else value
+    return known, unknown
+
+
 class Rule(Message):
-    """The update rule of one node, and where the current parameter set is to be read."""
+    """The update rule of one node, and where the current parameter set is to be read.
+
+    A rule in a file may have no field that is not known, because it would be a misspelt one. In a message it is a newer
+    master's: like any other of a message it is left out, and `unknown`, which does not travel, names it. An older node
+    that refused it would be out of the training without a word.
+    """
 
     kind: Literal["rule"] = "rule"
     encoder: Id
@@ -399,7 +478,21 @@ class Rule(Message):
     update_rule: UpdateRule
     version: Count
     published_at: Seconds
-    progress: float = 0.0
+    progress: Fraction = 0.0
+    unknown: list[str] = Field(default_factory=list, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, plain: Any, info: ValidationInfo) -> Any:
+        if not isinstance(plain, dict) or not isinstance(came := plain.get("update_rule"), dict):
+            return plain
+        known, unknown = _split(UpdateRule, came)
+        try:
+            rule = UpdateRule.model_validate(known, strict=True, context=info.context)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return {**plain, "update_rule": rule, "unknown": unknown[:_NAMED]}
 
 
 #: Why an update is refused. finished: the training has ended. unknown-encoder: none of that id is trained here.
@@ -439,11 +532,11 @@ class Receipt(Message):
     sequence: Count
     digest: Digest
     accepted: bool
-    reason: str = ""
+    reason: Term = ""
     detail: Text = ""
     version: Count
     staleness: Count = 0
-    weight: float = 0.0
+    weight: Amount = 0.0
     return_count: Count = 0
     previous: Digest | Literal[""] = ""
 
@@ -497,7 +590,7 @@ class Notice(Message):
     version: Count
     digest: Digest
     published_at: Seconds
-    progress: float = 0.0
+    progress: Fraction = 0.0
 
 
 class Finish(Message):
@@ -526,8 +619,8 @@ class Answer(Message):
     accepted: bool
     encoder: Id | None = None
     encoder_type: Id | None = None
-    status: str = ""
-    version: int = -1
+    status: Term = ""
+    version: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = -1
     digest: Digest | None = None
     architecture: Architecture | None = None
     layout: LayoutEntries | None = None
@@ -544,11 +637,24 @@ class Pulse(Message):
     epoch: Count
 
 
+def _readable(value: Any) -> Any:
+    """A report's values, with numbers that are out of bounds moved to them: sums of what strangers claimed may be."""
+    if isinstance(value, dict):
+        return {name: _readable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(item) for item in value]
+    if isinstance(value, int):
+        return value if abs(value) <= MAX_WHOLE else MAX_WHOLE if value > 0 else -MAX_WHOLE
+    if isinstance(value, float) and MAX_FLOAT < abs(value) < math.inf:
+        return math.copysign(MAX_FLOAT, value)
+    return value
+
+
 class StatusReport(Message):
     """The running federation, for people: see `master_service.status`."""
 
     kind: Literal["status"] = "status"
-    report: dict[str, Any]
+    report: Annotated[dict[str, Any], BeforeValidator(_readable)]
 
 
 class ParameterChunk(Message):
@@ -564,9 +670,9 @@ class ParameterChunk(Message):
     layout_digest: Digest
     size: Count
     digest: Digest
-    progress: float = 0.0
-    checksum: str
-    data: bytes
+    progress: Fraction = 0.0
+    checksum: Checksum
+    data: ChunkData
 
 
 class AssetChunk(Message):
@@ -580,7 +686,7 @@ class AssetChunk(Message):
     size: AssetSize
     index: Count
     chunks: ChunkCount
-    checksum: str
+    checksum: Checksum
     data: Annotated[bytes, Field(max_length=ASSET_CHUNK_BYTES)]
 
 

@@ -7,12 +7,12 @@ parameter set travels as `ParameterChunk`s on the encoder's stream, written once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import xxhash
 
 from common.errors import Poison
-from common.numbers.slicing import slice_bytes
+from common.numbers.slicing import SLICE, encoded_size, payload_size, slice_bytes, slice_count
 from common.wire.messages import AssetChunk, ParameterChunk, UpdateChunk, UpdateManifest
 
 
@@ -86,17 +86,33 @@ class UpdateAssembly:
         return b"".join(self._bodies[index] for index in range(self.manifest.chunks))
 
 
+#: Unfinished versions that are kept: two that masters left, and one that is being written.
+_UNFINISHED = 3
+
+
 class VersionAssembly:
     """Puts versions together from a stream in which masters may have written twice, or died in between.
 
     Chunks are gathered by (epoch, version); duplicates are dropped; a set counts when every index is there and the
-    digest holds. Only the newest two unfinished versions are kept, so that memory does not grow.
+    digest holds. A few unfinished versions are kept, so that memory does not grow: those that most chunks have come of,
+    because anybody can begin versions that nobody ends. `elements`: how many numbers a version has, if that is known:
+    then a chunk must be as long as a slice of it. `counts`: whether a chunk's version counts at all.
     """
 
-    def __init__(self, encoder: str, layout_digest: str) -> None:
+    def __init__(
+        self,
+        encoder: str,
+        layout_digest: str,
+        *,
+        elements: int | None = None,
+        counts: Callable[[ParameterChunk], bool] = lambda chunk: True,
+    ) -> None:
         self.encoder = encoder
         self.layout_digest = layout_digest
-        self._parts: dict[tuple[int, int], dict[int, ParameterChunk]] = {}
+        self._elements = elements
+        self._counts = counts
+        #: By epoch, version and digest: two that claim one number do not mix.
+        self._parts: dict[tuple[int, int, str], dict[int, ParameterChunk]] = {}
 
     def add(self, chunk: ParameterChunk) -> CompleteVersion | None:
         """The version that this chunk completes, if any. Raises Poison for a damaged chunk or a foreign layout."""
@@ -105,18 +121,36 @@ class VersionAssembly:
             raise Poison("layout", f"a chunk of {chunk.encoder} with another layout is on the stream of {self.encoder}")
         if chunk.index >= chunk.chunks:
             raise Poison("invalid", f"chunk {chunk.index} of {chunk.chunks}")
-        key = (chunk.epoch, chunk.version)
+        if (elements := self._elements) is not None:
+            _check_length(chunk, elements)
+        if not self._counts(chunk):
+            return None
+        key = (chunk.epoch, chunk.version, chunk.digest)
         parts = self._parts.setdefault(key, {})
         parts[chunk.index] = chunk
-        while len(self._parts) > 2:
-            del self._parts[min(self._parts)]
-        if key not in self._parts or len(parts) < chunk.chunks:
+        while len(self._parts) > _UNFINISHED:
+            others = [other for other in reversed(self._parts) if other != key]  # what was begun last goes first
+            del self._parts[min(others, key=lambda other: len(self._parts[other]))]
+        if len(parts) < chunk.chunks:
             return None
         del self._parts[key]
+        if any(index not in parts for index in range(chunk.chunks)):
+            raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
         payload = b"".join(parts[index].data for index in range(chunk.chunks))
         if len(payload) != chunk.size or payload_digest([payload]) != chunk.digest:
             raise Poison("digest", f"version {chunk.version} of {chunk.encoder} does not match its digest")
         return CompleteVersion(chunk, payload)
+
+
+def _check_length(chunk: ParameterChunk, elements: int) -> None:
+    """Raises Poison for a chunk that is no slice of a vector of so many elements."""
+    count = min(SLICE, elements - chunk.index * SLICE)
+    if (
+        chunk.chunks != slice_count(elements)
+        or chunk.size != payload_size(elements, chunk.encoding)
+        or len(chunk.data) != encoded_size(count, chunk.encoding)
+    ):
+        raise Poison("size", f"chunk {chunk.index} of version {chunk.version} of {chunk.encoder} is no slice of it")
 
 
 class CompleteVersion:

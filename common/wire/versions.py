@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
 from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Subscription, Timestamp
-from common.wire.codec import decode, encode
+from common.wire.codec import encode, received
 from common.wire.messages import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, payload_digest
@@ -134,8 +134,13 @@ class VersionReader:
         layout_digest: str,
         *,
         slice_bytes: int = 0,
+        elements: int | None = None,
+        named: Mapping[int, str] | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
+        """`elements`: numbers of a version. `named`: the digests of versions that the master has named; more may come
+        at any time. A named version counts if it has that digest; another counts only where the wanted one was not
+        named."""
         self._broker = broker
         self._stream = topology.stream(encoder)
         self._encoder = encoder
@@ -148,8 +153,10 @@ class VersionReader:
         self._search: _Search | None = None
         self._subscription: Subscription | None = None
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._assembly = VersionAssembly(encoder, layout_digest)
+        self._elements = elements
+        self._named = {} if named is None else named
         self._newest: CompleteVersion | None = None
+        self._assembly = self._new_assembly()
 
     def seek(
         self,
@@ -231,17 +238,28 @@ class VersionReader:
         self.close()
         # of this search alone: what a closed subscription still delivers goes into a queue that nobody reads
         self._arrived = queue.SimpleQueue()
-        self._assembly = VersionAssembly(self._encoder, self._layout_digest)
+        self._assembly = self._new_assembly()
         self._subscription = self._broker.read_stream(self._stream, self._arrived.put, start=start)
         self._search = search
 
+    def _new_assembly(self) -> VersionAssembly:
+        return VersionAssembly(self._encoder, self._layout_digest, elements=self._elements, counts=self._counts)
+
+    def _counts(self, chunk: ParameterChunk) -> bool:
+        """Whether the master has named the version of a chunk, or nothing can be said of it."""
+        digest = self._named.get(chunk.version)
+        if digest is not None:
+            return chunk.digest == digest
+        return self._search is None or self._search.at_least not in self._named
+
     def _take(self, search: _Search, delivery: Delivery) -> None:
         try:
-            chunk = decode(delivery.body)
+            chunk = received(delivery)
             if not isinstance(chunk, ParameterChunk):
                 return
             done = self._assembly.add(chunk)
-            search.met(chunk)
+            if done is not None or self._counts(chunk):
+                search.met(chunk)
         except Poison:
             return  # a damaged version is not on the stream for this reader; the next one will be
         if done is None:

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from common import cards
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
 from common.exports import check_export_directory, replacing
+from common.wire.bounds import REPORT
 from common.wire.broker import Broker, Delivery, Publication
-from common.wire.codec import decode, encode
+from common.wire.codec import encode, received
 from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
 from common.wire.topology import Topology
 from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
@@ -65,7 +66,7 @@ class Observer:
                 return None
             self._broker.ack(delivery)
             try:
-                return decode(delivery.body)
+                return received(delivery, REPORT)
             except Poison:
                 continue
         return None

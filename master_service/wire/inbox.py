@@ -6,7 +6,7 @@ import hashlib
 
 from common.errors import Poison
 from common.wire.broker import Delivery
-from common.wire.codec import decode
+from common.wire.codec import received
 from common.wire.messages import Message, UpdateChunk
 from common.wire.topology import Topology
 
@@ -32,7 +32,7 @@ def understood(delivery: Delivery, topology: Topology) -> Message:
 
     Raises Poison.
     """
-    message = decode(delivery.body)
+    message = received(delivery)
     claimed = getattr(message, "node", None) or getattr(message, "sender", None)
     if claimed != delivery.routing_key.partition(".")[0]:
         raise Poison("sender", f"a message of {claimed!r} came with the routing key {delivery.routing_key!r}")

@@ -12,7 +12,7 @@ from common.clock import Clock
 from common.errors import Poison
 from common.numbers.slicing import slice_bytes
 from common.wire.broker import Broker, Delivery, OnDelivery, Subscription
-from common.wire.codec import decode
+from common.wire.codec import received
 from common.wire.messages import UpdateChunk, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly
@@ -83,7 +83,7 @@ class Intake:
 
     def add(self, delivery: Delivery) -> CompleteUpdate | None:
         """Take one chunk; the update, once it is whole. Raises Poison; then the delivery is still to be set aside."""
-        chunk = decode(delivery.body)
+        chunk = received(delivery)
         if not isinstance(chunk, UpdateChunk):
             raise Poison("unexpected-kind", f"a {type(chunk).__name__} came through a chunk queue")
         if chunk.incarnation == self.manifest.incarnation and chunk.order > self.manifest.order:

@@ -54,13 +54,13 @@ def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState,
     except UserError as error:
         log.error("contributing no words", node=state.identity.node, encoder=wanted.encoder, problem=str(error))
         words = None
-    about = {"node": state.identity.node, "incarnation": state.identity.incarnation, "encoder": wanted.encoder}
+    nothing = Words(node=state.identity.node, incarnation=state.identity.incarnation, encoder=wanted.encoder)
     if words is None:
         say(
             f"taking part in {wanted.encoder} without contributing words to its vocabulary; to contribute, set "
             "private.contribute_words = true"
         )
-        return Words(**about)
+        return nothing
     path = state.keep_words(shown(words))
     say(
         f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
@@ -68,4 +68,11 @@ def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState,
         f"is in {path}; the master learns these words, in how many of the documents each is, and that it is this node "
         "which has them, and who gets the exported encoder gets a tokenizer that is made of them"
     )
-    return Words(**about, documents=words.documents, min_documents=words.min_documents, words=list(words.words))
+    return Words(
+        node=nothing.node,
+        incarnation=nothing.incarnation,
+        encoder=nothing.encoder,
+        documents=words.documents,
+        min_documents=words.min_documents,
+        words=list(words.words),
+    )

@@ -18,6 +18,7 @@ from common.locks import DirectoryLock
 from common.numbers.slicing import slice_bytes
 from common.wire.messages import Instruction, Receipt, Rule, UpdateManifest
 from node_service.handover.asset_cache import AssetCache
+from node_service.handover.deadly import Guard
 from node_service.handover.receipt_book import Ledger, ReceiptBook
 from node_service.handover.store import DirectoryStore, Store
 
@@ -88,6 +89,7 @@ class LocalState:
         if found is None:
             self._save()
         self.assets = AssetCache(store)
+        self.guard = Guard(store)
         self._receipts = ReceiptBook(store)
         answered = {receipt.sequence: receipt for receipt in self._receipts.of(self.identity.incarnation)}
         self._sweep(set(answered))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from common.clock import Clock
 from common.errors import BrokerUnavailable
+from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE, encoded_size
 from common.wire.assets import AssetReader
@@ -20,6 +21,8 @@ from common.wire.versions import VersionReader
 
 #: A version that the master told of is on the stream, or lost: after so long without getting further it is asked for.
 PATIENCE_SECONDS = 15.0
+#: Versions whose digests are remembered, of each encoder.
+_NAMED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +80,23 @@ class Reading:
         self._topology = topology
         self._clock = clock
         self._readers: dict[str, VersionReader] = {}
+        #: The digests of versions that the master has named, by encoder.
+        self._named: dict[str, dict[int, str]] = {}
         self._assets: AssetReader | None = None
         self._asked: queue.SimpleQueue[_Wanted | _Gather] = queue.SimpleQueue()
         self._wanted: _Wanted | _Gather | None = None
 
-    def read(self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool) -> None:
-        """Read the newest version ≥ `at_least` (`exact`: that one)."""
+    def read(
+        self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool, digest: str = ""
+    ) -> None:
+        """Read the newest version ≥ `at_least` (`exact`: that one), which has this digest, if the master said so."""
+        named = self._named.setdefault(instruction.encoder, {})
+        # where nothing was said of it, what was said of another of this number does not hold for it
+        named.pop(at_least, None)
+        if digest:
+            named[at_least] = digest
+        for old in list(named)[:-_NAMED]:
+            named.pop(old, None)
         self._asked.put(_Wanted(instruction, at_least, published_at, exact))
 
     def look(self, instruction: Instruction, at_least: int) -> None:
@@ -119,6 +133,7 @@ class Reading:
     def forget(self, encoder: str) -> None:
         """The training of an encoder has ended: should it go on, its stream may be a new one."""
         self._readers.pop(encoder, None)
+        self._named.pop(encoder, None)
 
     def close(self) -> None:
         """Stop reading."""
@@ -164,7 +179,13 @@ class Reading:
         if found is None and reader.searching:
             return None
         self._wanted = None
-        return None if found is None else VersionRead(wanted.encoder, wanted.at_least, wanted.exact, found)
+        if found is None:
+            return None
+        layout = Layout(wanted.instruction.layout)
+        if not bool(decode_vector(found.payload, layout.size, found.encoding).isfinite().all()):
+            problem = f"version {found.version} of {wanted.encoder} holds numbers that are not finite"
+            return VersionRead(wanted.encoder, wanted.at_least, wanted.exact, None, problem)
+        return VersionRead(wanted.encoder, wanted.at_least, wanted.exact, found)
 
     def _gather(self, wanted: _Gather, wait: float) -> AssetRead | None:
         """Raises BrokerUnavailable."""
@@ -198,6 +219,8 @@ class Reading:
                 wanted.encoder,
                 wanted.instruction.layout_digest,
                 slice_bytes=encoded_size(min(SLICE, size), "float32"),
+                elements=size,
+                named=self._named.setdefault(wanted.encoder, {}),
                 clock=self._clock,
             )
             self._readers[wanted.encoder] = reader

@@ -5,10 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import ReturnWhen
+from common.wire.messages import ReturnWhen, UpdateRule
 
 #: Share of a new loss in the running mean; about the last twenty steps count.
 _SMOOTHING = 0.1
+#: The largest batch, samples: what is beyond is a slip or malice, and would be tried until the memory ends.
+_MAX_BATCH = 1 << 16
+#: The highest learning rate, weight decay and share of a finishing phase that are no slip.
+_MAX_RATE, _MAX_SHARE = 1e3, 1e3
+
+
+def impossible(rule: UpdateRule) -> str:
+    """Why no node can train by a rule, for its master; empty if it can be tried."""
+    inner = rule.inner
+    if not all(0.0 <= beta < 1.0 for beta in inner.betas):
+        return f"inner.betas are {inner.betas[0]:g} and {inner.betas[1]:g}; AdamW wants them from 0 to below 1"
+    if inner.batch_size > _MAX_BATCH:
+        return f"inner.batch_size is {inner.batch_size}, at most {_MAX_BATCH} are tried"
+    if not inner.lr <= _MAX_RATE or not inner.weight_decay <= _MAX_RATE:
+        return f"inner.lr {inner.lr:g} or inner.weight_decay {inner.weight_decay:g} is beyond {_MAX_RATE:g}"
+    if rule.finish.share > _MAX_SHARE:
+        return f"finish.share is {rule.finish.share:g}, at most {_MAX_SHARE:g} are tried"
+    return ""
 
 
 @dataclass

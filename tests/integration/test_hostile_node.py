@@ -49,7 +49,7 @@ def test_the_largest_losses_are_averaged(server: MemoryServer, tmp_path: Path) -
         good.enter()
         bodies = numbers(instruction)
         for sequence in range(2):
-            evil.send(evil.manifest(instruction, sequence, bodies, loss=1.7e308, seconds=1.7e308), bodies)
+            evil.send(evil.manifest(instruction, sequence, bodies, loss=3.4e38, seconds=1e12), bodies)
         good.send(good.manifest(instruction, 0, bodies), bodies)
         assert good.hear(Receipt).accepted
     with running_master(server, tmp_path):

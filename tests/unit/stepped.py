@@ -36,7 +36,7 @@ from common.wire.messages import (
     UpdateRule,
 )
 from common.wire.topology import Topology
-from common.wire.transfer import CompleteVersion
+from common.wire.transfer import CompleteVersion, payload_digest
 from common.wire.versions import publish_version
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome
@@ -66,7 +66,8 @@ from node_service.training.update_rule import SinceReturn, must_return
 M = TypeVar("M", bound=Message)
 TOPOLOGY = Topology("stepped")
 LAYOUT = Layout([("w", (4, 8))])
-DIGEST = "0" * 64
+#: That of every version that a HandMaster publishes.
+DIGEST = payload_digest(encode_vector(torch.zeros(LAYOUT.size), "float32"))
 
 
 def connection(server: MemoryServer, user: str) -> MemoryBroker:

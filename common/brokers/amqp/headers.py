@@ -1,35 +1,51 @@
-"""Reads message headers, whoever set them: a value that cannot be read becomes None, and the connection stays."""
+"""Reads what stands beside a body, whoever set it: what does not decode is marked, and the connection stays."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
-#: The driver's reader of one field of a header table: takes bytes and an offset, gives a value and the next offset.
-DecodeValue = Callable[[bytes, int], tuple[Any, int]]
+#: The driver's reader of a message's properties: the object that it fills, the bytes, and where they begin.
+DecodeProperties = Callable[..., Any]
 
-#: Fields of a fixed length, and those that begin with their length: bytes behind the letter that names the kind.
-_FIXED = {b"T": 8, b"f": 4, b"d": 8}
-_MEASURED = frozenset((b"F", b"A"))
+#: Characters of what was wrong, in a dead letter.
+_WORDS = 200
 
 
-def lenient(decode_value: DecodeValue) -> DecodeValue:
-    """The same reader, but a value that Python cannot hold becomes None.
+class Unreadable(dict[str, Any]):
+    """The headers of a message whose properties the driver could not read: none, and why. No publisher can forge it."""
 
-    RabbitMQ carries a time after the year 9999, a decimal that is not a number, or a table of a thousand levels. The
-    driver fails on them, takes that for a broken connection, and gets the same message again after each reconnect.
+    def __init__(self, problem: str) -> None:
+        super().__init__()
+        self.problem = problem
+
+
+def guarded(decode: DecodeProperties) -> DecodeProperties:
+    """The same reader, but properties that do not decode are `Unreadable` headers.
+
+    RabbitMQ carries a time after the year 9999, a number that is none, kinds of values that the driver does not know,
+    a table of a thousand levels. The driver fails on them, takes that for a broken connection, and gets the same
+    message again after each reconnect. A frame's length is known before its content is read: what follows is in order.
     """
 
-    def decode(encoded: bytes, offset: int) -> tuple[Any, int]:
+    def guarded_decode(properties: Any, encoded: bytes, offset: int = 0) -> Any:
         try:
-            return decode_value(encoded, offset)
-        except (OverflowError, ValueError, OSError, RecursionError):
-            kind, begin = encoded[offset : offset + 1], offset + 1
-            if kind in _FIXED:
-                return None, begin + _FIXED[kind]
-            if kind in _MEASURED:
-                return None, begin + 4 + int(struct.unpack_from(">I", encoded, begin)[0])
-            raise
+            return decode(properties, encoded, offset)
+        except Exception as error:  # a stranger's bytes may make the driver stumble over anything
+            properties.headers = Unreadable(f"{type(error).__name__}: {error}"[:_WORDS])
+            return properties
 
-    return decode
+    return guarded_decode
+
+
+def headers_of(properties: Any) -> tuple[dict[str, Any], str]:
+    """The headers of a message, and what could not be read beside its body; empty if all could."""
+    headers = properties.headers
+    if isinstance(headers, Unreadable):
+        return {}, f"the headers cannot be read: {headers.problem}"
+    return headers or {}, ""
+
+
+def words_of(short: str | bytes | None) -> str | None:
+    """A short string as text. The driver gives bytes where a stranger wrote what is no UTF-8."""
+    return short.decode(errors="backslashreplace") if isinstance(short, bytes) else short

@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any, cast
 
 import pika
-import pika.data
+import pika.spec
 import structlog
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedByBroker
 
 from common.brokers.amqp.arguments import queue_arguments, version_of
-from common.brokers.amqp.headers import lenient
+from common.brokers.amqp.headers import guarded
 from common.brokers.amqp.link import ANSWER_SECONDS, Link
 from common.brokers.amqp.locks import Locks, Step
 from common.brokers.amqp.publisher import Publisher
@@ -37,8 +37,8 @@ from common.wire.topology import Declarations
 log = structlog.get_logger()
 # pika logs every failed attempt with a stack; what matters of it is said here, in one line
 logging.getLogger("pika").setLevel(logging.CRITICAL)
-# the driver has no place to say so: its tables are read through this name
-pika.data.decode_value = lenient(pika.data.decode_value)
+# the driver has no place to say so: the properties of every delivery are read through this name
+pika.spec.BasicProperties.decode = guarded(pika.spec.BasicProperties.decode)
 
 _HEARTBEAT_SECONDS = 30
 #: What ends a connection.

@@ -12,7 +12,9 @@ from typing import Any
 import structlog
 
 from common.brokers.amqp.arguments import stream_offset
+from common.brokers.amqp.headers import headers_of, words_of
 from common.brokers.amqp.link import Link
+from common.clock import SYSTEM
 from common.errors import SharedEncoderError, UserError
 from common.wire.broker import Delivery, OnDelivery, StreamPosition
 
@@ -22,6 +24,10 @@ log = structlog.get_logger()
 _RETRY_SECONDS = 1.0
 #: A queue may be missing for so long before a warning: after a restart of the broker, or before its declarer came.
 _QUIET_SECONDS = 5.0
+#: A connection that was lost so soon after consuming from a queue began, before anything of it was acked, may have been
+#: lost because of what is in the queue, seconds; after so many of these in a row somebody has to look.
+_SOON_SECONDS = 30.0
+_LOST_IN_A_ROW = 3
 
 
 class LinkSubscription:
@@ -50,6 +56,8 @@ class LinkSubscription:
         self._channel: Any = None
         self._unacked: set[int] = set()
         self._closed = False
+        self._opened_at = 0.0
+        self._in_vain = 0
 
     def close(self) -> None:
         """Returns when the broker has taken the channel down, so that what was unacked is ready for others."""
@@ -66,7 +74,7 @@ class LinkSubscription:
         connection = self._link.connection
         if self._closed or connection is self._connection or not connection.is_open:
             return
-        self._connection = connection
+        self._connection, self._opened_at = connection, SYSTEM.monotonic()
         connection.channel(on_open_callback=self._channel_open).add_on_close_callback(self._channel_closed)
 
     def ack(self, channel: Any, tag: int) -> None:
@@ -74,6 +82,17 @@ class LinkSubscription:
         if channel is self._channel and tag in self._unacked and channel.is_open:
             self._unacked.discard(tag)
             channel.basic_ack(tag)
+            self._in_vain = 0
+
+    def _lost(self) -> None:
+        """Warn of a queue on which the connection breaks again and again: a message in it may be the reason."""
+        self._in_vain = self._in_vain + 1 if SYSTEM.monotonic() - self._opened_at < _SOON_SECONDS else 0
+        if self._in_vain == _LOST_IN_A_ROW:
+            log.warning(
+                "the connection is lost again and again while this is consumed; is there what the driver cannot read?",
+                queue=self._queue,
+                times=self._in_vain,
+            )
 
     def _end(self) -> None:
         self._closed = True
@@ -118,7 +137,10 @@ class LinkSubscription:
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
         """Closed by the broker (forbidden, gone, or not there yet): try again after a while."""
         connection, self._connection = self._connection, None
-        if self._closed or not connection.is_open:
+        if self._closed:
+            return
+        if not connection.is_open:
+            self._lost()
             return
         error = self._refusal(reason)
         if error is not None:
@@ -136,10 +158,11 @@ class LinkSubscription:
             self._fail(error)
 
     def _hand_over(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        headers = properties.headers or {}
-        offset: Any = None
+        headers, unreadable = headers_of(properties)
+        offset: int | None = None
         # the header is the broker's own on a stream; on a queue, whoever publishes may set it to anything
-        if self._next is not None and isinstance(offset := headers.get("x-stream-offset"), int):
+        if self._next is not None and isinstance(found := headers.get("x-stream-offset"), int):
+            offset = found
             if isinstance(self._next, int) and offset < self._next:
                 # streams deliver whole storage chunks: before what was asked for
                 channel.basic_ack(method.delivery_tag)
@@ -150,14 +173,15 @@ class LinkSubscription:
             Delivery(
                 queue=self._queue,
                 exchange=method.exchange,
-                routing_key=method.routing_key,
+                routing_key=words_of(method.routing_key) or "",
                 body=body,
                 headers=headers,
-                message_id=properties.message_id,
-                user_id=properties.user_id,
+                message_id=words_of(properties.message_id),
+                user_id=words_of(properties.user_id),
                 redelivered=method.redelivered,
                 timestamp=properties.timestamp,
                 offset=offset,
                 handle=(self, channel, method.delivery_tag),
+                unreadable=unreadable,
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import tracemalloc
 from typing import get_args
 
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import Poison
+from common.wire.bounds import MAX_FLOAT, MAX_WHOLE, REPORT
 from common.wire.codec import decode, encode
-from common.wire.messages import MAX_ASSET_BYTES, Alive, Join, Message, ToMaster, ToNode
+from common.wire.messages import MAX_ASSET_BYTES, Alive, Join, Message, StatusReport, ToMaster, ToNode
 from common.wire.topology import MAX_BODY_BYTES
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]
@@ -35,7 +37,7 @@ BY_NAME = {
     "architecture": st.dictionaries(
         st.text(max_size=5),
         st.recursive(
-            st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False),
+            st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(-1e6, 1e6),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
             max_leaves=5,
         ),
@@ -43,6 +45,7 @@ BY_NAME = {
     ),
     "encoding": st.sampled_from(["float32", "bfloat16", "int8"]),
     "data": st.binary(max_size=64),
+    "checksum": st.text(max_size=16),
     "chunks": st.integers(1, 9),
     "update_rule": st.just({}),
     "report": st.just({"a": [1, 2.5, None]}),
@@ -92,7 +95,7 @@ UPDATE = {"kind": "update", "schema_version": 1}
         (b"", "not-msgpack"),
         (b"\xc1", "not-msgpack"),
         (b"\xdd\xff\xff\xff\xff", "not-msgpack"),
-        (b"\x91" * 5000 + b"\xc0", "not-msgpack"),
+        (b"\x91" * 5000 + b"\xc0", "invalid"),
         (msgpack.packb([1]), "not-msgpack"),
         (msgpack.packb({1: 2}), "not-msgpack"),
         (msgpack.packb({"kind": "ack"}), "schema-version"),
@@ -103,9 +106,15 @@ UPDATE = {"kind": "update", "schema_version": 1}
         (msgpack.packb({"kind": "request.join", "schema_version": 1, "node": "a"}), "invalid"),
         (encode(Join(node="n", incarnation="i"))[:-1], "not-msgpack"),
         (encode(Join(node="n", incarnation="i")) + b"\x00", "not-msgpack"),
-        (msgpack.packb({"kind": "x" * 10**6, "schema_version": 1}), "unknown-kind"),
+        (msgpack.packb({"kind": "x" * 10**6, "schema_version": 1}), "oversize"),
+        (msgpack.packb({"kind": "x" * 10**4, "schema_version": 1}), "unknown-kind"),
         (msgpack.packb({"kind": ["ack"], "schema_version": 1}), "unknown-kind"),
-        (msgpack.packb({"kind": "ack", "schema_version": "1" * 10**6}), "schema-version"),
+        (msgpack.packb({"kind": "ack", "schema_version": "1" * 10**4}), "schema-version"),
+        (msgpack.packb({"kind": "ack", "schema_version": True}), "schema-version"),
+        # reading a value of so many levels aloud, or comparing it, is no small thing
+        (msgpack.packb({"kind": nested(500), "schema_version": 1}), "invalid"),
+        (msgpack.packb({"kind": "ack", "schema_version": nested(500)}), "invalid"),
+        (msgpack.packb({"kind": {"a": [1] * 10_000}, "schema_version": 1}), "unknown-kind"),
         (msgpack.packb({**GET, "sender": 5}), "invalid"),
         # what an architecture holds gets into the state: only what a snapshot's JSON can hold may come in
         (msgpack.packb({**GET, "architecture": {"x": b"\xff"}}), "invalid"),
@@ -114,7 +123,7 @@ UPDATE = {"kind": "update", "schema_version": 1}
         (msgpack.packb({**GET, "architecture": {"x": msgpack.ExtType(1, b"")}}), "invalid"),
         (msgpack.packb({**GET, "architecture": {"x": float("nan")}}), "invalid"),
         (msgpack.packb({**GET, "architecture": {"x": nested(300)}}), "invalid"),
-        (msgpack.packb({**GET, "architecture": {"x" * 10**6: b""}}), "invalid"),
+        (msgpack.packb({**GET, "architecture": {"x" * 10**4: b""}}), "invalid"),
         (bytes(MAX_BODY_BYTES + 1), "oversize"),
     ],
 )
@@ -128,10 +137,10 @@ def test_what_is_not_a_message_is_poison_with_a_reason(body: bytes, reason: str)
 @pytest.mark.parametrize(
     "plain",
     [
-        {**UPDATE, "layout": [["w", [-1] * 500_000]]},
-        {**UPDATE, "layout": [["w", [-1] * 16]] * 50_000},
-        {**GET, "architecture": {"x": [b""] * 500_000}},
-        {**GET, "kind": "request.join", "node": "n", "incarnation": "i", "types": [1] * 500_000},
+        {**UPDATE, "layout": [["w", [-1] * 100_000]]},
+        {**UPDATE, "layout": [["w", [-1] * 16]] * 5_000},
+        {**GET, "architecture": {"x": [b""] * 20_000}},
+        {**GET, "kind": "request.join", "node": "n", "incarnation": "i", "types": [1] * 100_000},
     ],
 )
 def test_a_small_body_full_of_errors_does_not_fill_the_memory(plain: dict[str, object]) -> None:
@@ -143,6 +152,38 @@ def test_a_small_body_full_of_errors_does_not_fill_the_memory(plain: dict[str, o
         assert tracemalloc.get_traced_memory()[1] < 60 * len(body)
     finally:
         tracemalloc.stop()
+
+
+EMPTY = {
+    "lists": b"\xdd" + struct.pack(">I", 14 << 20) + b"\x90" * (14 << 20),
+    "lists of lists": b"\x9f" + (b"\xdc\xff\xff" + b"\x90" * 0xFFFF) * 15,
+    "tables": b"\xdc\xff\xff" + b"\x80" * 0xFFFF + b"\x00",
+    "a table": b"\xdf" + struct.pack(">I", 3 << 20) + b"\xa0\x90" * (3 << 20),
+    "a table of keys": b"\xdf\x00\x10\x00\x00"
+    + b"".join(b"\xa3" + struct.pack(">I", i)[1:] + b"\xc0" for i in range(1 << 20)),
+    "a claim": b"\xdd\xff\xff\xff\xff" + b"\x90" * 100,
+}
+
+
+@pytest.mark.parametrize("body", EMPTY.values(), ids=EMPTY.keys())
+def test_f1_what_would_become_gigabytes_is_refused_before_anything_is_built(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(Poison):
+            decode(body)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_report_of_thousands_of_nodes_is_read_by_who_asked_for_it_alone() -> None:
+    members = {f"node-{number}": {"samples": number, "note": "x" * 100} for number in range(10_000)}
+    report = StatusReport(report={"encoders": {"text-1": {"members": members}}, "sum": 5 * 2**62, "norm": -1e308})
+    read = decode(encode(report), REPORT)
+    assert isinstance(read, StatusReport) and read.report["encoders"] == report.report["encoders"]
+    assert (read.report["sum"], read.report["norm"]) == (MAX_WHOLE, -MAX_FLOAT), "what strangers claim adds up"
+    with pytest.raises(Poison, match="oversize"):
+        decode(encode(report))
 
 
 @settings(max_examples=300, deadline=None)

@@ -114,16 +114,54 @@ def test_only_whole_versions_come_off_a_stream(written: list[tuple[int, int, boo
     assert list(dict.fromkeys(found)) == whole
 
 
-def test_only_the_newest_two_unfinished_versions_are_kept() -> None:
+def test_three_unfinished_versions_are_kept_and_those_that_anybody_begins_do_not_hide_one_that_comes() -> None:
     """Memory does not grow with what writers left unfinished."""
-    assembly = VersionAssembly("text-1", DIGEST)
-    oldest, middle, newest = (version_chunks(1, version) for version in (4, 5, 6))
-    for chunk in (*oldest[:2], middle[0], newest[0]):
-        assert assembly.add(chunk) is None
-    assert assembly.add(oldest[2]) is None, "its first chunks are gone"
-    for chunks in (newest, middle):
-        _, done = (assembly.add(chunk) for chunk in chunks[1:])
-        assert done is not None and done.version == chunks[0].version
+    assembly, good = VersionAssembly("text-1", DIGEST), version_chunks(1, 4)
+    begun = [version_chunks(2**40 + number, 2**40) for number in range(5)]
+    for chunk in good:
+        done = assembly.add(chunk)
+        assert [assembly.add(chunks[0]) for chunks in begun] == [None] * len(begun)
+    assert done is not None and (done.epoch, done.version) == (1, 4)
+    assert [assembly.add(chunk) for chunk in begun[2][1:]] == [None, None], "its first chunk is gone"
+
+
+def test_f1_two_broken_versions_of_its_number_do_not_mix_with_a_good_one() -> None:
+    assembly, good = VersionAssembly("text-1", DIGEST), version_chunks(1, 4)
+    forged = [[chunk.model_copy(update={"digest": mark * 64}) for chunk in good] for mark in "01"]
+    for index, chunk in enumerate(good):
+        for chunks in forged:
+            if index < 2:
+                assembly.add(chunks[index])
+        done = assembly.add(chunk)
+    assert done is not None and done.digest == good[0].digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"chunks": 2}, {"size": 5}, {"size": 1 << 50}, {"data": b"", "checksum": checksum(b"")}, {"encoding": "float32"}],
+)
+def test_f1_a_chunk_that_is_no_slice_of_a_version_is_poison(change: dict[str, object]) -> None:
+    body = bytes(5 + 4)
+    plain = {"chunks": 1, "data": body, "checksum": checksum(body), "size": len(body), "digest": payload_digest([body])}
+    chunk = version_chunks(1, 1)[0].model_copy(update=plain)
+    assembly = VersionAssembly("text-1", DIGEST, elements=5)
+    with pytest.raises(Poison, match="size: chunk 0 of version 1 of text-1 is no slice of it"):
+        assembly.add(chunk.model_copy(update=change))
+    assert assembly.add(chunk) is not None
+
+
+def test_f1_only_what_the_master_named_is_read_and_whole_forgeries_are_passed_over(broker: MemoryBroker) -> None:
+    write(broker, 1, 4)
+    write(broker, 2**40, 4)  # of the same number
+    write(broker, 2**40, 2**40)
+    good = payload_digest([b"1.4", b"!"])
+    named = {4: good}
+    reader = VersionReader(broker, TOPOLOGY, "text-1", DIGEST, named=named)
+    found = reader.read(4, 0.0, timeout=5.0, patience=0.1)
+    assert (found.epoch, found.version, found.digest) == (1, 4, good)
+    write(broker, 1, 5)
+    named[5] = payload_digest([b"1.5", b"!"])
+    assert reader.read(4, 0.0, timeout=5.0, patience=0.1).version == 5, "newer, and named"
 
 
 def test_a_master_that_did_not_know_it_was_replaced_disturbs_nobody() -> None:
@@ -138,7 +176,6 @@ def test_a_master_that_did_not_know_it_was_replaced_disturbs_nobody() -> None:
         ({"layout_digest": "0" * 64}, "layout"),
         ({"encoder": "text-2"}, "layout"),
         ({"index": 3}, "invalid"),
-        ({"digest": "0" * 64}, "digest"),
         ({"size": 1}, "digest"),
         ({"data": b"x"}, "checksum"),
     ],

@@ -148,23 +148,23 @@ def test_the_agent_follows_the_protocol() -> None:
     assert not agent.training
     assert agent.version_read("text-1", 3) == [] and agent.training
     notice = Notice(encoder="text-1", version=4, digest=DIGEST, published_at=9.0)
-    assert agent.receive(notice) == [Read("text-1", 4, 9.0)]
+    assert agent.receive(notice) == [Read("text-1", 4, 9.0, digest=DIGEST)]
     assert agent.receive(notice) == []  # it is on its way
     assert isinstance(agent.read_failed("text-1", 4)[0].message, Fetch)  # type: ignore[union-attr]
-    assert agent.receive(notice) == [Read("text-1", 4, 9.0)]
+    assert agent.receive(notice) == [Read("text-1", 4, 9.0, digest=DIGEST)]
     # a master that starts again states everything again: no second beginning, no older version
     assert agent.receive(instruction()) == [CheckSamples(instruction())]
     assert agent.receive(rule(version=4)) == [Train(instruction(), rule(version=4))]
     assert agent.receive(Introduce(node="n")) == agent.join()
-    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, digest=DIGEST)]
     assert agent.receive(finish()) == []  # once is enough, unless the reading fails
     assert agent.read_failed("text-1", 4) == []  # what is wanted now is newer
     # training that goes on before the last version was found is gone on with
     assert agent.receive(rule(version=5)) == [Train(instruction(), rule(version=5)), Republish()]
     assert agent.training
-    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)] and not agent.training
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, digest=DIGEST)] and not agent.training
     agent.read_failed("text-1", 5)
-    assert agent.receive(finish()) == [Read("text-1", 5, 9.0)]
+    assert agent.receive(finish()) == [Read("text-1", 5, 9.0, digest=DIGEST)]
     assert not agent.training
     # F8: the master hears that the last version is here, so that it can let go of the stream
     had = Finished(node="n", incarnation="i", encoder="text-1", version=5)

@@ -608,7 +608,7 @@ def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news(
     assert agent.receive(other) == []
     # it had finished meanwhile: the other one's turn comes
     end = Finish(encoder="fake-1", encoder_type="fake", version=9, digest=DIGEST, published_at=9.0)
-    assert agent.receive(end) == [Read("fake-1", 9, 9.0)]
+    assert agent.receive(end) == [Read("fake-1", 9, 9.0, digest=DIGEST)]
     # whichever read brings the last version, it is the last, and once
     assert not agent.finishes("fake-1", 8, exact=False) and agent.finishes("fake-1", 9, exact=False)
     [had, *turn] = agent.version_read("fake-1", 9)
@@ -640,14 +640,14 @@ def test_a_master_that_knows_fewer_versions_is_followed_back() -> None:
     assert ask.message.have_version == -1 and not agent.training
     # what the stream still holds of the lost history is not it
     assert not agent.adopts("fake-1", 9, exact=False) and agent.adopts("fake-1", 3, exact=True)
-    assert agent.receive(notice(3)) == [Read("fake-1", 3, 9.0, exact=True)]
+    assert agent.receive(notice(3)) == [Read("fake-1", 3, 9.0, exact=True, digest=DIGEST)]
     agent.version_read("fake-1", 3)
     assert agent.training and agent.version == 3
     again = receipt(1, reason="future", version=3)
     assert agent.receive(again) == [Answered(again)]  # handed in before: no news
-    assert agent.receive(notice(4)) == [Read("fake-1", 4, 9.0, exact=True)]
+    assert agent.receive(notice(4)) == [Read("fake-1", 4, 9.0, exact=True, digest=DIGEST)]
     agent.version_read("fake-1", 4)
-    assert agent.receive(notice(10)) == [Read("fake-1", 10, 9.0)]
+    assert agent.receive(notice(10)) == [Read("fake-1", 10, 9.0, digest=DIGEST)]
     assert agent.adopts("fake-1", 10, exact=False) and not agent.adopts("fake-2", 10, exact=False)
 
 
@@ -656,7 +656,7 @@ def test_a_version_that_could_not_be_read_is_read_again_when_it_is_named_again()
     agent.resume(INSTRUCTION, RULE, version=2)
     assert agent.look() == [Look("fake-1", 3)]
     for _ in range(3):
-        assert agent.receive(notice(5)) == [Read("fake-1", 5, 9.0)]
+        assert agent.receive(notice(5)) == [Read("fake-1", 5, 9.0, digest=DIGEST)]
         [ask] = agent.read_failed("fake-1", 5)
         assert isinstance(ask, Say) and isinstance(ask.message, Fetch) and ask.message.have_version == 2
         assert ask.message.sought == 5  # else the master would only name it again
