@@ -82,7 +82,7 @@ class Read:
     at_least: int
     published_at: float
     exact: bool = False
-    digest: str = ""
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Agent:
         The master's answer to `join` is then one more instruction for the encoder that is trained already.
         """
         self.current, self.rule, self.version = instruction, rule, version
-        return [Train(instruction, rule), *self._read(rule.version, rule.published_at)]
+        return [Train(instruction, rule), *self._read(rule.version, rule.published_at, rule.stream_digest)]
 
     def leave(self) -> list[Action]:
         """Say goodbye; what is owed stays owed."""
@@ -192,7 +192,7 @@ class Agent:
             case Rule() if self._is_built(message.encoder):
                 return self._ruled(message)
             case Notice() if self._is_built(message.encoder):
-                return self._read(message.version, message.published_at, message.digest)
+                return self._read(message.version, message.published_at, message.stream_digest)
         return []
 
     def mistaken(self) -> list[Action]:
@@ -356,7 +356,7 @@ class Agent:
         # what came while the master did not know this node was not looked at
         again = [Republish()] if self.unknown else []
         self.unknown = False
-        return [Train(self.current, rule), *self._read(rule.version, rule.published_at), *again]
+        return [Train(self.current, rule), *self._read(rule.version, rule.published_at, rule.stream_digest), *again]
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
         current = self._is_current(receipt.encoder)
@@ -389,9 +389,9 @@ class Agent:
             return []  # it is on its way: an update refused as finished brings a Finish of its own
         self.finishing, self.wanted = finish, finish.version
         exact = finish.version <= self.lost
-        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact, digest=finish.digest)]
+        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact, digest=finish.stream_digest)]
 
-    def _read(self, version: int, published_at: float, digest: str = "") -> list[Action]:
+    def _read(self, version: int, published_at: float, digest: str | None) -> list[Action]:
         """Read each version once, and only if it is newer than what is here or on its way."""
         assert self.current is not None
         if version <= max(self.version, self.wanted):

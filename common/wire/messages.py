@@ -465,7 +465,7 @@ def _split(model: type[BaseModel], plain: dict[str, Any], where: str = "") -> tu
 
 
 class Rule(Message):
-    """The update rule of one node, and where the current parameter set is to be read.
+    """The update rule of one node, and where the current parameter set is to be read; `stream_digest` as of a Notice.
 
     A rule in a file may have no field that is not known, because it would be a misspelt one. In a message it is a newer
     master's: like any other of a message it is left out, and `unknown`, which does not travel, names it. An older node
@@ -477,6 +477,7 @@ class Rule(Message):
     node: Id
     update_rule: UpdateRule
     version: Count
+    stream_digest: Digest | None = None
     published_at: Seconds
     progress: Fraction = 0.0
     unknown: list[str] = Field(default_factory=list, exclude=True)
@@ -583,24 +584,29 @@ def update_id(of: UpdateManifest | Receipt | Resend) -> str:
 
 
 class Notice(Message):
-    """A version is on the stream; read it from `published_at` (broker seconds, a margin already subtracted)."""
+    """A version is on the stream; read it from `published_at` (broker seconds, a margin already subtracted).
+
+    `digest`: of the target parameter set. `stream_digest`: of the version's bytes as they were written to the stream,
+    in its encoding; None where this master has not written it itself."""
 
     kind: Literal["notice"] = "notice"
     encoder: Id
     version: Count
     digest: Digest
+    stream_digest: Digest | None = None
     published_at: Seconds
     progress: Fraction = 0.0
 
 
 class Finish(Message):
-    """The training of this encoder has ended with this version, which is on the stream."""
+    """The training of this encoder has ended with this version, which is on the stream. Digests as of a Notice."""
 
     kind: Literal["finish"] = "finish"
     encoder: Id
     encoder_type: Id
     version: Count
     digest: Digest
+    stream_digest: Digest | None = None
     published_at: Seconds
     reason: Text = ""
 

@@ -34,14 +34,16 @@ def publish_version(
     bodies: Sequence[bytes],
     progress: float,
     declare: bool = True,
+    digest: str | None = None,
     clock: Clock = SYSTEM,
 ) -> float:
     """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds).
 
-    `declare`: the stream may not be there yet. Raises Unroutable if it is not and was not declared.
+    `digest`: `payload_digest(bodies)`, where it is known. `declare`: the stream may not be there yet. Raises Unroutable
+    if it is not and was not declared.
     """
     hint = max(0.0, clock.now() - HINT_MARGIN_SECONDS)
-    size, digest = sum(len(body) for body in bodies), payload_digest(bodies)
+    size, digest = sum(len(body) for body in bodies), digest or payload_digest(bodies)
     if declare:
         broker.declare(topology.parameters(encoder, size))
     broker.publish(

@@ -16,6 +16,7 @@ from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
 from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule
 from common.wire.topology import Topology
+from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
@@ -49,6 +50,8 @@ class Publisher:
         self._hints: dict[str, float] = {}
         #: By encoder: epoch and version that were written last, and when that had ended.
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
+        #: By encoder: the version that was written last, and the digest of its bytes.
+        self._digests: dict[str, tuple[int, str]] = {}
         #: The encoders whose streams are declared.
         self._streams: set[str] = set()
 
@@ -77,6 +80,7 @@ class Publisher:
     def version(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
         """Write a version, encoded slice by slice, to its encoder's stream."""
         self.bytes_out += sum(len(body) for body in bodies)
+        digest = payload_digest(bodies)
 
         def write() -> None:
             try:
@@ -91,6 +95,7 @@ class Publisher:
                     bodies=bodies,
                     progress=effect.progress,
                     declare=effect.encoder not in self._streams,
+                    digest=digest,
                     clock=self._clock,
                 )
                 self._streams.add(effect.encoder)
@@ -101,6 +106,7 @@ class Publisher:
         reached("before publish")
         self._persist(write)
         self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
+        self._digests[effect.encoder] = effect.version, digest
         reached("after publish")
 
     def provide(self, encoder: str, assets: Sequence[AssetEntry], payloads: Payloads) -> None:
@@ -139,6 +145,7 @@ class Publisher:
         self._streams.discard(encoder)
         self._hints.pop(encoder, None)
         self._written.pop(encoder, None)
+        self._digests.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         """Set a delivery aside with its reason, then ack it."""
@@ -154,6 +161,10 @@ class Publisher:
     def _publish(self, exchange: str, key: str, message: Message) -> None:
         if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
             message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
+        if isinstance(message, Rule | Notice | Finish):
+            written, digest = self._digests.get(message.encoder, (-1, None))
+            if written == message.version:
+                message = message.model_copy(update={"stream_digest": digest})
         publication = Publication(exchange, key, encode(message), message_id=self._new_id())
 
         def send() -> None:

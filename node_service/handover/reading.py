@@ -87,7 +87,7 @@ class Reading:
         self._wanted: _Wanted | _Gather | None = None
 
     def read(
-        self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool, digest: str = ""
+        self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool, digest: str | None = None
     ) -> None:
         """Read the newest version ≥ `at_least` (`exact`: that one), which has this digest, if the master said so."""
         named = self._named.setdefault(instruction.encoder, {})

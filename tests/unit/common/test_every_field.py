@@ -28,6 +28,7 @@ GOOD: dict[str, Any] = {
     "encoder_type": "text",
     "types": ["text"],
     "digest": "0" * 64,
+    "stream_digest": "0" * 64,
     "layout_digest": "1" * 64,
     "previous": "2" * 64,
     "checksum": "0" * 16,

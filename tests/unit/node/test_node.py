@@ -118,7 +118,9 @@ def rule(encoder: str = "text-1", version: int = 0) -> Rule:
 
 
 def finish(encoder: str = "text-1", version: int = 5) -> Finish:
-    return Finish(encoder=encoder, encoder_type="text", version=version, digest=DIGEST, published_at=9.0)
+    return Finish(
+        encoder=encoder, encoder_type="text", version=version, digest=DIGEST, stream_digest=DIGEST, published_at=9.0
+    )
 
 
 def receipt(sequence: int, incarnation: str = "i", reason: str = "") -> Receipt:
@@ -147,7 +149,7 @@ def test_the_agent_follows_the_protocol() -> None:
     assert agent.receive(rule(version=3)) == [Train(instruction(), rule(version=3)), Read("text-1", 3, 9.0)]
     assert not agent.training
     assert agent.version_read("text-1", 3) == [] and agent.training
-    notice = Notice(encoder="text-1", version=4, digest=DIGEST, published_at=9.0)
+    notice = Notice(encoder="text-1", version=4, digest=DIGEST, stream_digest=DIGEST, published_at=9.0)
     assert agent.receive(notice) == [Read("text-1", 4, 9.0, digest=DIGEST)]
     assert agent.receive(notice) == []  # it is on its way
     assert isinstance(agent.read_failed("text-1", 4)[0].message, Fetch)  # type: ignore[union-attr]

@@ -592,7 +592,7 @@ def test_a_waiting_rule_waits_after_a_restart_too() -> None:
 
 
 def notice(number: int) -> Notice:
-    return Notice(encoder="fake-1", version=number, digest=DIGEST, published_at=9.0)
+    return Notice(encoder="fake-1", version=number, digest=DIGEST, stream_digest=DIGEST, published_at=9.0)
 
 
 def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news() -> None:
@@ -607,7 +607,9 @@ def test_a_resumed_agent_trains_at_once_and_takes_the_masters_answer_as_no_news(
     other = INSTRUCTION.model_copy(update={"encoder": "fake-2"})
     assert agent.receive(other) == []
     # it had finished meanwhile: the other one's turn comes
-    end = Finish(encoder="fake-1", encoder_type="fake", version=9, digest=DIGEST, published_at=9.0)
+    end = Finish(
+        encoder="fake-1", encoder_type="fake", version=9, digest=DIGEST, stream_digest=DIGEST, published_at=9.0
+    )
     assert agent.receive(end) == [Read("fake-1", 9, 9.0, digest=DIGEST)]
     # whichever read brings the last version, it is the last, and once
     assert not agent.finishes("fake-1", 8, exact=False) and agent.finishes("fake-1", 9, exact=False)
@@ -660,7 +662,9 @@ def test_a_version_that_could_not_be_read_is_read_again_when_it_is_named_again()
         [ask] = agent.read_failed("fake-1", 5)
         assert isinstance(ask, Say) and isinstance(ask.message, Fetch) and ask.message.have_version == 2
         assert ask.message.sought == 5  # else the master would only name it again
-    agent.receive(Finish(encoder="fake-1", encoder_type="fake", version=6, digest=DIGEST, published_at=9.0))
+    agent.receive(
+        Finish(encoder="fake-1", encoder_type="fake", version=6, digest=DIGEST, stream_digest=DIGEST, published_at=9.0)
+    )
     assert agent.look() == []
 
 
