@@ -91,7 +91,7 @@ def test_f1_a_version_that_the_master_did_not_name_is_not_adopted_whatever_its_n
     publish(master, 1, forged, epoch=1 << 50)
     publish(master, 1 << 50, forged, epoch=1 << 50)
     master.publish(1)
-    master.say(Notice(encoder="text-1", version=1, digest=DIGEST, published_at=0.0))
+    master.say(Notice(encoder="text-1", version=1, digest=DIGEST, stream_digest=DIGEST, published_at=0.0))
     node.run(2.0)
     assert node.training.version == 1 and master.heard(Fetch) == []
 
