@@ -25,6 +25,11 @@ def slice_count(size: int) -> int:
     return max(1, -(-size // SLICE))
 
 
+def slice_length(size: int, index: int) -> int:
+    """How many elements slice `index` of a vector of `size` elements has."""
+    return min(SLICE, size - index * SLICE)
+
+
 def block_count(count: int) -> int:
     """How many int8 scales a slice of `count` elements has."""
     return -(-count // BLOCK)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import xxhash
 
 from common.errors import Poison
-from common.numbers.slicing import SLICE, encoded_size, payload_size, slice_bytes, slice_count
+from common.numbers.slicing import encoded_size, payload_size, slice_bytes, slice_count, slice_length
 from common.wire.messages import AssetChunk, ParameterChunk, UpdateChunk, UpdateManifest
 
 
@@ -144,7 +144,7 @@ class VersionAssembly:
 
 def _check_length(chunk: ParameterChunk, elements: int) -> None:
     """Raises Poison for a chunk that is no slice of a vector of so many elements."""
-    count = min(SLICE, elements - chunk.index * SLICE)
+    count = slice_length(elements, chunk.index)
     if (
         chunk.chunks != slice_count(elements)
         or chunk.size != payload_size(elements, chunk.encoding)

@@ -11,7 +11,7 @@ from common.clock import Clock
 from common.errors import BrokerUnavailable
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
-from common.numbers.slicing import SLICE, encoded_size
+from common.numbers.slicing import encoded_size, slice_length
 from common.wire.assets import AssetReader
 from common.wire.broker import Broker
 from common.wire.messages import AssetEntry, Instruction
@@ -218,7 +218,7 @@ class Reading:
                 self._topology,
                 wanted.encoder,
                 wanted.instruction.layout_digest,
-                slice_bytes=encoded_size(min(SLICE, size), "float32"),
+                slice_bytes=encoded_size(slice_length(size, 0), "float32"),
                 elements=size,
                 named=self._named.setdefault(wanted.encoder, {}),
                 clock=self._clock,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common.numbers.layout import Layout
-from common.numbers.slicing import payload_size, slice_bytes
+from common.numbers.slicing import EncodingName, payload_size, slice_bytes
 from common.wire.assets import asset_entry
 from common.wire.messages import Instruction, Receipt, UpdateRule
 from common.wire.transfer import CompleteVersion
@@ -38,6 +38,13 @@ class Violation(AssertionError):
 def demand(condition: object, words: str) -> None:
     if not condition:
         raise Violation(words)
+
+
+def bodies_of(digest: str, encoding: EncodingName) -> list[bytes]:
+    """A version on the stream: its digest, as long as the layout wants it, whose letters are finite numbers too."""
+    size = payload_size(LAYOUT.size, encoding)
+    token, first = digest.encode().ljust(size, b"0")[:size], slice_bytes(encoding)
+    return [token[:first], token[first:]]
 
 
 class Tokens:
@@ -88,9 +95,8 @@ class Tokens:
         ]
         return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
 
-    def encoded(self, encoder: str, encoding: str) -> list[bytes]:
-        digest = self.digest(encoder)
-        return [digest[:32].encode(), digest[32:].encode()]
+    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
+        return bodies_of(self.digest(encoder), encoding)
 
     def export(self, directory: Path, encoder: object, settings: object) -> None:
         """Where nothing is written."""
