@@ -53,6 +53,10 @@ Namespace = Annotated[
     str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
+SampleType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")]
+SampleField = Annotated[
+    str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
+]
 WaitForBroker = Annotated[
     float | None,
     typer.Option(
@@ -149,12 +153,8 @@ def node(
         list[str] | None,
         typer.Option(metavar="PATH", help="file, folder or glob with the private samples; may be repeated"),
     ] = None,
-    type_: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
-    ] = None,
+    type_: SampleType = None,
+    field: SampleField = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     wait: WaitForBroker = None,
@@ -403,12 +403,8 @@ def corpus_check(
         list[str] | None,
         typer.Argument(metavar="PATH", help="files, folders or globs; without them, the corpora of --config"),
     ] = None,
-    type_: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
-    ] = None,
+    type_: SampleType = None,
+    field: SampleField = None,
     label: Annotated[
         str | None, typer.Option(metavar="NAME", help="field or array of the labels", show_default="label")
     ] = None,

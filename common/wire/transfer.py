@@ -93,10 +93,10 @@ _UNFINISHED = 3
 class VersionAssembly:
     """Puts versions together from a stream in which masters may have written twice, or died in between.
 
-    Chunks are gathered by (epoch, version); duplicates are dropped; a set counts when every index is there and the
-    digest holds. A few unfinished versions are kept, so that memory does not grow: those that most chunks have come of,
-    because anybody can begin versions that nobody ends. `elements`: how many numbers a version has, if that is known:
-    then a chunk must be as long as a slice of it. `counts`: whether a chunk's version counts at all.
+    Chunks are gathered by epoch, version and digest; duplicates are dropped; a set counts when every index is there and
+    the digest holds. A few unfinished versions are kept, so that memory does not grow: those that most chunks have come
+    of, because anybody can begin versions that nobody ends. `elements`: how many numbers a version has, if that is
+    known: then a chunk must be as long as a slice of it. `counts`: whether a chunk's version counts at all.
     """
 
     def __init__(

@@ -62,6 +62,21 @@ def test_a_service_ends_when_it_is_told_to_in_its_first_second(command: list[str
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
 
 
+def test_libraries_are_told_not_to_call_out_unless_the_environment_says_that_they_may(tmp_path: Path) -> None:
+    program = (
+        "import atexit, os; atexit.register(lambda: print(os.environ['HF_HUB_OFFLINE'])); import deploy.cli as cli; "
+    )
+    program += "import sys; sys.argv[1:] = ['--help']; cli.main()"
+    root = str(Path(__file__).parents[3])
+    for given, found in (({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0")):
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"PYTHONPATH": root, **given}
+        said = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert said.stdout.splitlines()[-1] == found, said.stderr
+
+
 def _handles(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal, as the kernel says."""
     status = Path(f"/proc/{pid}/status").read_text()
