@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -30,13 +30,16 @@ class BrokerConfig(Section):
     """Where the broker is. A password is better in `password_file` or the environment than in the URL.
 
     `connect_timeout_seconds`: how long a command tries; `wait_seconds`: how long a master or a node does at its start,
-    with pauses that grow, whether nobody answers or the account is refused."""
+    with pauses that grow, whether nobody answers or the account is refused. `accounts`: `required` if every party has
+    an account of its own, so that what comes is taken from the account of whom it claims to be from and nobody else;
+    `open` if they share one, and everyone with the password is everyone."""
 
     url: SecretStr = SecretStr(DEFAULT_URL)
     password_file: Path | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "shared-encoder"
     connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
+    accounts: Literal["open", "required"] = "open"
 
     def resolved_url(self) -> str:
         """The URL with the password from `password_file`, if there is one. Raises UserError."""

@@ -95,6 +95,11 @@ class Topology:
     def master_lock(self) -> str:
         return f"{self.namespace}.master.lock"
 
+    def account(self, party: str) -> str:
+        """The broker account of a party, where each has one of its own: of a node, an operator, or `master`. Accounts
+        are the whole broker's, so the federation's name is in them."""
+        return f"{self.namespace}.{party}"
+
     def node_inbox(self, node: str) -> str:
         return f"{self.namespace}.node.{node}.inbox"
 
