@@ -5,7 +5,9 @@ SharedEncoderError
 ├── Transient          worth trying again
 │   ├── BrokerUnavailable   no connection, or no confirm in time
 │   ├── PublishRejected     a bounded queue is full
-│   └── StorageFull         no room on the disk
+│   └── StorageBlocked      what must be durable cannot be written now
+│       ├── StorageFull     no room on the disk
+│       └── LedgerHeld      another process holds a lock on the message log
 ├── Unroutable         a mandatory publish that no queue took
 ├── Unpublishable      a message that the broker will never take: too large, or not to be written as AMQP
 ├── InternalError      a bug that has ended a thread of ours: the log has the trace, the party ends
@@ -79,8 +81,16 @@ class PublishRejected(Transient):
     """The broker refused a message because its queue is full (`reject-publish`)."""
 
 
-class StorageFull(Transient):
+class StorageBlocked(Transient):
+    """What must be durable cannot be written now; nothing is acked until it can."""
+
+
+class StorageFull(StorageBlocked):
     """There is no room on the disk for what must be durable."""
+
+
+class LedgerHeld(StorageBlocked):
+    """Another process holds a lock on the message log, such as a person's `sqlite3` or a backup tool."""
 
 
 class Damaged(SharedEncoderError):

@@ -37,6 +37,12 @@ class DirectoryLock:
             raise LockHeld(
                 f"{directory} is in use by {holder}; stop that one, or use another directory with {option}"
             ) from None
+        except OSError as error:  # a file system without locks, such as Lustre mounted so: ENOSYS, ENOTSUP, ENOLCK
+            os.close(self._handle)
+            raise UserError(
+                f"{directory}: its file system has no file locks ({error.strerror}), so two processes could work there "
+                f"at once; use a directory on another one with {option}, or mount it with them (Lustre: -o flock)"
+            ) from None
         os.ftruncate(self._handle, 0)
         os.write(self._handle, this_process().encode())
 

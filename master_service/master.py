@@ -12,7 +12,7 @@ from collections.abc import Callable
 import structlog
 
 from common.clock import Clock, Signal
-from common.errors import Poison, StorageFull
+from common.errors import Poison, StorageBlocked
 from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.messages import (
     Alive,
@@ -150,7 +150,7 @@ class Master:
 
     def report(self) -> Report:
         """What `status` shows."""
-        disk, rows, snapshot = self.journal.report()
+        disk, rows, snapshot = self.journal.report(self.recorder.blocked)
         return report(
             self.state,
             self.live,
@@ -163,9 +163,9 @@ class Master:
         )
 
     def snapshot(self) -> None:
-        """Write one now. Not after an error. Raises StorageFull while something waits for room."""
+        """Write one now. Not after an error. Raises StorageBlocked while something waits to be written."""
         if self.recorder.blocked:
-            raise StorageFull(self.recorder.blocked)
+            raise StorageBlocked(self.recorder.blocked)
         self.journal.snapshot()
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class Master:
 
     def _go_on(self) -> bool:
         """The disk was full: go on if there is room again, with what has come meanwhile."""
-        if not self.recorder.has_room_again():
+        if not self.recorder.writes_again():
             return False
         while self._held and not self.recorder.blocked:
             self.hear(self._held.popleft())

@@ -14,7 +14,7 @@ import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import Damaged, StorageFull, UserError
+from common.errors import Damaged, StorageBlocked, StorageFull, UserError
 from common.events import happened
 from common.wire.broker import Broker, Delivery
 from common.wire.messages import UpdateManifest
@@ -72,7 +72,8 @@ class Todo:
 
 
 class Recorder:
-    """Records, and carries out. While the disk is full what is to be recorded waits here, and `blocked` says why.
+    """Records, and carries out. While nothing can be written, such as with a full disk, what is to be recorded waits
+    here, and `blocked` says why.
 
     After an error nothing more may be asked of it: what is in memory may be half of an entry, and the log is the truth.
     """
@@ -168,7 +169,7 @@ class Recorder:
     def _drain(self) -> None:
         """Append, mark, fold, compute, send, carried out, ack: one entry after the other, each with what it leads to.
 
-        Where there is no room on the disk it stops before the entry that does not fit, and goes on from there later.
+        Where it cannot be written it stops before the entry, and goes on from there later.
         """
         journal = self.journal
         while self._todo:
@@ -179,8 +180,8 @@ class Recorder:
                 if entry is None and isinstance(todo.body, UpdateManifest):
                     # the log has it, its answer may not have left: recorded as one more delivery of the same update
                     entry = journal.append(todo.body)
-            except StorageFull as error:
-                self._wait_for_room(str(error))
+            except StorageBlocked as error:
+                self._wait(error)
                 return
             self._todo.popleft()
             if entry is not None:
@@ -189,7 +190,7 @@ class Recorder:
                 self.acknowledge(todo.deliveries, update=isinstance(todo.body, UpdateManifest))
 
     def _store(self, todo: Todo) -> tuple[str | None, UpdateFacts | None]:
-        """Make a payload durable; its digest, and the facts of an update. Raises StorageFull."""
+        """Make a payload durable; its digest, and the facts of an update. Raises StorageBlocked."""
         if todo.payload is None:
             return None, None
         digest = self.journal.write_payload(todo.payload)
@@ -275,23 +276,24 @@ class Recorder:
             self._broker.ack(*deliveries)
             reached("after ack")
 
-    # --- a full disk -------------------------------------------------------------------------------------------------
+    # --- a full disk, a ledger that another process holds ------------------------------------------------------------
 
-    def _wait_for_room(self, problem: str) -> None:
+    def _wait(self, error: StorageBlocked) -> None:
         if not self.blocked:
-            log.error("the disk is full: accepting nothing until there is room", problem=problem)
-        self.blocked = problem
+            what = "the disk is full" if isinstance(error, StorageFull) else "the message log is held"
+            log.error(f"{what}: accepting nothing until it can be written", problem=str(error))
+        self.blocked = str(error)
         self._try_again_at = self._clock.monotonic() + ROOM_SECONDS
 
-    def has_room_again(self) -> bool:
-        """Try again to write what waits for room on the disk; whether all of it is written."""
+    def writes_again(self) -> bool:
+        """Try again to write what waits; whether all of it is written."""
         if self._clock.monotonic() < self._try_again_at:
             return False
         self._drain()
         if self._todo:
             return False
         self.blocked = ""
-        log.info("there is room on the disk again")
+        log.info("the message log is written again")
         return True
 
 

@@ -78,7 +78,7 @@ class MasterService:
 
         Raises LockHeld if another master serves this namespace, BrokerUnavailable once its lock is lost, AccessRefused,
         Damaged if the state directory cannot be recovered from, UserError for settings that the log contradicts,
-        StorageFull if it is stopped while the disk is full, and whatever ended one of its threads.
+        StorageBlocked if it is stopped while nothing can be written, and whatever ended one of its threads.
         """
         torch.set_num_threads(self.config.threads)
         self._ending.stop = stop

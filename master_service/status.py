@@ -48,6 +48,7 @@ class LogReport(_Part):
     """The message log."""
 
     entries: int = Field(0, description="rows in the log")
+    blocked: str = Field("", description="why nothing can be written to it right now; empty if it can")
 
 
 class SnapshotReport(_Part):

@@ -70,6 +70,8 @@ def conditions(report: Report) -> list[str]:
             f"disk short: {size(report.disk.free_bytes)} free, {size(report.disk.needed_bytes)} needed; "
             "updates wait in the broker until there is room"
         )
+    elif report.log.blocked:
+        lines.append(f"{report.log.blocked}; updates wait in the broker until then")
     return lines
 
 

@@ -16,7 +16,8 @@ from common.errors import Damaged, UserError
 from common.locks import DirectoryLock
 from master_service.decisions.records import Repaired
 from master_service.history.snapshot import Manifest, read_snapshot, whole_snapshots
-from master_service.log.message_log import LEDGER, Row, open_log
+from master_service.log.ledger import LEDGER
+from master_service.log.message_log import Row, open_log
 from master_service.log.payloads import FilePayloads
 
 

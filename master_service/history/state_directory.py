@@ -11,7 +11,7 @@ import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import StorageFull
+from common.errors import StorageBlocked, StorageFull
 from common.events import happened
 from common.locks import DirectoryLock
 from master_service.config import MasterConfig
@@ -44,7 +44,7 @@ def inline(name: str, work: Callable[[], None]) -> None:
 class Journal:
     """What one master keeps, put together. `fold` is where it stands: at first that of the newest snapshot.
 
-    Nothing waits in here: StorageFull is raised to whoever can wait for room.
+    Nothing waits in here: StorageBlocked is raised to whoever can wait.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Journal:
         facts: UpdateFacts | None = None,
         payload: str | None = None,
     ) -> Entry | None:
-        """Write an entry durably; None if this message id is in the log already. Raises StorageFull."""
+        """Write an entry durably; None if this message id is in the log already. Raises StorageBlocked."""
         reached("before append")
         entry = self._room.write(
             lambda: self.log.append(
@@ -102,7 +102,7 @@ class Journal:
         return entry
 
     def write_payload(self, payload: bytes) -> str:
-        """Store a payload durably; gives its digest. Raises StorageFull."""
+        """Store a payload durably; gives its digest. Raises StorageBlocked."""
         return self._room.write(lambda: self.log.write_payload(payload))
 
     def drop_refused(self, payload: str) -> None:
@@ -114,7 +114,7 @@ class Journal:
                 if self.log.uses(self._refused[0]) <= 1:
                     self._room.write(lambda: self.log.drop([self._refused[0]], "refused", self._clock.now()))
                 self._refused.pop(0)
-        except StorageFull:
+        except StorageBlocked:
             return
 
     def snapshot(self, *, due_after: float = 0.0) -> None:
@@ -128,8 +128,8 @@ class Journal:
         checksum = self.log.checksum(self.fold.offset) or ""
         try:
             self._room.write(lambda: self._snapshots.write(self.fold, checksum))
-        except StorageFull as error:
-            log.warning("no room for a snapshot; a start folds more of the log", problem=str(error))
+        except StorageBlocked as error:
+            log.warning("a snapshot cannot be written; a start folds more of the log", problem=str(error))
             return
         self._snapshot_offset = self.fold.offset
         happened("snapshot", offset=self._snapshot_offset)
@@ -137,12 +137,12 @@ class Journal:
             self._pruned.clear()
             self._background("retention", self._prune)
 
-    def report(self) -> tuple[DiskReport, LogReport, SnapshotReport]:
-        """What `status` shows."""
+    def report(self, blocked: str) -> tuple[DiskReport, LogReport, SnapshotReport]:
+        """What `status` shows; `blocked` is why nothing can be written, if so."""
         age = self._clock.monotonic() - self._snapshot_at
         entries = self.log.last_offset + 1
         snapshot = SnapshotReport(offset=self._snapshot_offset, age_seconds=age)
-        return self._room.report(), LogReport(entries=entries), snapshot
+        return self._room.report(), LogReport(entries=entries, blocked=blocked), snapshot
 
     def close(self) -> None:
         """Close it, so that another master can open it."""
@@ -158,8 +158,8 @@ class Journal:
             freed = self._room.write(lambda: prune(self.log, kept, policy, self._clock.now()))
             if freed:
                 log.info("payloads dropped", retention=str(policy), bytes=freed)
-        except StorageFull as error:
-            log.warning("no room to note which payloads are dropped", problem=str(error))
+        except StorageBlocked as error:
+            log.warning("which payloads are dropped cannot be noted", problem=str(error))
         finally:
             self._pruned.set()
 
@@ -167,7 +167,7 @@ class Journal:
 def open_journal(config: MasterConfig, *, clock: Clock, background: Background = inline) -> Journal:
     """The journal of a state directory, locked until it is closed.
 
-    Raises LockHeld, which names the holder, Damaged, or StorageFull.
+    Raises LockHeld, which names the holder, Damaged, or StorageBlocked.
     """
     lock = DirectoryLock(config.state_dir)
     try:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from pydantic import ValidationError
 
 from common.errors import Damaged, UserError
 from master_service.decisions.records import Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
+from master_service.log.ledger import LEDGER, opened_to_read, opened_to_write
 from master_service.log.payloads import FilePayloads, Payloads
 
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
-
-#: The name of its file.
-LEDGER = "ledger.sqlite"
 
 _NO_LIMIT = (1 << 63) - 1
 _NOT_WRITTEN = "not what was written, or a row before it is missing"
@@ -89,19 +85,11 @@ def open_log(directory: Path, *, read_only: bool = False, before: str = "", last
     """The ledger `ledger.sqlite` of a state directory and the payloads beside it.
 
     `lasting` False: nothing is synced, for a log that may be lost with the machine. Raises FileNotFoundError if there
-    is nothing to read, Damaged or UserError as MessageLog does.
+    is nothing to read, LedgerHeld, Damaged or UserError as MessageLog does.
     """
-    path = directory / LEDGER
-    if read_only:
-        if not path.exists():
-            raise FileNotFoundError(f"no message log in {directory}")
-        # where SQLite may not put its files beside the ledger it needs none, if nobody writes
-        still = not os.access(directory, os.W_OK) and not path.with_name(path.name + "-wal").exists()
-        uri = f"file:{quote(str(path))}?mode=ro{'&immutable=1' if still else ''}"
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    else:
+    if not read_only:
         directory.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db = (opened_to_read if read_only else opened_to_write)(directory / LEDGER)
     try:
         payloads = FilePayloads(directory / "payloads", lasting=lasting)
         return MessageLog(db, payloads, directory, read_only=read_only, before=before, lasting=lasting)

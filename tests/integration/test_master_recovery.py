@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend,
 from master_service import master as master_module
 from master_service.config import MasterConfig
 from master_service.decisions.coordinator import Coordinator
-from master_service.decisions.records import Entry
+from master_service.decisions.records import Entry, Tick
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.history.replay import origin, rebuild, verify
@@ -315,6 +317,72 @@ def test_a_disk_that_is_really_full(server: MemoryServer, tmp_path: Path) -> Non
         log.close()
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+HOLDS = {
+    "a person's sqlite3": """
+import sqlite3
+db = sqlite3.connect(path, isolation_level=None)
+db.execute("BEGIN IMMEDIATE")
+""",
+    "a tool that locks whole files to read them": """
+import fcntl
+held = [open(path + name, "rb") for name in ("", "-wal", "-shm")]
+for file in held:
+    fcntl.lockf(file, fcntl.LOCK_SH)
+""",
+}
+
+
+@pytest.mark.parametrize("how", HOLDS)
+def test_another_process_that_holds_the_ledger_does_not_end_the_master(
+    server: MemoryServer, tmp_path: Path, how: str
+) -> None:
+    with running_master(server, tmp_path) as master:
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        bodies = numbers(instruction)
+        words = f"path = {str(tmp_path / 'ledger.sqlite')!r}\n{HOLDS[how]}\nprint('held', flush=True)\ninput()"
+        with subprocess.Popen(
+            [sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder:
+            assert holder.stdin is not None and holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            node.send(node.manifest(instruction, 0, bodies), bodies)
+            eventually(lambda: master.service.report().log.blocked)
+            assert "another process holds a lock" in master.service.report().log.blocked
+            assert not answered(node)
+            holder.stdin.write("\n")
+        assert node.hear(Receipt).accepted
+        eventually(lambda: not master.service.report().log.blocked)
+        update = f"update {node.manifest(instruction, 0, bodies).update_id}"
+        assert master.service.master.journal.log.deaths(update) == 0
+
+
+@pytest.mark.parametrize(
+    "beside", [(), ("-wal",), ("-shm",), ("-wal", "-shm")], ids=lambda names: "".join(names) or "-"
+)
+def test_a_copy_that_nobody_may_write_beside_is_read_whatever_lies_there(
+    tmp_path: Path, beside: tuple[str, ...]
+) -> None:
+    """A copy of a ledger that a master was writing to, on a file system that is mounted to be read."""
+    log, place = open_log(tmp_path / "written"), tmp_path / "copy"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        for number in range(3):
+            log.append(Tick(), message_id=str(number), at=float(number))
+            if number == 1:  # what is read without the write-ahead log
+                log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for name in ("", *beside):
+            shutil.copy(tmp_path / "written" / f"ledger.sqlite{name}", place)
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        with closing(open_log(place, read_only=True)) as copy:
+            assert [entry.offset for entry in copy.entries()] == list(range(3 if "-wal" in beside else 2))
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        log.close()
 
 
 def test_snapshots_are_written_while_serving_and_retention_drops_what_no_start_needs(
