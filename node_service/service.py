@@ -34,8 +34,8 @@ log = structlog.get_logger()
 
 #: Between two attempts to send what cannot leave now, and the longest time that a thread waits for work, seconds.
 _RETRY_SECONDS = 1.0
-#: How long a node that ends may go on sending, seconds.
-_FLUSH_SECONDS = 20.0
+#: How long a node that ends may go on sending, seconds: `docker stop` kills after ten, and what is owed is on disk.
+_FLUSH_SECONDS = 5.0
 
 
 class NodeService:
@@ -143,14 +143,18 @@ class NodeService:
                 self._next()
 
     def _flush(self, outbox: Outbox) -> None:
-        """Wait until everything has left, but not for ever. Raises what ended a thread, whatever has left by then."""
+        """Wait until everything has left, but not for ever, nor for a broker that is away. Raises what ended a thread,
+        whatever has left by then."""
         until = self._clock.monotonic() + _FLUSH_SECONDS
-        while not outbox.empty and self._clock.monotonic() < until:
+        while not outbox.empty and self._clock.monotonic() < until and not self._is_cut_off(outbox):
             with contextlib.suppress(queue.Empty):
                 self._next(wait=0.05)
         self._check()
         if not outbox.empty:
             log.warning("not everything could be sent; it is kept and sent at the next start", node=self.name)
+
+    def _is_cut_off(self, outbox: Outbox) -> bool:
+        return bool(outbox.problem) and not self.broker.status().connected
 
     def _send(self, outbox: Outbox) -> None:
         while not self._closing.is_set():

@@ -29,6 +29,8 @@ log = structlog.get_logger()
 
 #: Between two attempts of a service to reach the broker at its start: twice as long each time.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
+#: Who was asked to end waits no longer than this for a broker that is away, and looks so often, seconds.
+_AWAY_SECONDS, _LOOK_SECONDS = 2.0, 0.2
 #: What a service writes is its owner's alone: files 0600, folders 0700.
 _OWNER_ONLY = 0o077
 
@@ -69,18 +71,26 @@ def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False
                 on_change=display.update,
             )
             service.run(stop)
+    except BrokerUnavailable:
+        if not stop.is_set():
+            raise
+        log.warning("stopped while the broker was away; what could not leave is sent at the next start")
+        return
     finally:
         broker.close()
     if stop.is_set():
         log.info("stopped; the state is in a snapshot, a start with the same --state continues")
 
 
-def end_of_waiting(stop: threading.Event, broker: Broker) -> None:
-    """An alarm of the broker is waited out, however long; but not by whoever was asked to end. What did not leave is
-    sent at the next start."""
+def end_of_waiting(stop: threading.Event, broker: Broker, clock: Clock = SYSTEM) -> None:
+    """An alarm of the broker is waited out, however long, and so is a broker that is away; but not by whoever was asked
+    to end. What did not leave is sent at the next start."""
     stop.wait()
-    while broker.status().blocked is None:
-        time.sleep(0.2)
+    connected_at = clock.monotonic()
+    while (status := broker.status()).blocked is None and clock.monotonic() - connected_at < _AWAY_SECONDS:
+        if status.connected:
+            connected_at = clock.monotonic()
+        clock.wait(_LOOK_SECONDS)
     broker.close()
 
 
@@ -105,6 +115,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
 
             from node_service.service import NodeService
         stop = threading.Event()
+        threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
         with stop_on_signals(stop), NodeDisplay(name, quiet=config.log.json_lines) as display:
             NodeService(name, node_config, corpora, broker, topology, on_change=display.update).run(stop)
     finally:

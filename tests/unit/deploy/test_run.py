@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -16,6 +17,7 @@ import structlog
 import deploy.commands.run as run
 from common.clock import VirtualClock
 from common.errors import AccessRefused, BrokerUnavailable, UserError
+from common.wire.broker import Broker, BrokerStatus
 from common.wire.topology import Topology
 from deploy.config import load_config
 
@@ -45,6 +47,25 @@ def test_a_broker_that_comes_later_is_waited_for_and_one_that_does_not_come_is_a
     answers[:] = [UserError("not a URL"), "a broker"]
     with pytest.raises(UserError):
         run.awaited(config, Topology("test"), "test", clock)
+
+
+@pytest.mark.parametrize(("reason", "seconds"), [(None, 1.0 + 2.0), ("low on memory", 1.0)])
+def test_who_was_asked_to_end_waits_for_no_broker_that_is_away_or_blocked(reason: str | None, seconds: float) -> None:
+    clock, stop, closed = VirtualClock(), threading.Event(), []
+
+    class Leaving:
+        """A broker that is there for a second."""
+
+        def status(self) -> BrokerStatus:
+            away = clock.time >= 0.95
+            return BrokerStatus(not away, reason if away else None, 0, 0, 0)
+
+        def close(self) -> None:
+            closed.append(round(clock.time, 2))
+
+    stop.set()
+    run.end_of_waiting(stop, cast(Broker, Leaving()), clock)
+    assert closed == [pytest.approx(seconds, abs=0.3)]
 
 
 @pytest.mark.parametrize("command", [["master"], ["node", "a", "--corpus", "notes.txt"]])

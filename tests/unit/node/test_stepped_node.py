@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +15,8 @@ import structlog
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.brokers.memory_rules import Permissions
 from common.clock import VirtualClock
-from common.errors import AccessRefused
-from common.wire.broker import BrokerStatus
+from common.errors import AccessRefused, BrokerUnavailable
+from common.wire.broker import BrokerStatus, Publication
 from common.wire.messages import (
     Alive,
     Finish,
@@ -30,6 +32,7 @@ from common.wire.messages import (
 )
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
+from node_service.handover.local_state import open_local_state
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Node
 from node_service.service import NodeService
@@ -267,6 +270,32 @@ def test_f5_a_clean_stop_hands_in_saves_and_leaves(tmp_path: Path) -> None:
     service.run()
     [update] = service.master.heard(UpdateManifest)
     assert service.saved == [update.steps] and update.steps >= 7 and len(service.master.heard(Leave)) == 1
+
+
+def test_a_node_that_is_cut_off_ends_at_once_with_what_it_owes_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(tmp_path)
+    stop_after(service, 7)
+
+    def away(*publications: Publication, timeout: float = 60.0) -> None:
+        raise BrokerUnavailable("no broker answers")
+
+    def cut_off(node: Node) -> None:
+        away_status = dataclasses.replace(service.broker.status(), connected=False)
+        monkeypatch.setattr(service.broker, "publish", away)
+        monkeypatch.setattr(service.broker, "status", lambda: away_status)
+        goodbye(node)
+
+    goodbye = Node.goodbye
+    monkeypatch.setattr(Node, "goodbye", cut_off)
+    monkeypatch.setattr("node_service.service._FLUSH_SECONDS", 1e9)
+    with structlog.testing.capture_logs() as logs:
+        service.run()
+    assert "it is kept and sent at the next start" in logs[-1]["event"]
+    with contextlib.closing(open_local_state(tmp_path, "a")) as state:
+        [owed] = state.owed.values()
+    assert owed.steps >= 7 and service.saved == [owed.steps]
 
 
 def test_f5_after_an_error_in_training_nothing_is_handed_in_saved_or_said(tmp_path: Path) -> None:
