@@ -29,6 +29,10 @@ from common.wire.messages import (
 )
 
 
+#: Instructions that wait for their turn; an instruction has up to a mebibyte.
+MAX_WAITING = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Say:
     """Send a message to the master."""
@@ -344,6 +348,8 @@ class Agent:
         if instruction.encoder_type not in self.types:
             return []
         if self.current is not None and not self._is_current(instruction.encoder):
+            if instruction.encoder not in self.waiting and len(self.waiting) >= MAX_WAITING:
+                return [self._acknowledge(instruction, 0, f"{MAX_WAITING} encoders wait here already")]
             self.waiting[instruction.encoder] = instruction
             return []
         self.current = instruction

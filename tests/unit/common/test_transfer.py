@@ -127,13 +127,24 @@ def test_three_unfinished_versions_are_kept_and_those_that_anybody_begins_do_not
 
 def test_f1_two_broken_versions_of_its_number_do_not_mix_with_a_good_one() -> None:
     assembly, good = VersionAssembly("text-1", DIGEST), version_chunks(1, 4)
-    forged = [[chunk.model_copy(update={"digest": mark * 64}) for chunk in good] for mark in "01"]
+    other = {"data": b"other", "checksum": checksum(b"other")}
+    forged = [[chunk.model_copy(update={"digest": mark * 64, **other}) for chunk in good] for mark in "01"]
     for index, chunk in enumerate(good):
+        done = assembly.add(chunk)
         for chunks in forged:
             if index < 2:
                 assembly.add(chunks[index])
-        done = assembly.add(chunk)
     assert done is not None and done.digest == good[0].digest
+
+
+def test_f1_a_version_of_whole_chunks_that_is_not_what_its_digest_says_is_poison() -> None:
+    assembly, good = VersionAssembly("text-1", DIGEST), version_chunks(1, 4)
+    for chunk in good[:-1]:
+        assembly.add(chunk)
+    data = bytes(len(good[-1].data))
+    with pytest.raises(Poison, match="does not match its digest") as poison:
+        assembly.add(good[-1].model_copy(update={"data": data, "checksum": checksum(data)}))
+    assert poison.value.reason == "digest"
 
 
 @pytest.mark.parametrize(
