@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from common.broker_url import split
+from common.broker_url import Access, split
 from common.errors import UserError
 
 #: The broker that a fresh RabbitMQ on this machine offers.
@@ -27,7 +27,11 @@ class Section(BaseModel):
 
 
 class BrokerConfig(Section):
-    """Where the broker is. A password is better in `password_file` or the environment than in the URL.
+    """Where the broker is. A password is better in `password_file` or the environment than in a URL.
+
+    `urls`: several of one broker, tried in turn at the start and after each loss; they stand before `url`.
+    `password_file` holds the password for each of them. `ca_file`, `cert_file`, `key_file`, `account`, `proxy`: see
+    `common.broker_url.Access`.
 
     `connect_timeout_seconds`: how long a command tries; `wait_seconds`: how long a master or a node does at its start,
     with pauses that grow, whether nobody answers or the account is refused. `accounts`: `required` if every party has
@@ -35,26 +39,58 @@ class BrokerConfig(Section):
     `open` if they share one, and everyone with the password is everyone."""
 
     url: SecretStr = SecretStr(DEFAULT_URL)
+    urls: tuple[SecretStr, ...] = ()
     password_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    account: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    proxy: SecretStr | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] = "shared-encoder"
     connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
     accounts: Literal["open", "required"] = "open"
 
-    def resolved_url(self) -> str:
-        """The URL with the password from `password_file`, if there is one. Raises UserError."""
-        url = self.url.get_secret_value()
+    @model_validator(mode="after")
+    def _key_with_certificate(self) -> BrokerConfig:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file is the key of a certificate: give cert_file too")
+        return self
+
+    def access(self) -> Access:
+        """How to get there, with the password of `password_file` in each URL. Raises UserError."""
+        return Access(
+            urls=self.resolved_urls(),
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            account=self.account,
+            proxy=self.proxy.get_secret_value() if self.proxy is not None else None,
+        )
+
+    def resolved_urls(self) -> tuple[str, ...]:
+        """`urls`, or `url`, with the password from `password_file`, if there is one. Raises UserError."""
+        urls = tuple(url.get_secret_value() for url in self.urls or (self.url,))
         if self.password_file is None:
-            return url
+            return urls
         try:
             password = self.password_file.read_text().strip()
         except OSError as error:
             raise UserError(f"broker.password_file {self.password_file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UserError(f"broker.password_file {self.password_file}: not UTF-8 text") from None
-        parts = split(url)
-        user, host = parts.username or "guest", parts.netloc.rpartition("@")[2]
-        return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+        return tuple(_with_password(url, self.account, password) for url in urls)
+
+    def resolved_url(self) -> str:
+        """The first of `resolved_urls`, for who wants one. Raises UserError."""
+        return self.resolved_urls()[0]
+
+
+def _with_password(url: str, account: str | None, password: str) -> str:
+    """Where a URL names no user, it is the account's."""
+    parts = split(url)
+    user, host = parts.username or quote(account or "guest", safe=""), parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 
 
 def explained(error: ValidationError, model: type[BaseModel], source: str) -> UserError:

@@ -21,6 +21,7 @@ from common.errors import (
     SharedEncoderError,
     UserError,
 )
+from deploy.commands.broker_certs import broker_certs
 from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ corpus_app = typer.Typer(help="Look at samples before a node trains on them.", n
 app.add_typer(corpus_app, name="corpus")
 broker_app = typer.Typer(help="Look after what a federation has at the broker.", no_args_is_help=True)
 app.add_typer(broker_app, name="broker")
+broker_app.command("certs")(broker_certs)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")

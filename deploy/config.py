@@ -105,8 +105,9 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
     for name in unknown:
         if _BELOW in name:  # nobody but a user of ours writes names like that
             raise UserError(f"environment: {name} names no section; {suggestion(_section(name), Config.model_fields)}")
+    given_flags = _one_url(_given(flags))
     try:
-        config, explicit = FromFile(**_given(flags)), Explicit(**_given(flags))
+        config, explicit = FromFile(**given_flags), Explicit(**given_flags)
     except ValidationError as error:
         raise explained(error, Config, source) from None
     config._ignored = sorted(unknown)
@@ -144,6 +145,15 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _section(name: str) -> str:
     return name.removeprefix(PREFIX).lower().partition(_BELOW)[0]
+
+
+def _one_url(flags: dict[str, Any]) -> dict[str, Any]:
+    """A URL of a flag or of the environment stands for all that the file has."""
+    broker = flags.get("broker", {})
+    url, names = f"{PREFIX}BROKER{_BELOW}URL", {name.upper() for name in os.environ}
+    if "url" in broker or (url in names and f"{url}S" not in names):
+        return {**flags, "broker": {"urls": (), **broker}}
+    return flags
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

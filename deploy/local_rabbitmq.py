@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -35,10 +36,12 @@ def server_program(name: str = "rabbitmq-server") -> Path:
 class LocalRabbitMQ:
     """One server in `directory`. A context manager; `stop` and `start` keep the data, `kill` is SIGKILL."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, settings: str = "", plugins: Sequence[str] = ()) -> None:
+        """`settings`: more lines of its configuration, in which TLS_PORT is a port of its own."""
         self._program = server_program()
         self._directory = directory
         self.port = _free_port()
+        self.tls_port = _free_port()
         self._distribution_port = _free_port()
         self._epmd_port = _free_port()
         self._node = f"shared-encoder-{self.port}@localhost"
@@ -47,8 +50,9 @@ class LocalRabbitMQ:
         (directory / "rabbitmq.conf").write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.console = false\n"
             "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\n"
+            + settings.replace("TLS_PORT", str(self.tls_port))
         )
-        (directory / "enabled_plugins").write_text("[].\n")
+        (directory / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
         # in a file, as Erlang looks for it in HOME: what stands in the arguments of a process, everybody can read
         cookie = directory / ".erlang.cookie"
         cookie.unlink(missing_ok=True)

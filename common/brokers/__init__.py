@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from common.broker_url import split
+from common.broker_url import Access, split
 from common.wire.broker import Broker
 
 
 def open_broker(
-    url: str, *, client_name: str, dead_letters: str, connect_timeout: float = 10.0, refusal_patience: float = 30.0
+    access: str | Access,
+    *,
+    client_name: str,
+    dead_letters: str,
+    connect_timeout: float = 10.0,
+    refusal_patience: float = 30.0,
 ) -> Broker:
-    """Connect to the RabbitMQ of an `amqp://` or `amqps://` URL.
+    """Connect to the RabbitMQ of an `amqp://` or `amqps://` URL, or of the first of several that lets us in.
 
     `client_name` is shown in the broker's management page, `dead_letters` is the exchange for what cannot be processed.
     `refusal_patience`: seconds that something may be refused in a row before `status` calls it final.
-    Raises UserError for a URL of another kind, AccessRefused, or BrokerUnavailable after `connect_timeout` seconds.
+    Raises UserError for a URL of another kind and for certificates that are not good, AccessRefused, or
+    BrokerUnavailable after `connect_timeout` seconds.
     """
-    split(url)
+    access = Access((access,)) if isinstance(access, str) else access
+    for url in access.urls:
+        split(url)
     from common.brokers.amqp.rabbitmq import RabbitMQBroker
 
     return RabbitMQBroker(
-        url,
+        access,
         client_name=client_name,
         dead_letters=dead_letters,
         connect_timeout=connect_timeout,

@@ -141,9 +141,9 @@ def awaited(config: Config, topology: Topology, client_name: str, clock: Clock =
 
 
 def connect(config: Config, topology: Topology, client_name: str) -> Broker:
-    """Raises AccessRefused, or BrokerUnavailable when nobody answers in time."""
+    """Raises UserError, of which AccessRefused may pass, or BrokerUnavailable when nobody answers in time."""
     return open_broker(
-        config.broker.resolved_url(),
+        config.broker.access(),
         client_name=client_name,
         dead_letters=topology.dead_letters,
         connect_timeout=config.broker.connect_timeout_seconds,

@@ -8,9 +8,7 @@ of its own; a short third one tries the address and the account at the start, an
 
 from __future__ import annotations
 
-import copy
 import logging
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -19,17 +17,22 @@ from typing import Any, cast
 import pika
 import pika.spec
 import structlog
+from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ConnectionClosedByBroker
 
+from common.broker_url import Access, split
 from common.brokers.amqp.arguments import queue_arguments, version_of
+from common.brokers.amqp.certificates import context_of
 from common.brokers.amqp.headers import guarded
 from common.brokers.amqp.link import ANSWER_SECONDS, Link
 from common.brokers.amqp.locks import Locks, Step
+from common.brokers.amqp.proxy import Proxy, Tunnelled
 from common.brokers.amqp.publisher import Publisher
-from common.brokers.amqp.refusals import MALFORMED, explained, not_connected, unpublished, went_away
+from common.brokers.amqp.refusals import MALFORMED, explained, unpublished, went_away
+from common.brokers.amqp.routes import Address, Route, first_that_answers
 from common.brokers.amqp.subscription import LinkSubscription
 from common.brokers.problems import Problems
-from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, SharedEncoderError, UserError
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
 from common.wire.topology import Declarations
@@ -46,18 +49,31 @@ FAILURES = (AMQPError, OSError)
 #: The lock of a connection that broke is freed once the broker misses its heartbeats, which takes it two to three
 #: intervals; until then it is our own ghost.
 LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
-#: Between two attempts to connect at the start.
-_AGAIN_SECONDS = 0.3
 #: To make quorum queues and streams takes the broker longer than other answers.
 _DECLARE_SECONDS = 30.0
 #: An alarm may keep a note from being written; nobody waits for it longer than this.
 _NOTE_BLOCKED_SECONDS = 3.0
 
 
-def _connecting(parameters: Any, opened: Callable[[Any], None], gone: Callable[[Any, BaseException], None]) -> Any:
+class _Services(Tunnelled, SelectorIOServicesAdapter):  # type: ignore[misc]  # the driver has no types
+    """The driver's I/O services, through a proxy."""
+
+    def __init__(self, loop: Any, address: Address, proxy: Proxy, timeout: float) -> None:
+        super().__init__(loop)
+        self.proxy, self.destination, self.timeout = proxy, (address.host, address.port), timeout
+
+
+def _connecting(
+    address: Address, opened: Callable[[Any], None], gone: Callable[[Any, BaseException], None]
+) -> pika.SelectConnection:
     """Begin to open a connection; its loop is to be started in the thread that will own it."""
+    loop = IOLoop()
     return pika.SelectConnection(
-        parameters, on_open_callback=opened, on_open_error_callback=gone, on_close_callback=gone
+        address.parameters,
+        on_open_callback=opened,
+        on_open_error_callback=gone,
+        on_close_callback=gone,
+        custom_ioloop=_Services(loop, address, address.proxy, ANSWER_SECONDS) if address.proxy is not None else loop,
     )
 
 
@@ -66,7 +82,7 @@ class RabbitMQBroker:
 
     def __init__(
         self,
-        url: str,
+        access: Access,
         *,
         client_name: str,
         dead_letters: str,
@@ -74,48 +90,26 @@ class RabbitMQBroker:
         refusal_patience: float = 30.0,
     ) -> None:
         """See `open_broker`."""
-        try:
-            self._parameters = pika.URLParameters(url)
-        except OSError as error:
-            raise UserError(
-                f"the broker's URL: a file that its ssl_options name cannot be used ({error.strerror})"
-            ) from None
-        except Exception:
-            # ValueError, and with ssl_options whatever Python's parser and ssl raise; its words may hold a password
-            raise UserError(
-                "the broker's URL: what stands behind its ? is not as pika's URLParameters wants it (ssl_options is a "
-                "dict of ca_certs, certfile, keyfile; heartbeat and the like are numbers)"
-            ) from None
-        self._parameters.heartbeat = _HEARTBEAT_SECONDS
-        self._parameters.blocked_connection_timeout = None
-        self._parameters.client_properties = {"connection_name": f"shared-encoder {client_name}"}
+        self._addresses = _addresses(access, {"connection_name": f"shared-encoder {client_name}"})
         self._dead_letters = dead_letters
         self._declared: list[Declarations] = []
         self._subscriptions: set[LinkSubscription] = set()
         self._consuming = False
         self._bytes_in = 0
-        self._server_version: tuple[int, ...] = ()
         self._problems = Problems(refusal_patience)
-        self._connect(connect_timeout)
+        at, version = first_that_answers(self._addresses, _version, connect_timeout)
+        self._server_version = version_of(version)
+        self._route = Route(self._addresses, at, _connecting)
         self._consumer = Link(
-            "consume",
-            partial(_connecting, self._parameters),
-            FAILURES,
-            self._consumer_open,
-            self._problems,
-            self._explained,
+            "consume", self._route.connect, FAILURES, self._consumer_open, self._problems, self._route.explained
         )
-        properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._parameters.credentials.username)
+        properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._addresses[0].account)
         self._locks = Locks(
             self._consumer, self._in_turn, self._short_connection, properties, patience=LOCK_PATIENCE_SECONDS
         )
+        publishing = Route(self._addresses, at, _connecting)
         self._publisher = Publisher(
-            partial(_connecting, self._parameters),
-            FAILURES,
-            properties,
-            _not_published,
-            self._problems,
-            self._explained,
+            publishing.connect, FAILURES, properties, _not_published, self._problems, publishing.explained
         )
         self._consumer.start()
         self._publisher.link.start()
@@ -275,26 +269,8 @@ class RabbitMQBroker:
         for binding in declarations.bindings:
             yield partial(channel.queue_bind, binding.queue, binding.exchange, binding.routing_key)
 
-    def _connect(self, timeout: float) -> None:
-        """Try for `timeout` seconds; what cannot get better by waiting is raised at once."""
-        deadline = SYSTEM.monotonic() + timeout
-        while True:
-            try:
-                with self._short_connection(deadline - SYSTEM.monotonic()) as connection:
-                    properties = connection._impl.server_properties or {}
-                    version = properties.get("version", "")
-                    self._server_version = version_of(version.decode() if isinstance(version, bytes) else version)
-                return
-            except BrokerUnavailable:
-                if SYSTEM.monotonic() + _AGAIN_SECONDS > deadline:
-                    raise
-                SYSTEM.wait(_AGAIN_SECONDS)
-
-    def _short_connection(self, timeout: float = ANSWER_SECONDS) -> _ShortConnection:
-        return _ShortConnection(self._parameters, timeout)
-
-    def _explained(self, error: BaseException, was_open: bool) -> SharedEncoderError:
-        return went_away(error) if was_open else _not_connected(self._parameters, error)
+    def _short_connection(self) -> _ShortConnection:
+        return _ShortConnection(self._route.address, ANSWER_SECONDS)
 
 
 def _name_of(declarations: Declarations) -> str:
@@ -312,25 +288,89 @@ def _without_queue(declarations: Declarations, name: str) -> Declarations:
     )
 
 
+def _addresses(access: Access, client_properties: dict[str, str]) -> list[Address]:
+    """Where the broker may be, with what the driver is to be told. Raises UserError, without a word of a URL."""
+    context = context_of(access)
+    proxy = Proxy(access.proxy) if access.proxy is not None else None
+    found = []
+    for url in access.urls:
+        parts = split(url)
+        parameters = _parameters(url)
+        parameters.heartbeat = _HEARTBEAT_SECONDS
+        parameters.blocked_connection_timeout = None
+        parameters.client_properties = client_properties
+        address = Address(parameters, access, named=parts.username is not None, proxy=proxy)
+        if context is not None:
+            address.check_tls(given_otherwise="ssl_options" in parts.query)
+            parameters.ssl_options = pika.SSLOptions(context, parameters.host)
+        if address.by_certificate:
+            parameters.credentials = pika.credentials.ExternalCredentials()
+        found.append(address)
+    if len({(each.account, each.vhost) for each in found}) > 1:
+        raise UserError("broker.urls: they must name one broker; these have different users or vhosts")
+    return found
+
+
+def _parameters(url: str) -> Any:
+    try:
+        return pika.URLParameters(url)
+    except OSError as error:
+        raise UserError(
+            f"the broker's URL: a file that its ssl_options name cannot be used ({error.strerror})"
+        ) from None
+    except Exception:
+        # ValueError, and with ssl_options whatever Python's parser and ssl raise; its words may hold a password
+        raise UserError(
+            "the broker's URL: what stands behind its ? is not as pika's URLParameters wants it (ssl_options is a "
+            "dict of ca_certs, certfile, keyfile; heartbeat and the like are numbers)"
+        ) from None
+
+
+def _version(address: Address, timeout: float) -> str:
+    """What the broker there says of itself; empty if nothing."""
+    with _ShortConnection(address, timeout) as connection:
+        version = (connection._impl.server_properties or {}).get("version", "")
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+class _Tunnelling(pika.SelectConnection):  # type: ignore[misc]
+    """What a blocking connection runs on, through a proxy. Made for one address."""
+
+    address: Address
+    timeout: float
+
+    @classmethod
+    def create_connection(
+        cls, connection_configs: Any, on_done: Any, custom_ioloop: Any = None, workflow: Any = None
+    ) -> Any:
+        assert cls.address.proxy is not None
+        services = _Services(custom_ioloop, cls.address, cls.address.proxy, cls.timeout)
+        return cls._start_connection_workflow(
+            connection_configs=connection_configs,
+            connection_factory=lambda given: cls(given, custom_ioloop=services, internal_connection_workflow=False),
+            nbio=services,
+            workflow=workflow,
+            on_done=on_done,
+        )
+
+
 class _ShortConnection:
     """A blocking connection for a moment, with pika's errors as ours."""
 
-    def __init__(self, parameters: Any, timeout: float) -> None:
+    def __init__(self, address: Address, timeout: float) -> None:
         """`timeout`: seconds that opening it may take."""
-        self._parameters = copy.copy(parameters)
-        self._parameters.blocked_connection_timeout = _NOTE_BLOCKED_SECONDS
-        self._timeout = max(timeout, _AGAIN_SECONDS)
+        self._address = address
+        self._timeout = timeout
 
     def __enter__(self) -> Any:
         try:
-            # the driver tries each address of a name in turn, with the whole of its timeouts
-            host, port = self._parameters.host, self._parameters.port
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-            self._parameters.socket_timeout = self._parameters.stack_timeout = self._timeout / len(addresses)
-            self._connection = pika.BlockingConnection(self._parameters)
+            parameters, kind = self._address.for_a_moment(self._timeout, _NOTE_BLOCKED_SECONDS), None
+            if self._address.proxy is not None:
+                kind = type("Tunnelling", (_Tunnelling,), {"address": self._address, "timeout": self._timeout})
+            self._connection = pika.BlockingConnection(parameters, _impl_class=kind)
         except Exception as error:
             # not only AMQPError and OSError: the driver stumbles in many ways over a peer that does not speak AMQP
-            raise _not_connected(self._parameters, error) from None
+            raise self._address.not_connected(error) from None
         return self._connection
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -341,16 +381,6 @@ class _ShortConnection:
             log.debug("closing a short connection failed")
         if isinstance(error, AMQPError | OSError):
             raise (_refused(error) or went_away(error)) from None
-
-
-def _not_connected(parameters: Any, error: BaseException) -> SharedEncoderError:
-    return not_connected(
-        f"{parameters.host}:{parameters.port}",
-        parameters.credentials.username,
-        parameters.virtual_host,
-        error,
-        tls=parameters.ssl_options is not None,
-    )
 
 
 def _refused(error: BaseException) -> SharedEncoderError | None:

@@ -35,26 +35,46 @@ def unpublished(code: int, text: str) -> SharedEncoderError:
     """Why the broker closed a channel, or with one of `MALFORMED` the connection, on which a message was published."""
     if code == 406 or code in MALFORMED:
         hint = "; raise max_message_size at the broker" if "larger than" in text else ""
+        if "user_id" in text:
+            hint = "; broker.account must be the name that the broker knows the certificate by"
         return Unpublishable(f"the broker does not take this message: {text}{hint}")
     return explained(code, text)
 
 
-def not_connected(where: str, user: str, vhost: str, error: BaseException, *, tls: bool) -> SharedEncoderError:
-    """Why no connection could be made: AccessRefused if the broker refused us, else BrokerUnavailable.
+def refused_by(
+    where: str, who: str, vhost: str, error: BaseException, *, by_certificate: bool
+) -> SharedEncoderError | None:
+    """What a broker that answers said against us, when no connection could be made; None if it said nothing.
 
-    `where`: host and port. The driver reports every connection that ends while it opens as a refusal, even if the
-    broker was just stopped or killed; only its text tells them apart.
+    `where`: host and port; `who`: the user or the certificate, in words. The driver reports every connection that ends
+    while it opens as a refusal, even if the broker was just stopped or killed; only its text tells them apart.
     """
-    said = repr(error)
-    # too many connections are no refusal: those that broke are counted until the broker misses their heartbeats
-    if ("(403)" in said or "(530)" in said) and "limit" not in said:
+    said, words = repr(error), first_line(error)
+    if isinstance(inner := _cause(error), SharedEncoderError):
+        return inner  # of our own on the way there, such as a proxy's
+    if "(403)" in said or "(530)" in said:
+        if "limit" in said:
+            # no refusal of the account: connections that broke are counted until the broker misses their heartbeats
+            return BrokerUnavailable(f"the broker at {where} takes no more connections of {who} now: {words}")
+        what = "certificate, account" if by_certificate else "user, password"
         return AccessRefused(
-            f"the broker at {where} does not let user {user!r} in to vhost {vhost!r}: "
-            f"check user, password and vhost of the URL ({first_line(error)})"
+            f"the broker at {where} does not let {who} in to vhost {vhost!r}: "
+            f"check {what} and vhost of the URL ({words})"
         )
+    if by_certificate and "AuthenticationError" in said:
+        return UserError(
+            f"the broker at {where} takes no certificate as a login (EXTERNAL): enable rabbitmq_auth_mechanism_ssl "
+            "there, with auth_mechanisms.1 = EXTERNAL, or put user and password into the URL"
+        )
+    return None
+
+
+def not_connected(where: str, error: BaseException, *, tls: bool) -> BrokerUnavailable:
+    """Why no connection could be made, where nobody said so."""
+    said = repr(error)
     asked = "is RabbitMQ running there, and the port open?"
     if _any_of(said, ("SSL", "ssl=True", "certificate")):
-        asked = "does it speak TLS on this port, as amqps:// says, with a certificate that is trusted here?"
+        asked = "does it speak TLS on this port, as amqps:// says?"
     elif _any_of(said, ("IncompatibleProtocol", "Timeout during AMQP", "ProtocolVersion")):
         wanted = "is it amqp:// that is meant?" if tls else "does it want TLS (amqps://)?"
         asked = f"something is there that does not speak AMQP as RabbitMQ does; is it RabbitMQ's port, and {wanted}"

@@ -54,6 +54,10 @@ def test_a_password_file_goes_into_the_url_and_nothing_prints_it(tmp_path: Path)
     file.write_text("p@ss/word\n")
     config = BrokerConfig(url=SecretStr("amqps://anna:old@[::1]:5671/vhost?heartbeat=5"), password_file=file)
     assert config.resolved_url() == "amqps://anna:p%40ss%2Fword@[::1]:5671/vhost?heartbeat=5"
+    several = config.model_copy(
+        update={"urls": (SecretStr("amqps://anna:x@a/"), SecretStr("amqps://b/")), "account": "anna"}
+    )
+    assert several.resolved_urls() == ("amqps://anna:p%40ss%2Fword@a/", "amqps://anna:p%40ss%2Fword@b/")
     assert "old" not in repr(config) and "old" not in config.model_dump_json()
     with pytest.raises(UserError, match=r"broker\.password_file .*none: No such file"):
         BrokerConfig(password_file=tmp_path / "none").resolved_url()
