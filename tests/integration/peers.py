@@ -1,0 +1,88 @@
+"""What stands between a party and its broker in tests: a relay, an HTTP proxy, a SOCKS proxy, in this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tests.integration.test_strangers import listening
+
+#: Deals with the greeting of a client, and says where it is to be connected to; None: it has been turned away.
+Greet = Callable[[socket.socket], tuple[str, int] | None]
+
+
+@dataclass
+class Between:
+    """`to`: whom clients asked for, in turn. `gone`: nobody new is let through."""
+
+    port: int = 0
+    to: list[tuple[str, int]] = field(default_factory=list)
+    gone: bool = False
+
+
+def straight_to(port: int) -> Greet:
+    return lambda client: ("127.0.0.1", port)
+
+
+def http_proxy(password: str = "", *, answer: bytes = b"200 Connection established") -> Greet:
+    """`password`: in base64, `user:password`."""
+
+    def greet(client: socket.socket) -> tuple[str, int] | None:
+        request = b""
+        while not request.endswith(b"\r\n\r\n"):
+            request += client.recv(1)
+        method, to, _ = request.split(b" ", 2)
+        assert method == b"CONNECT"
+        allowed = not password or f"Basic {password}".encode() in request
+        said = answer if allowed else b"407 Proxy Authentication Required"
+        client.sendall(b"HTTP/1.1 " + said + b"\r\n")
+        client.sendall(b"Via: a test\r\n\r\n")  # apart: what follows the first line must not be taken for the broker's
+        host, _, port = to.decode().rpartition(":")
+        return (host, int(port)) if said.startswith(b"200") else None
+
+    return greet
+
+
+def socks_proxy(client: socket.socket) -> tuple[str, int] | None:
+    """SOCKS5 without a password, RFC 1928; names are looked up here."""
+    version, methods = client.recv(2)
+    client.recv(methods)
+    client.sendall(bytes((version, 0)))
+    _, command, _, kind = client.recv(4)
+    assert (version, command) == (5, 1)
+    host = client.recv(client.recv(1)[0]).decode() if kind == 3 else socket.inet_ntoa(client.recv(4))
+    port = int.from_bytes(client.recv(2), "big")
+    client.sendall(b"\x05\x00\x00\x01" + bytes(6))
+    return host, port
+
+
+@contextmanager
+def between(greet: Greet) -> Iterator[Between]:
+    """Something on a port of its own that connects its clients on."""
+    made = Between()
+
+    def serve(client: socket.socket) -> None:
+        if made.gone or (to := greet(client)) is None:
+            return
+        made.to.append(to)
+        with socket.create_connection(to) as server:
+            back = threading.Thread(target=_copy, args=(server, client), daemon=True)
+            back.start()
+            _copy(client, server)
+            back.join(30.0)
+
+    with listening(serve) as port:
+        made.port = port
+        yield made
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65_536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        target.close()

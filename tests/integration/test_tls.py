@@ -1,0 +1,349 @@
+"""TLS with real servers: a certificate that is not good is said in words and at once, and with good ones it works, as
+a login too, over several URLs and through a proxy."""
+
+from __future__ import annotations
+
+import datetime
+import queue
+import socket
+import ssl
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from common.broker_url import Access
+from common.brokers import open_broker
+from common.errors import AccessRefused, BrokerUnavailable, Unpublishable, UserError
+from common.wire.broker import Broker, Delivery, Publication
+from common.wire.topology import Binding, Declarations, Exchange, Queue
+from deploy.broker.certificates import Authority, Pair, server_settings
+from deploy.local_rabbitmq import LocalRabbitMQ
+from tests.integration.harness import eventually
+from tests.integration.peers import between, http_proxy, socks_proxy, straight_to
+from tests.integration.test_strangers import listening
+
+DECLARED = Declarations((Exchange("x"),), (Queue("q"),), (Binding("x", "q", "#"),))
+
+
+def opened(access: Access) -> Broker:
+    """What waiting could mend would be waited for here, until the test's own time is over."""
+    return open_broker(access, client_name="t", dead_letters="dead", connect_timeout=120.0)
+
+
+# --- what is wrong with a certificate ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """A CA, and a folder for what is not signed by it."""
+
+    directory: Path
+    authority: Authority
+
+    def server(self, host: str = "127.0.0.1", *, days: float = 9, authority: Authority | None = None) -> Pair:
+        """A server's certificate, each in a folder of its own, signed by the CA unless another is given."""
+        directory = self.directory / f"server-{host}-{days}-{id(authority)}"
+        directory.mkdir()
+        for name in ("ca.pem", "ca-key.pem"):
+            (directory / name).write_bytes((self.directory / "ca" / name).read_bytes())
+        return (authority or Authority(directory, days=days)).server([host])
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
+    return Trial(tmp_path, Authority(tmp_path / "ca", days=9))
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates are made ten days from now."""
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=10)
+
+    fake = types.SimpleNamespace(datetime=Later, timedelta=datetime.timedelta, UTC=datetime.UTC)
+    monkeypatch.setattr("deploy.broker.certificates.datetime", fake)
+
+
+def not_signed(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return trial.server(authority=Authority(trial.directory / "other", days=9)), {}
+
+
+def trusted_by_nobody(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return trial.server(), {"ca_file": None}
+
+
+def expired(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return trial.server(days=-3), {}
+
+
+def not_yet(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    later(monkeypatch)
+    return trial.server(), {}
+
+
+def other_host(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return trial.server("broker.example"), {}
+
+
+def no_server(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return trial.authority.client("somebody"), {}
+
+
+def day(offset: float) -> str:
+    return f"{datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=offset):%Y-%m-%d}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (not_signed, "the certificate of the broker at {where} is not signed by the CA in {ca}"),
+        (trusted_by_nobody, "the certificate of the broker at {where} is not signed by a CA that this system trusts: "),
+        (expired, "the certificate of the broker at {where} expired on {day-3} "),
+        (not_yet, "the certificate of the broker at {where} is not valid before {day+10} "),
+        (other_host, "the certificate of the broker at {where} is for host broker.example, not 127.0.0.1"),
+        (no_server, "the certificate of the broker at {where} is not one for a server"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_brokers_certificate_that_is_not_good_is_said_in_words_and_at_once(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., tuple[Pair, dict[str, Any]]], words: str
+) -> None:
+    earlier, tomorrow = day(-3), day(10)
+    pair, changes = wrong(trial, monkeypatch)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certificate_file, pair.key_file)
+    with listening(serving(context)) as port:
+        access = Access((f"amqps://127.0.0.1:{port}/",), ca_file=trial.authority.certificate_file)
+        with pytest.raises(UserError) as refused:
+            opened(replace(access, **changes))
+    wanted = words.replace("{day-3}", earlier).replace("{day+10}", tomorrow)
+    wanted = wanted.format(where=f"127.0.0.1:{port}", ca=trial.authority.certificate_file)
+    assert str(refused.value).startswith(wanted) and "\n" not in str(refused.value)
+    assert "running there" not in str(refused.value) and not isinstance(refused.value, AccessRefused)
+
+
+def serving(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
+    def serve(client: socket.socket) -> None:
+        with context.wrap_socket(client, server_side=True) as secured:
+            while secured.recv(100):
+                pass
+
+    return serve
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=lambda each: each.name)
+@pytest.mark.parametrize("given", [False, True], ids=["none", "of another CA"])
+def test_a_broker_that_asks_for_another_certificate_of_ours_is_understood(
+    trial: Trial, version: ssl.TLSVersion, given: bool
+) -> None:
+    """In 1.3 it says so only after the handshake, when the driver has begun to speak and no longer listens."""
+    pair, stranger = trial.server(), Authority(trial.directory / "other", days=9).client("somebody")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(trial.authority.certificate_file))
+    context.load_cert_chain(pair.certificate_file, pair.key_file)
+    context.verify_mode, context.minimum_version, context.maximum_version = ssl.CERT_REQUIRED, version, version
+    with listening(serving(context)) as port:
+        access = Access((f"amqps://127.0.0.1:{port}/",), ca_file=trial.authority.certificate_file)
+        if given:
+            access = replace(access, cert_file=stranger.certificate_file, key_file=stranger.key_file)
+        words = "does not know the CA that signed the cert.* somebody.pem" if given else "asks for a client certificate"
+        words = words.replace(" somebody", rf" {stranger.certificate_file.parent}/somebody")
+        with pytest.raises(UserError, match=words):
+            opened(access)
+
+
+# --- RabbitMQ with certificates as logins -----------------------------------------------------------------------------
+
+
+@dataclass
+class Secured:
+    """A RabbitMQ that asks for certificates and takes them for logins; `member` has an account, `stranger` has none."""
+
+    server: LocalRabbitMQ
+    authority: Authority
+    pair: Pair
+    member: Access
+    stranger: Access
+
+    def at(self, *urls: str, **changes: Any) -> Access:
+        return replace(self.member, urls=urls, **changes)
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    directory = tmp_path_factory.mktemp("tls")
+    authority = Authority(directory / "certificates", days=9)
+    pair = authority.server(["127.0.0.1", "broker.example"])
+    settings = server_settings(authority, pair)
+    settings = settings.replace("listeners.ssl.default = 5671", "listeners.ssl.1 = 127.0.0.1:TLS_PORT")
+    plugins = ("rabbitmq_auth_mechanism_ssl",)
+    with LocalRabbitMQ(directory / "rabbitmq", settings=settings, plugins=plugins) as server:
+        server.ctl("add_user", "f.member", "secret")
+        server.ctl("clear_password", "f.member")
+        server.ctl("set_permissions", "f.member", ".*", ".*", ".*")
+        parties = {}
+        for name in ("member", "stranger"):
+            made = authority.client(f"f.{name}")
+            parties[name] = Access(
+                (f"amqps://127.0.0.1:{server.tls_port}/",),
+                authority.certificate_file,
+                made.certificate_file,
+                made.key_file,
+                f"f.{name}",
+            )
+        yield Secured(server, authority, pair, **parties)
+
+
+def check(broker: Broker) -> None:
+    """What is published arrives, and bears the account of the certificate."""
+    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    broker.declare(DECLARED)
+    subscription = broker.consume("q", arrived.put, prefetch=1)
+    broker.publish(Publication("x", "k", b"hello"))
+    delivery = arrived.get(timeout=20.0)
+    broker.ack(delivery)
+    subscription.close()
+    assert (delivery.body, delivery.user_id) == (b"hello", "f.member")
+
+
+def test_a_certificate_is_a_login_and_its_account_stands_in_what_is_published(secured: Secured) -> None:
+    broker = opened(secured.member)
+    check(broker)
+    broker.lock("the-lock", lambda: None)  # and over the short connection that leaves its note
+    broker.close()
+    broker = opened(replace(secured.member, account="f.other"))
+    with pytest.raises(Unpublishable, match=r"'f\.member'; broker\.account must be the name that the broker knows"):
+        broker.publish(Publication("x", "k", b"in another's name"))
+    broker.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"cert_file": None, "key_file": None}, UserError, "asks for a client certificate: set broker.cert_file"),
+        (
+            {"urls": ("amqp://f.member:p@127.0.0.1:TLS/",)},
+            UserError,
+            "are for TLS: write amqps:// in the URL of 127.0.0.1:",
+        ),
+        (
+            {"urls": ("amqps://f.other:p@127.0.0.1:TLS/",)},
+            UserError,
+            "and the user in the broker's URL are not",
+        ),
+        ({"urls": ("amqps://127.0.0.1:TLS/a", "amqps://127.0.0.1:TLS/b")}, UserError, "different users or vhosts"),
+        ({"account": None, "stranger": True}, AccessRefused, "does not let the certificate .* in .*check certificate"),
+    ],
+)
+def test_what_a_rabbitmq_says_of_certificates_is_one_line_at_once(
+    secured: Secured, changes: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    access = secured.stranger if changes.pop("stranger", False) else secured.member
+    if "urls" in changes:
+        changes["urls"] = tuple(url.replace("TLS", str(secured.server.tls_port)) for url in changes["urls"])
+    with pytest.raises(kind, match=words):
+        opened(replace(access, **changes))
+
+
+def test_a_broker_without_external_logins_says_so(secured: Secured) -> None:
+    offer = "application:set_env(rabbit, auth_mechanisms, [{}'PLAIN'])."
+    secured.server.ctl("eval", offer.format(""))
+    try:
+        with pytest.raises(UserError, match=r"takes no certificate as a login \(EXTERNAL\): enable rabbitmq_auth_mech"):
+            opened(secured.member)
+    finally:
+        secured.server.ctl("eval", offer.format("'EXTERNAL', "))
+
+
+def test_several_urls_are_tried_in_turn_at_the_start_and_after_each_loss(secured: Secured) -> None:
+    port = secured.server.tls_port
+    with between(straight_to(port)) as first, between(straight_to(port)) as second:
+        wrong_host = f"amqps://localhost:{port}/"
+        urls = ("amqps://127.0.0.1:1/", wrong_host, *(f"amqps://127.0.0.1:{each.port}/" for each in (first, second)))
+        with structlog.testing.capture_logs() as logs:
+            broker = opened(secured.at(*urls))
+        told = [each["problem"] for each in logs if each["log_level"] == "warning"]
+        assert "no broker answers at 127.0.0.1:1:" in told[0]
+        assert f"broker at localhost:{port} is for host 127.0.0.1, broker.example, not localhost" in told[1] or (
+            f"broker at localhost:{port} is for host broker.example, 127.0.0.1, not localhost" in told[1]
+        )
+        check(broker)
+        assert first.to and not second.to
+        first.gone = True
+        secured.server.ctl("close_all_connections", "a test")
+        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected)
+        check(broker)
+        assert second.to
+        assert broker.status().problem == "" == broker.status().refused, "one of four URLs is enough"
+        broker.close()
+
+
+def test_all_urls_that_are_refused_are_named_and_nothing_is_waited_for(secured: Secured) -> None:
+    port = secured.server.tls_port
+    with between(straight_to(port)) as other:
+        urls = [f"amqps://localhost:{each}/" for each in (port, other.port)]
+        with pytest.raises(UserError, match=rf"localhost:{port} is for host .*; .*localhost:{other.port} is for host"):
+            opened(secured.at(*urls))
+
+
+# --- a proxy ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
+    secured: Secured, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here nobody knows `broker.example`, whom the certificate is for."""
+    greet = http_proxy("dTpwQHNz") if scheme == "http" else socks_proxy
+
+    def looked_up(client: socket.socket) -> tuple[str, int] | None:
+        to = greet(client)
+        assert to is None or to == ("broker.example", secured.server.tls_port)
+        return ("127.0.0.1", to[1]) if to is not None else None
+
+    with between(looked_up) as proxy:
+        user = "u:p%40ss@" if scheme == "http" else ""
+        access = secured.at(
+            f"amqps://broker.example:{secured.server.tls_port}/", proxy=f"{scheme}://{user}127.0.0.1:{proxy.port}"
+        )
+        broker = opened(access)
+        check(broker)
+        broker.lock(f"lock-{scheme}", lambda: None)
+        secured.server.ctl("close_all_connections", "a test")
+        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected)
+        check(broker)
+        broker.close()
+        assert len(proxy.to) >= 5, "both connections, twice, and the one that tries the address"
+        with pytest.raises(UserError, match="not signed by a CA that this system trusts"):
+            opened(replace(access, ca_file=None))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        (
+            b"407 Proxy Authentication Required",
+            UserError,
+            "the proxy at {proxy} wants a user and a password, or others",
+        ),
+        (b"403 Forbidden", UserError, "the proxy at {proxy} lets nobody through to 127.0.0.1:9 "),
+        (b"502 Bad Gateway", BrokerUnavailable, "the proxy at {proxy} does not get through to 127.0.0.1:9 .*502"),
+        (b"", BrokerUnavailable, "the proxy at {proxy} does not get through to .*does not answer as a proxy does"),
+        (None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
+    ],
+)
+def test_what_a_proxy_says_is_not_taken_for_the_brokers_words(
+    answer: bytes | None, kind: type[Exception], words: str
+) -> None:
+    with between(http_proxy(answer=answer or b"")) as proxy:
+        where = "127.0.0.1:1" if answer is None else f"127.0.0.1:{proxy.port}"
+        access = Access(("amqp://u:broker-secret@127.0.0.1:9/",), proxy=f"http://me:proxy-secret@{where}")
+        with pytest.raises(kind, match=words.format(proxy=where)) as refused:
+            open_broker(access, client_name="t", dead_letters="dead", connect_timeout=0.1)
+    assert "secret" not in str(refused.value) and "secret" not in repr(access)
