@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 import structlog
 
 from common.brokers import open_broker
-from common.errors import AccessRefused, InternalError, Unpublishable
+from common.errors import AccessRefused, InternalError, Unpublishable, UserError
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import Binding, Declarations, Exchange, Queue
 from deploy.local_rabbitmq import LocalRabbitMQ
@@ -66,7 +67,7 @@ def member(server: LocalRabbitMQ) -> Member:
     return made
 
 
-@pytest.mark.parametrize("command", ["change_password", "delete_user"])
+@pytest.mark.parametrize("command", ["change_password", "delete_user", "clear_permissions"])
 def test_f2_an_account_that_is_let_in_no_more_ends_its_party(member: Member, command: str) -> None:
     with member.connected(3.0) as broker, structlog.testing.capture_logs() as logs:
         member.server.ctl(command, member.name, *(["another"] if command == "change_password" else []))
@@ -83,7 +84,8 @@ def test_f2_an_account_that_is_let_in_no_more_ends_its_party(member: Member, com
         with pytest.raises(AccessRefused, match=words):
             broker.declare(DECLARED)
         told = [each["problem"] for each in logs if each["log_level"] == "warning" and words in each["problem"]]
-        assert len(told) == 1 and "ACCESS_REFUSED" in told[0], "once, and in the broker's own words"
+        said = "NOT_ALLOWED" if command == "clear_permissions" else "ACCESS_REFUSED"
+        assert len(told) == 1 and said in told[0], "once, and in the broker's own words"
 
 
 def test_f2_a_password_that_is_put_right_in_time_ends_nobody(member: Member) -> None:
@@ -95,6 +97,69 @@ def test_f2_a_password_that_is_put_right_in_time_ends_nobody(member: Member) -> 
         member.server.ctl("change_password", member.name, "secret")
         broker.publish(Publication("x", "k", b"waited"))
         eventually(lambda: broker.status().problem == "" and broker.status().connected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "lifted", "words"),
+    [
+        (
+            ("set_vhost_limits", '{"max-connections": 0}'),
+            ("clear_vhost_limits",),
+            "takes no more connections of user 'NAME' now: .*connection limit .0. is reached",
+        ),
+        (
+            ("set_user_limits", "NAME", '{"max-connections": 1}'),
+            ("clear_user_limits", "NAME", "all"),
+            "takes no more connections of user 'NAME' now: .*user connection limit .1. is reached",
+        ),
+        (
+            ("set_user_limits", "NAME", '{"max-channels": 1}'),
+            ("clear_user_limits", "NAME", "all"),
+            "went away: .*channels opened for user 'NAME' has reached the maximum allowed user limit",
+        ),
+    ],
+    ids=["connections of the vhost", "connections of the user", "channels of the user"],
+)
+def test_f2_a_limit_is_said_in_the_brokers_words_stays_in_the_status_and_is_waited_out(
+    member: Member, limit: tuple[str, ...], lifted: tuple[str, ...], words: str
+) -> None:
+    """Connections that broke count until the broker misses their heartbeats: so a limit may pass by itself."""
+    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    words = words.replace("NAME", member.name)
+
+    def set_limit(command: tuple[str, ...]) -> None:
+        member.server.ctl(*(part.replace("NAME", member.name) for part in command))
+
+    with member.connected(0.5) as broker, structlog.testing.capture_logs() as logs:
+        broker.declare(DECLARED)
+        broker.consume("q", arrived.put, prefetch=1)
+        set_limit(limit)
+        try:
+            member.cut()
+            eventually(lambda: re.search(words, broker.status().problem))
+            # opened again and again, and closed again: that it is open for a moment is not the end of it
+            for _ in range(20):
+                assert re.search(words, broker.status().problem) and broker.status().refused == ""
+                assert not threading.Event().wait(0.1)
+        finally:
+            set_limit(lifted)
+        broker.publish(Publication("x", "k", b"waited"))
+        assert arrived.get(timeout=20.0).body == b"waited"
+        eventually(lambda: broker.status().problem == "")
+    told = [each["problem"] for each in logs if each["log_level"] == "warning"]
+    assert [bool(re.search(words, each)) for each in told].count(True) == 1 and "running there" not in " ".join(told)
+
+
+def test_f2_a_limit_of_queues_is_not_taken_for_a_queue_that_is_there(member: Member) -> None:
+    with member.connected(30.0) as broker:
+        member.server.ctl("set_vhost_limits", '{"max-queues": 0}')
+        try:
+            with pytest.raises(UserError, match=r"queue limit in vhost '/' \(0\) is reached; have that limit raised"):
+                broker.declare(Declarations(queues=(Queue("one-more"),)))
+            with pytest.raises(UserError, match="have that limit raised"):
+                broker.lock("a-lock", lambda: None)
+        finally:
+            member.server.ctl("clear_vhost_limits")
 
 
 def test_f2_a_broker_that_is_merely_away_is_waited_for_and_so_is_a_stranger_in_its_place(

@@ -27,7 +27,8 @@ BACKOFF_SECONDS = (0.2, 5.0)
 ANSWER_SECONDS = 10.0
 #: How often a caller that waits for an answer checks whether waiting still makes sense, seconds.
 _LOOK_SECONDS = 0.5
-#: A connection that was open for this long resets the wait to the shortest, seconds.
+#: A connection that was open for this long resets the wait to the shortest, and what ended the one before is over,
+#: seconds.
 _HELD_SECONDS = 1.0
 
 #: Begin to connect: called with what is to be called when the connection is open, and when it is gone.
@@ -63,6 +64,7 @@ class Link:
         self._guard = threading.Lock()
         self._loop: Any = None
         self._open_since = 0.0
+        self._short_lived = False
         self._thread = threading.Thread(target=self._run, name=f"amqp-{name}", daemon=True)
 
     def start(self) -> None:
@@ -167,8 +169,9 @@ class Link:
             if self.closing.is_set():
                 return
             self._tell(was_open=self.generation > before)
-            if self.generation > before and SYSTEM.monotonic() - self._open_since > _HELD_SECONDS:
-                wait = BACKOFF_SECONDS[0]
+            if self.generation > before:
+                self._short_lived = SYSTEM.monotonic() - self._open_since <= _HELD_SECONDS
+                wait = wait if self._short_lived else BACKOFF_SECONDS[0]
             self.closing.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, BACKOFF_SECONDS[1])
 
@@ -192,9 +195,16 @@ class Link:
                 self._loop = connection.ioloop
             self._on_open()
             self._opened.set()
-            self.problems.over(self._name)
+            if self._short_lived:  # what ended the one before may end this one too: not over before it has held
+                connection.ioloop.call_later(_HELD_SECONDS, lambda: held(connection))
+            else:
+                held(connection)
             if self.closing.is_set():
                 connection.close()
+
+        def held(connection: Any) -> None:
+            if connection.is_open:
+                self.problems.over(self._name)
 
         def gone(connection: Any, error: BaseException) -> None:
             with self._guard:

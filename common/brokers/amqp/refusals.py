@@ -26,6 +26,8 @@ def explained(code: int, text: str) -> SharedEncoderError:
         return Unroutable(text)  # else the queue is still coming up after a restart of the broker
     if code == 405:
         return LockHeld(text)
+    if code == 406 and "limit" in text:
+        return UserError(f"{text}; have that limit raised, or delete what is left there of ended runs")
     if code == 406:
         return UserError(f"{text}; delete what is there with the same name, or use another --namespace")
     return BrokerUnavailable(text)
