@@ -124,8 +124,8 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
 
 def awaited(config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM) -> Broker:
     """The broker of a service, which may start before it, or before its account is there: tried for
-    `broker.wait_seconds`, with one warning of each reason in turn. Raises what `connect` raises the last time."""
-    deadline, pause, told = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, ""
+    `broker.wait_seconds`, with one warning. Raises what `connect` raises the last time."""
+    deadline, pause, warned = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, False
     while True:
         try:
             return connect(config, topology, client_name)
@@ -133,9 +133,9 @@ def awaited(config: Config, topology: Topology, client_name: str, clock: Clock =
             left = deadline - clock.monotonic()
             if left <= 0:
                 raise
-            if told != str(error):
+            if not warned:
                 log.warning("waiting for the broker", problem=str(error), at_most_seconds=round(left))
-                told = str(error)
+                warned = True
             clock.wait(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pika
 import pytest
@@ -288,3 +290,46 @@ def test_f1_a_node_that_may_not_publish_ends_with_the_brokers_words(member: Memb
     assert last.startswith("shared-encoder: ") and f"refused for user '{member.name}'" in last
     assert "ACCESS_REFUSED" in last and "exchange 'refused.request'" in last
     assert "sent at the next start" not in result.stderr, "nothing is claimed after it"
+
+
+def test_f2_master_and_node_say_in_json_lines_that_a_password_is_good_no_more_and_is_again(
+    member: Member, tmp_path: Path
+) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"note {number}: alpha beta gamma")
+    url = member.server.url.replace("guest:guest", f"{member.name}:secret")
+    common = ["--json", "--broker", url, "--namespace", "said"]
+    commands = {"master": ["master", *common], "node": ["node", "n", "--corpus", "*.txt", *common]}
+    processes = []
+
+    def told(party: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / f"{party}.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def all_told(**wanted: str) -> bool:
+        return all(any(wanted.items() <= each.items() for each in told(party)) for party in commands)
+
+    def refused() -> bool:
+        words = f"does not let user '{member.name}' in"
+        return all(
+            any(each["level"] == "warning" and words in str(each.get("problem")) for each in told(party))
+            for party in commands
+        )
+
+    try:
+        for party, command in commands.items():
+            with (tmp_path / f"{party}.log").open("wb") as log:
+                program = [sys.executable, "-m", "deploy.cli", *command, "--state", f"{party}-state"]
+                processes.append(subprocess.Popen(program, cwd=tmp_path, stdout=log, stderr=log))
+        eventually(lambda: (tmp_path / "master-state").exists() and any("node" in each for each in told("node")), 120.0)
+        eventually(lambda: member.server.ctl("list_consumers", "-q").count("said.") >= 4, 120.0)
+        member.server.ctl("change_password", member.name, "another")
+        member.cut()
+        eventually(refused, 60.0)
+        member.server.ctl("change_password", member.name, "secret")
+        eventually(lambda: all_told(event="broker reconnected") and all_told(event="no longer a problem"), 60.0)
+        assert all(process.poll() is None for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
