@@ -59,8 +59,15 @@ class BrokerConfig(Section):
 
     def access(self) -> Access:
         """How to get there, with the password of `password_file` in each URL. Raises UserError."""
+        urls = self.resolved_urls()
+        by_certificate = self.cert_file is not None and any(split(url).username is None for url in urls)
+        if by_certificate and self.account is None and self.accounts == "required":
+            raise UserError(
+                "broker.account: name the account that the certificate stands for; what bears no account is not taken "
+                'where accounts = "required"'
+            )
         return Access(
-            urls=self.resolved_urls(),
+            urls=urls,
             ca_file=self.ca_file,
             cert_file=self.cert_file,
             key_file=self.key_file,

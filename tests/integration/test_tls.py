@@ -206,7 +206,7 @@ def check(broker: Broker) -> None:
     broker.declare(DECLARED)
     subscription = broker.consume("q", arrived.put, prefetch=1)
     broker.publish(Publication("x", "k", b"hello"))
-    delivery = arrived.get(timeout=20.0)
+    delivery = arrived.get(timeout=60.0)
     broker.ack(delivery)
     subscription.close()
     assert (delivery.body, delivery.user_id) == (b"hello", "f.member")
@@ -251,6 +251,36 @@ def test_what_a_rabbitmq_says_of_certificates_is_one_line_at_once(
         opened(replace(access, **changes))
 
 
+def test_a_certificate_that_expires_while_a_party_runs_is_said_and_is_final_after_a_while(secured: Secured) -> None:
+    """By both of its connections, whose driver is another than that of the start."""
+    file = secured.pair.certificate_file
+    good, spare = file.read_bytes(), secured.authority.certificate_file.parent
+    broker = open_broker(secured.member, client_name="t", dead_letters="dead", refusal_patience=1.0)
+    broker.declare(DECLARED)
+
+    def show(certificate: bytes, key: bytes) -> None:
+        file.write_bytes(certificate)
+        secured.pair.key_file.write_bytes(key)
+        secured.server.ctl("eval", "ssl:clear_pem_cache().")
+        secured.server.ctl("close_all_connections", "a test")
+
+    key = secured.pair.key_file.read_bytes()
+    file.unlink()
+    expired = Authority(spare, days=-3).server(["127.0.0.1"])
+    try:
+        with structlog.testing.capture_logs() as logs:
+            show(expired.certificate_file.read_bytes(), expired.key_file.read_bytes())
+            words = f"the certificate of the broker at 127.0.0.1:{secured.server.tls_port} expired on {day(-3)}"
+            assert words in eventually(lambda: broker.status().refused, 60.0)
+        told = [each for each in logs if each["log_level"] == "warning" and words in each["problem"]]
+        assert len(told) == 1 and told[0]["event"] == "refused by the broker"
+    finally:
+        show(good, key)
+    check(broker)
+    eventually(lambda: broker.status().problem == "" == broker.status().refused, 60.0)
+    broker.close()
+
+
 def test_a_broker_without_external_logins_says_so(secured: Secured) -> None:
     offer = "application:set_env(rabbit, auth_mechanisms, [{}'PLAIN'])."
     secured.server.ctl("eval", offer.format(""))
@@ -277,7 +307,7 @@ def test_several_urls_are_tried_in_turn_at_the_start_and_after_each_loss(secured
         assert first.to and not second.to
         first.gone = True
         secured.server.ctl("close_all_connections", "a test")
-        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected)
+        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected, 60.0)
         check(broker)
         assert second.to
         assert broker.status().problem == "" == broker.status().refused, "one of four URLs is enough"
@@ -316,7 +346,7 @@ def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
         check(broker)
         broker.lock(f"lock-{scheme}", lambda: None)
         secured.server.ctl("close_all_connections", "a test")
-        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected)
+        eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected, 60.0)
         check(broker)
         broker.close()
         assert len(proxy.to) >= 5, "both connections, twice, and the one that tries the address"

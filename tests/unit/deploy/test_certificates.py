@@ -98,6 +98,9 @@ def test_the_command_makes_what_openssl_finds_good_and_keeps_the_keys_to_itself(
 def test_a_key_needs_its_certificate_and_secrets_are_not_shown() -> None:
     with pytest.raises(ValidationError, match="give cert_file too"):
         BrokerConfig(key_file=Path("key.pem"))
+    nameless = BrokerConfig.model_validate({"urls": ["amqps://h/"], "cert_file": "a.pem", "accounts": "required"})
+    with pytest.raises(UserError, match=r"^broker\.account: name the account"):
+        nameless.access()
     config = load_config(None, {"broker": {"urls": ["amqps://u:hush@h/"], "proxy": "http://u:hush@p:3128"}})
     assert "hush" not in repr(config) + repr(config.broker.access())
 
