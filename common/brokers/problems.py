@@ -51,6 +51,7 @@ class Problems:
         self._now: dict[str, _Problem] = {}
         self._over: dict[str, _Problem] = {}
         self._failed = ""
+        self._alone: set[str] = set()
 
     def note(
         self, what: str, words: str, *, refusal: bool = False, quiet: float = 0.0, trace: BaseException | None = None
@@ -82,6 +83,14 @@ class Problems:
                 problem.told = True
         if warn:
             log.warning("refused by the broker" if refusal else "not working", what=what, problem=words, exc_info=trace)
+
+    def tell(self, what: str, words: str) -> None:
+        """A refusal that is its caller's alone: warned of once for each wording, and nothing that lasts."""
+        with self._guard:
+            known = words in self._alone or len(self._alone) >= _WORDINGS
+            self._alone.add(words)
+        if not known:
+            log.warning("refused by the broker", what=what, problem=words)
 
     def over(self, what: str) -> None:
         """`what` works again, or is no longer wanted."""

@@ -110,17 +110,12 @@ def test_f2_a_password_that_is_put_right_in_time_ends_nobody(member: Member) -> 
             "takes no more connections of user 'NAME' now: .*connection limit .0. is reached",
         ),
         (
-            ("set_user_limits", "NAME", '{"max-connections": 1}'),
-            ("clear_user_limits", "NAME", "all"),
-            "takes no more connections of user 'NAME' now: .*user connection limit .1. is reached",
-        ),
-        (
             ("set_user_limits", "NAME", '{"max-channels": 1}'),
             ("clear_user_limits", "NAME", "all"),
             "went away: .*channels opened for user 'NAME' has reached the maximum allowed user limit",
         ),
     ],
-    ids=["connections of the vhost", "connections of the user", "channels of the user"],
+    ids=["connections of the vhost", "channels of the user"],
 )
 def test_f2_a_limit_is_said_in_the_brokers_words_stays_in_the_status_and_is_waited_out(
     member: Member, limit: tuple[str, ...], lifted: tuple[str, ...], words: str
@@ -290,6 +285,8 @@ def test_f1_a_node_that_may_not_publish_ends_with_the_brokers_words(member: Memb
     assert last.startswith("shared-encoder: ") and f"refused for user '{member.name}'" in last
     assert "ACCESS_REFUSED" in last and "exchange 'refused.request'" in last
     assert "sent at the next start" not in result.stderr, "nothing is claimed after it"
+    warned = [line for line in result.stderr.splitlines() if "[warning" in line and "refused by the broker" in line]
+    assert len(warned) == 1 and "exchange 'refused.request'" in warned[0], "and it is in the log, before the end"
 
 
 def test_f2_master_and_node_say_in_json_lines_that_a_password_is_good_no_more_and_is_again(

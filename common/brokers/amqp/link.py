@@ -1,7 +1,7 @@
 """A connection that is kept open, in a thread of its own, and reopened with backoff for ever. Knows no driver.
 
-What the driver's connections must have: `ioloop` (start, stop, close, add_callback_threadsafe), `is_open`, `close`, and
-callbacks for being blocked and unblocked.
+What the driver's connections must have: `ioloop` (start, stop, close, call_later, add_callback_threadsafe), `is_open`,
+`close`, and callbacks for being blocked and unblocked.
 """
 
 from __future__ import annotations

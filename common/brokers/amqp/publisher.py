@@ -10,7 +10,14 @@ from typing import Any
 from common.brokers.amqp.link import Connect, Explain, Link
 from common.brokers.problems import Problems
 from common.clock import SYSTEM
-from common.errors import BrokerUnavailable, PublishRejected, SharedEncoderError, Unpublishable, Unroutable
+from common.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    PublishRejected,
+    SharedEncoderError,
+    Unpublishable,
+    Unroutable,
+)
 from common.wire.broker import Publication
 
 #: After a reconnect a queue or an exchange that is missing may only not be up yet, for so many seconds.
@@ -267,6 +274,8 @@ class Publisher:
             error = BrokerUnavailable(f"{error} yet")  # a broker that lost its disk: all is declared again beside this
         if len(sent) == 1:
             sent[0][0].fail(error)
+            if isinstance(error, AccessRefused):
+                self.link.problems.tell("publishing", str(error))
             self._suspects = []
         elif sent:
             self._suspect(dict.fromkeys(batch for batch, _ in sent), str(error))

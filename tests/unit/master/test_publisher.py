@@ -25,6 +25,11 @@ class Loop:
     def add_callback_threadsafe(self, call: Callable[[], None]) -> None:
         self._calls.put(call)
 
+    def call_later(self, seconds: float, call: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, self._calls.put, (call,))
+        timer.daemon = True
+        timer.start()
+
     def start(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
