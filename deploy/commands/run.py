@@ -50,8 +50,8 @@ def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False
 
     for warning in warnings(decided.rule):
         log.warning(warning)
-    topology = Topology(config.broker.namespace)
-    broker = awaited(config, topology, "master")
+    topology = topology_of(config)
+    broker = awaited(config, topology, "master", master=True)
     try:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.service import MasterService
@@ -97,7 +97,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     if node_config.export_dir is not None:
         check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)
-    topology = Topology(config.broker.namespace)
+    topology = topology_of(config)
     broker = awaited(config, topology, f"node {name}")
     try:
         with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
@@ -111,13 +111,15 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
         broker.close()
 
 
-def awaited(config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM) -> Broker:
+def awaited(
+    config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM, *, master: bool = False
+) -> Broker:
     """The broker of a service, which may start before it, or before its account is there: tried for
     `broker.wait_seconds`, with one warning. Raises what `connect` raises the last time."""
     deadline, pause, warned = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, False
     while True:
         try:
-            return connect(config, topology, client_name)
+            return connect(config, topology, client_name, master=master)
         except (AccessRefused, BrokerUnavailable) as error:
             left = deadline - clock.monotonic()
             if left <= 0:
@@ -129,12 +131,21 @@ def awaited(config: Config, topology: Topology, client_name: str, clock: Clock =
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def connect(config: Config, topology: Topology, client_name: str) -> Broker:
-    """Raises AccessRefused, or BrokerUnavailable when nobody answers in time."""
+def topology_of(config: Config) -> Topology:
+    """The names of this federation, and whether each party declares only what is its own."""
+    return Topology(config.broker.namespace, own_accounts=config.broker.accounts == "required")
+
+
+def connect(config: Config, topology: Topology, client_name: str, *, master: bool = False) -> Broker:
+    """`master`: the account may do what the master's may. Raises AccessRefused, or BrokerUnavailable when nobody
+    answers in time."""
+    everything = master or not topology.own_accounts
     return open_broker(
         config.broker.resolved_url(),
         client_name=client_name,
-        dead_letters=topology.dead_letters,
+        dead_letters=topology.dead_letters if everything else None,
+        notes=topology.lock,
+        makes_notes=everything,
         connect_timeout=config.broker.connect_timeout_seconds,
     )
 

@@ -95,7 +95,12 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         made = Bench(lambda letters: MemoryBroker(server, user="guest", dead_letters=letters))
     else:
         url = request.getfixturevalue("amqp_url")
-        made = Bench(lambda letters: open_broker(url, client_name="contract", dead_letters=letters))
+
+        def connect(letters: str) -> Broker:
+            notes = letters.replace("letters", "lock")
+            return open_broker(url, client_name="contract", dead_letters=letters, notes=notes)
+
+        made = Bench(connect)
     yield made
     made.end()
 
