@@ -35,7 +35,8 @@ def server_program(name: str = "rabbitmq-server") -> Path:
 class LocalRabbitMQ:
     """One server in `directory`. A context manager; `stop` and `start` keep the data, `kill` is SIGKILL."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, management: bool = False) -> None:
+        """`management`: with the HTTP API, at `management_url`; the start takes some seconds longer."""
         self._program = server_program()
         self._directory = directory
         self.port = _free_port()
@@ -48,7 +49,11 @@ class LocalRabbitMQ:
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.console = false\n"
             "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\n"
         )
-        (directory / "enabled_plugins").write_text("[].\n")
+        self.management_port = _free_port() if management else None
+        if self.management_port is not None:
+            with (directory / "rabbitmq.conf").open("a") as conf:
+                conf.write(f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n")
+        (directory / "enabled_plugins").write_text("[rabbitmq_management].\n" if management else "[].\n")
         # in a file, as Erlang looks for it in HOME: what stands in the arguments of a process, everybody can read
         cookie = directory / ".erlang.cookie"
         cookie.unlink(missing_ok=True)
@@ -78,6 +83,11 @@ class LocalRabbitMQ:
     def url(self) -> str:
         """For the account that every fresh RabbitMQ has."""
         return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    @property
+    def management_url(self) -> str:
+        """Of the HTTP API, for the same account."""
+        return f"http://guest:guest@127.0.0.1:{self.management_port}"
 
     def __enter__(self) -> LocalRabbitMQ:
         self.start()
@@ -120,11 +130,12 @@ class LocalRabbitMQ:
         """While it is down: lose all that it kept, as with a new disk."""
         shutil.rmtree(self._directory / "data")
 
-    def ctl(self, *arguments: str) -> str:
-        """Run rabbitmqctl against this server; gives what it prints. Raises CalledProcessError."""
-        program = server_program("rabbitmqctl")
-        command = [str(program), "-n", self._node, *arguments]
-        return subprocess.run(command, env=self._environment, check=True, capture_output=True, text=True).stdout
+    def ctl(self, *arguments: str, given: str = "") -> str:
+        """Run rabbitmqctl against this server, with `given` as its input; gives what it prints. Raises
+        CalledProcessError."""
+        command = [str(server_program("rabbitmqctl")), "-n", self._node, *arguments]
+        done = subprocess.run(command, env=self._environment, input=given, check=True, capture_output=True, text=True)
+        return done.stdout
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

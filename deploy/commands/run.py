@@ -15,6 +15,7 @@ from common.clock import SYSTEM, Clock
 from common.errors import AccessRefused, BrokerUnavailable, UserError
 from common.exports import check_export_directory, check_writable
 from common.wire.topology import Topology
+from deploy.broker.credentials import merged
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config, warn_of_ignored
 from deploy.logging import configure_logging
@@ -33,13 +34,16 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
 _OWNER_ONLY = 0o077
 
 
-def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False) -> None:
+def run_master(
+    file: Path | None, flags: dict[str, Any], *, change: bool = False, credentials: Path | None = None
+) -> None:
     """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured.
 
-    `change`: settings that are given and are not those of the message log hold from here on, instead of a UserError.
+    `credentials`: the master's file from `broker init`. `change`: settings that are given and are not those of the
+    message log hold from here on, instead of a UserError.
     """
     os.umask(_OWNER_ONLY)
-    config = load_config(file, flags)
+    config = load_config(file, merged(flags, credentials)[0])
     decided = config.settings()
     check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
@@ -84,10 +88,15 @@ def end_of_waiting(stop: threading.Event, broker: Broker) -> None:
     broker.close()
 
 
-def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
-    """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured."""
+def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, credentials: Path | None = None) -> None:
+    """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured.
+
+    `given`: the node's id, which may be left out where `credentials`, the file of `broker add-node`, has it. `flags`
+    have a section `node` for it."""
     os.umask(_OWNER_ONLY)
-    config = load_config(file, flags)
+    flags, owner = merged(flags, credentials)
+    name = node_of(given, owner)
+    config = load_config(file, {**flags, "nodes": {name: flags.pop("node")}})
     configure_logging(json=config.log.json_lines, level=config.log.level)
     warn_of_ignored(config)
     check_node_id(name)
@@ -148,6 +157,15 @@ def connect(config: Config, topology: Topology, client_name: str, *, master: boo
         makes_notes=everything,
         connect_timeout=config.broker.connect_timeout_seconds,
     )
+
+
+def node_of(given: str | None, owner: str | None) -> str:
+    """Which node is meant: that of the command line, or whose the credentials are. Raises UserError."""
+    if given is not None and owner is not None and given != owner:
+        raise UserError(f"the credentials are those of {owner!r}, not of node {given!r}; leave NAME out")
+    if given is None and owner is None:
+        raise UserError("which node is it? give its NAME, or --credentials FILE")
+    return given or owner or ""
 
 
 def check_node_id(name: str) -> None:
