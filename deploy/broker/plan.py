@@ -140,8 +140,9 @@ def made_for(topology: Topology, node: str, types: tuple[str, ...]) -> Declarati
 
 
 def queues_of(topology: Topology, node: str) -> list[str]:
-    """The queues that a node leaves behind."""
-    return [queue.name for queue in made_for(topology, node, ()).queues if queue.name != topology.dead_letters]
+    """What a node leaves behind, and a lock that it may have declared as a queue that stays."""
+    made = topology.node_queues(node, ()) + note_of(topology.node_lock(node), topology.lock)
+    return [*(queue.name for queue in made.queues), topology.node_lock(node)]
 
 
 def check_node(name: str) -> None:
