@@ -371,6 +371,17 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
     assert after.bytes_out - before.bytes_out == after.bytes_in - before.bytes_in == sum(map(len, contents))
 
 
+def test_what_was_made_for_a_party_is_looked_for_and_not_made(bench: Bench) -> None:
+    there, missing = Queue(bench.queue("there"), "classic", max_length=3), Queue(bench.name("missing"))
+    bench.broker.declare(Declarations(queues=(there,), made=True))  # whatever its arguments are
+    with pytest.raises(UserError, match=r"missing.*broker add-node"):
+        bench.broker.declare(Declarations((Exchange(bench.name("exchange")),), (there, missing), made=True))
+    with pytest.raises(UserError, match="missing"):
+        bench.broker.declare(Declarations(queues=(missing,), made=True))
+    bench.declare(Declarations(queues=(missing,)))
+    bench.broker.declare(Declarations(queues=(missing,), made=True))
+
+
 def test_a_lock_has_one_holder_and_a_refused_one_is_told_who(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.brokers.amqp.locks.REFUSAL_SECONDS", 0.5)
     first, second, lost = bench.connect(), bench.connect(), threading.Event()
