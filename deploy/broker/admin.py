@@ -133,7 +133,7 @@ class Ctl:
         return {each["name"]: {name: value for name, _, value in each["arguments"]} for each in listed}
 
     def delete_queue(self, vhost: str, name: str) -> None:
-        self._ctl("delete_queue", "-p", vhost, name, missing="not_found")
+        self._ctl("delete_queue", "-p", vhost, name, missing="not found")
 
     def close_connections(self, account: str, why: str) -> None:
         self._ctl("close_all_user_connections", account, why)

@@ -15,6 +15,7 @@ from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRej
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import Declarations, Queue, Topology
 from deploy.broker.credentials import Credentials, read, with_account
+from deploy.logging import configure_logging
 
 #: How long a consumer may take to be refused, seconds.
 REFUSED_WITHIN = 5.0
@@ -35,6 +36,7 @@ class Try:
 def check(files: list[Path]) -> bool:
     """Print a line for each try; whether all were refused. Raises UserError, BrokerUnavailable, AccessRefused for a
     party that does not get in at all."""
+    configure_logging(level="error")  # of what is refused each line of ours says it
     parties = [read(file) for file in files]
     nodes = [each.party for each in parties if each.role == "node"]
     allowed = 0

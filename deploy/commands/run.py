@@ -96,7 +96,7 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
     os.umask(_OWNER_ONLY)
     flags, owner = merged(flags, credentials)
     name = node_of(given, owner)
-    config = load_config(file, {**flags, "nodes": {name: flags.pop("node")}})
+    config = load_config(file, {**{key: flags[key] for key in ("broker", "log")}, "nodes": {name: flags["node"]}})
     configure_logging(json=config.log.json_lines, level=config.log.level)
     warn_of_ignored(config)
     check_node_id(name)

@@ -289,8 +289,9 @@ def test_rabbitmqctl_does_the_same(federation: Federation) -> None:
     assert ctl.server_version() == federation.at.admin().server_version()
     ctl.load({"users": [{"name": "fed.made", "password": "x", "tags": ""}]})
     assert ctl.queues(VHOST)[TOPOLOGY.chunk_queue("a")]["x-overflow"] == "reject-publish"
-    ctl.delete_account("fed.made")
-    ctl.delete_account("fed.made")
+    for _ in range(2):  # once more there is nothing to delete
+        ctl.delete_account("fed.made")
+        ctl.delete_queue(VHOST, TOPOLOGY.node_lock("a"))
     with pytest.raises(UserError, match=r"rabbitmqctl import_definitions failed: .*nowhere"):
         ctl.load({"permissions": [{"user": "fed.a", "vhost": "nowhere", "configure": "", "write": "", "read": ""}]})
 
