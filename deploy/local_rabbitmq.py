@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -35,11 +36,12 @@ def server_program(name: str = "rabbitmq-server") -> Path:
 class LocalRabbitMQ:
     """One server in `directory`. A context manager; `stop` and `start` keep the data, `kill` is SIGKILL."""
 
-    def __init__(self, directory: Path, *, management: bool = False) -> None:
-        """`management`: with the HTTP API, at `management_url`; the start takes some seconds longer."""
+    def __init__(self, directory: Path, *, settings: str = "", plugins: Sequence[str] = ()) -> None:
+        """`settings`: more lines of its configuration, in which TLS_PORT is a port of its own."""
         self._program = server_program()
         self._directory = directory
         self.port = _free_port()
+        self.tls_port = _free_port()
         self._distribution_port = _free_port()
         self._epmd_port = _free_port()
         self._node = f"shared-encoder-{self.port}@localhost"
@@ -48,12 +50,9 @@ class LocalRabbitMQ:
         (directory / "rabbitmq.conf").write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.console = false\n"
             "vm_memory_high_watermark.absolute = 2GB\ndisk_free_limit.absolute = 50MB\n"
+            + settings.replace("TLS_PORT", str(self.tls_port))
         )
-        self.management_port = _free_port() if management else None
-        if self.management_port is not None:
-            with (directory / "rabbitmq.conf").open("a") as conf:
-                conf.write(f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n")
-        (directory / "enabled_plugins").write_text("[rabbitmq_management].\n" if management else "[].\n")
+        (directory / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
         # in a file, as Erlang looks for it in HOME: what stands in the arguments of a process, everybody can read
         cookie = directory / ".erlang.cookie"
         cookie.unlink(missing_ok=True)
@@ -83,11 +82,6 @@ class LocalRabbitMQ:
     def url(self) -> str:
         """For the account that every fresh RabbitMQ has."""
         return f"amqp://guest:guest@127.0.0.1:{self.port}/"
-
-    @property
-    def management_url(self) -> str:
-        """Of the HTTP API, for the same account."""
-        return f"http://guest:guest@127.0.0.1:{self.management_port}"
 
     def __enter__(self) -> LocalRabbitMQ:
         self.start()

@@ -78,10 +78,12 @@ class Federation:
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     directory = tmp_path_factory.mktemp("accounts")
-    with LocalRabbitMQ(directory / "rabbitmq", management=True) as server:
+    # the port of its own is the management API's here
+    settings = "management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = TLS_PORT\n"
+    with LocalRabbitMQ(directory / "rabbitmq", settings=settings, plugins=["rabbitmq_management"]) as server:
         admin = {"name": "admin", "password": "secret", "tags": "administrator"}
-        Management(server.management_url).load({"users": [admin]})
-        management = server.management_url.replace("guest:guest", "admin:secret")
+        Management(f"http://guest:guest@127.0.0.1:{server.tls_port}").load({"users": [admin]})
+        management = f"http://admin:secret@127.0.0.1:{server.tls_port}"
         at = accounts.Target(TOPOLOGY, (f"amqp://127.0.0.1:{server.port}/{VHOST}",), VHOST, management=management)
         files = directory / "credentials"
         accounts.init(at, files)
