@@ -17,7 +17,7 @@ from deploy.broker.plan import Account
 
 Definitions = dict[str, list[dict[str, Any]]]
 
-#: What waits for a node that is away, at most. The oldest goes first: a full inbox that refused would hold up the master.
+#: What waits for a node that is away, at most. The oldest goes first: one that refused would hold up the master.
 INBOX_LENGTH, INBOX_BYTES = 2000, 64 * MIB
 #: Over a policy that the operator may have for everything.
 _PRIORITY = 10
