@@ -46,6 +46,12 @@ def with_account(url: str, account: str, password: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{quote(account, safe='')}:{quote(password, safe='')}@{host}"))
 
 
+def without_account(url: str) -> str:
+    """The broker's URL for a party whose certificate says who it is. Raises UserError for what is no URL of a broker."""
+    parts = split(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def as_toml(credentials: Credentials) -> str:
     """What stands in the file. Pure."""
     urls = list(credentials.urls)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic import SecretStr
+
 from common.broker_url import split
-from common.brokers import open_broker
 from common.errors import AccessRefused, BrokerUnavailable, SharedEncoderError, UserError
 from common.wire.broker import Publication
 from common.wire.codec import encode
@@ -19,7 +20,7 @@ from common.wire.messages import Join, Leave
 from common.wire.topology import Topology
 from deploy.broker import definitions as parts
 from deploy.broker.admin import Admin, Management, rabbitmqctl, removal_commands
-from deploy.broker.credentials import PEM, Credentials, Role, with_account, write
+from deploy.broker.credentials import PEM, Credentials, Role, with_account, without_account, write
 from deploy.broker.plan import (
     Account,
     check_node,
@@ -31,7 +32,8 @@ from deploy.broker.plan import (
     operator_account,
     queues_of,
 )
-from deploy.config import load_config
+from deploy.commands.run import connect
+from deploy.config import Config, load_config
 
 #: Where a management API is looked for if none is named: at the broker's host.
 _MANAGEMENT_PORT = 15672
@@ -41,19 +43,31 @@ _TOLD_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Target:
-    """A federation at a broker, and how that is administered. `say`: print `commands` or `definitions` instead of
-    carrying anything out; `server_version`: of the broker that this is then for. `settings`: what else every party's
-    file says of the connection, `pem` the texts of certificates."""
+    """A federation at the broker of `config`, and how that is administered. `say`: print `commands` or `definitions`
+    instead of carrying anything out; `server_version`: of the broker that this is then for. `pem`: the texts of
+    certificates for every party's file; `by_certificate`: they are the login, and the account has no password."""
 
-    topology: Topology
-    urls: tuple[str, ...]
-    vhost: str
+    config: Config
     management: str | None = None
     program: str | None = None
     say: str | None = None
     server_version: tuple[int, ...] = (4,)
-    settings: dict[str, Any] = field(default_factory=dict)
     pem: dict[str, str] = field(default_factory=dict)
+    by_certificate: bool = False
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.config.broker.namespace, own_accounts=True)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where the broker is; whose account is in them is of no account here."""
+        broker = self.config.broker
+        return tuple(url.get_secret_value() for url in getattr(broker, "urls", None) or (broker.url,))
+
+    @property
+    def vhost(self) -> str:
+        return unquote(split(self.urls[0]).path.removeprefix("/")) or "/"
 
     def admin(self) -> Admin:
         """Through what was asked for, else the management API at the broker's host, else rabbitmqctl if that is here.
@@ -86,11 +100,10 @@ def target(
     say: str | None = None,
     server_version: tuple[int, ...] = (4,),
     certificates: dict[str, Path | None] | None = None,
+    by_certificate: bool = False,
 ) -> Target:
-    """From the configuration; the account in its URL is of no account here, only where the broker is. `certificates`:
-    files for `PEM`, whose contents every party's file is given. Raises UserError."""
-    broker = load_config(file, flags).broker
-    urls = tuple(url.get_secret_value() for url in (getattr(broker, "urls", None) or [broker.url]))
+    """From the configuration. `certificates`: files for `PEM`, whose contents every party's file is given. Raises
+    UserError."""
     if say not in (None, "commands", "definitions"):
         raise UserError(f"--print {say}: there are: commands, definitions")
     pem = {}
@@ -101,16 +114,9 @@ def target(
                 pem[name] = path.read_text()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not a PEM file'}") from None
-    return Target(
-        Topology(broker.namespace, own_accounts=True),
-        urls,
-        unquote(split(urls[0]).path.removeprefix("/")) or "/",
-        management,
-        program,
-        say,
-        server_version,
-        pem=pem,
-    )
+    if by_certificate and not {"cert", "key"} <= pem.keys():
+        raise UserError("--by-certificate needs the party's certificate: give --cert-file and --key-file")
+    return Target(load_config(file, flags), management, program, say, server_version, pem, by_certificate)
 
 
 def init(at: Target, out: Path, *, inbox_length: int = parts.INBOX_LENGTH) -> None:
@@ -172,13 +178,17 @@ def remove_node(at: Target, node: str, *, keep_queues: bool = False) -> None:
 def _add(at: Target, role: Role, party: str, account: Account, out: Path, made: Any) -> None:
     """Load what is made for the party and its account, and write its file: first the file, because a password that
     stands nowhere is of no use to anybody."""
-    password = secrets.token_urlsafe(32)
+    password = "" if at.by_certificate else secrets.token_urlsafe(32)
     loads = _account(at, account, password)
     admin = None if at.say is not None else at.admin()
     version = at.server_version if admin is None else admin.server_version()
     wanted = parts.together(made(version), loads)
-    urls = tuple(with_account(url, account.name, password) for url in at.urls)
-    section = {"namespace": at.topology.namespace, "accounts": "required", **at.settings}
+    section: dict[str, Any] = {"namespace": at.topology.namespace, "accounts": "required"}
+    if at.by_certificate:
+        urls = tuple(without_account(url) for url in at.urls)
+        section["account"] = account.name
+    else:
+        urls = tuple(with_account(url, account.name, password) for url in at.urls)
     file = out if out.suffix == ".toml" else out / f"{party}.toml"
     write(file, Credentials(role, party, urls, section, at.pem))
     if admin is None:
@@ -189,7 +199,9 @@ def _add(at: Target, role: Role, party: str, account: Account, out: Path, made: 
 
 
 def _account(at: Target, account: Account, password: str) -> parts.Definitions:
-    return parts.account(at.vhost, account, parts.password_hash(password, os.urandom(4)))
+    """Without a password nobody gets in with one."""
+    hashed = parts.password_hash(password, os.urandom(4)) if password else ""
+    return parts.account(at.vhost, account, hashed)
 
 
 def _replace_what_expires(at: Target, node: str) -> None:
@@ -207,12 +219,9 @@ def _leave(at: Target, node: str, account: str, password: str) -> None:
     master knows is in the node's state alone. Raises what the broker says against it."""
     incarnation = secrets.token_hex(8)
     words = (Join(node=node, incarnation=incarnation), Leave(node=node, incarnation=incarnation))
-    broker = open_broker(
-        with_account(at.urls[0], account, password),
-        client_name=f"remove-node {node}",
-        dead_letters=None,
-        connect_timeout=_TOLD_SECONDS,
-    )
+    url = SecretStr(with_account(at.urls[0], account, password))
+    section = at.config.broker.model_copy(update={"url": url, "urls": (), "password_file": None})
+    broker = connect(at.config.model_copy(update={"broker": section}), at.topology, f"remove-node {node}")
     try:
         for message in words:
             key = f"{node}.{message.kind.removeprefix('request.')}"

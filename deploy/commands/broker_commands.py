@@ -43,6 +43,9 @@ ServerVersion = Annotated[
     str, typer.Option("--server", metavar="VERSION", help="the RabbitMQ that --print is for, such as 3.13")
 ]
 Certificate = Annotated[Path | None, typer.Option(metavar="FILE", help="PEM, to be put into the credentials")]
+ByCertificate = Annotated[
+    bool, typer.Option("--by-certificate", help="the certificate is the login, without a password (EXTERNAL)")
+]
 Out = Annotated[Path, typer.Option(metavar="PATH", help="folder or .toml file for the credentials")]
 Node = Annotated[str, typer.Argument(metavar="NAME", help="the node's id")]
 DEFAULT_OUT = Path("credentials")
@@ -57,6 +60,7 @@ def init(
     ca_file: Certificate = None,
     cert_file: Certificate = None,
     key_file: Certificate = None,
+    by_certificate: ByCertificate = False,
     management: ManagementUrl = None,
     program: Program = None,
     printed: Printed = None,
@@ -69,7 +73,9 @@ def init(
     from deploy.broker.definitions import INBOX_LENGTH
     from deploy.commands import accounts
 
-    at = _target(broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file))
+    at = _target(
+        broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file, by_certificate)
+    )
     accounts.init(at, out, inbox_length=inbox_length or INBOX_LENGTH)
 
 
@@ -85,6 +91,7 @@ def add_node(
     ca_file: Certificate = None,
     cert_file: Certificate = None,
     key_file: Certificate = None,
+    by_certificate: ByCertificate = False,
     management: ManagementUrl = None,
     program: Program = None,
     printed: Printed = None,
@@ -100,7 +107,9 @@ def add_node(
     from common.encoders import encoder_type_names
     from deploy.commands import accounts
 
-    at = _target(broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file))
+    at = _target(
+        broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file, by_certificate)
+    )
     accounts.add_node(at, name, tuple(types or encoder_type_names()), out, may_request=may_request)
 
 
@@ -111,6 +120,7 @@ def add_operator(
     ca_file: Certificate = None,
     cert_file: Certificate = None,
     key_file: Certificate = None,
+    by_certificate: ByCertificate = False,
     management: ManagementUrl = None,
     program: Program = None,
     printed: Printed = None,
@@ -122,7 +132,9 @@ def add_operator(
     """Make an operator's account; write its credentials, for `status` and `request` with --credentials FILE."""
     from deploy.commands import accounts
 
-    at = _target(broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file))
+    at = _target(
+        broker, namespace, config, management, program, printed, server, (ca_file, cert_file, key_file, by_certificate)
+    )
     accounts.add_operator(at, name, out)
 
 
@@ -143,7 +155,7 @@ def remove_node(
     """
     from deploy.commands import accounts
 
-    at = _target(broker, namespace, config, management, program, printed, "4", (None, None, None))
+    at = _target(broker, namespace, config, management, program, printed, "4", (None, None, None, False))
     accounts.remove_node(at, name, keep_queues=keep_queues)
 
 
@@ -185,7 +197,7 @@ def _target(
     program: str | None,
     printed: str | None,
     server: str,
-    certificates: tuple[Path | None, Path | None, Path | None],
+    login: tuple[Path | None, Path | None, Path | None, bool],
 ) -> Target:
     from common.brokers.amqp.arguments import version_of
     from deploy.broker.credentials import PEM
@@ -199,5 +211,6 @@ def _target(
         program=program,
         say=printed,
         server_version=version_of(server),
-        certificates=dict(zip(PEM, certificates, strict=True)),
+        certificates=dict(zip(PEM, login[:3], strict=True)),
+        by_certificate=login[3],
     )

@@ -6,15 +6,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from common.brokers import open_broker
 from common.errors import AccessRefused, BrokerUnavailable, LockHeld, PublishRejected, Unroutable, UserError
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import Declarations, Queue, Topology
-from deploy.broker.credentials import Credentials, read, with_account
+from deploy.broker.credentials import Credentials, read, settings, with_account
+from deploy.commands.run import connect, topology_of
+from deploy.config import load_config
 from deploy.logging import configure_logging
 
 #: How long a consumer may take to be refused, seconds.
@@ -51,14 +52,16 @@ def _all_tried(parties: list[Credentials], nodes: list[str]) -> Iterator[tuple[s
     for credentials in parties:
         for what, refused, words in _tried(credentials, nodes):
             yield credentials.party, what, refused, words
-    for url in dict.fromkeys(with_account(each.urls[0], "guest", "guest") for each in parties):
-        yield "anybody", "log in as guest with the password guest", *_guest(url)
+    brokers = {with_account(each.urls[0], "guest", "guest"): each for each in parties}
+    for url, each in brokers.items():
+        yield "anybody", "log in as guest with the password guest", *_guest(replace(each, urls=(url,)))
 
 
 def _tried(credentials: Credentials, nodes: list[str]) -> Iterator[tuple[str, bool, str]]:
-    topology = Topology(str(credentials.broker.get("namespace", "shared-encoder")), own_accounts=True)
+    config = load_config(None, {"broker": settings(credentials)})
+    topology = topology_of(config)
     others = [node for node in nodes if node != credentials.party] or [_SOMEBODY]
-    broker = _connect(credentials.urls[0])
+    broker = connect(config, topology, "check")
     try:
         for each in tries(credentials, topology, others):
             yield each.what, *_refused(each, broker)
@@ -76,16 +79,13 @@ def _refused(each: Try, broker: Broker) -> tuple[bool, str]:
     return False, ""
 
 
-def _guest(url: str) -> tuple[bool, str]:
+def _guest(credentials: Credentials) -> tuple[bool, str]:
+    config = load_config(None, {"broker": settings(credentials)})
     try:
-        _connect(url).close()
+        connect(config, topology_of(config), "check").close()
     except AccessRefused:
         return True, ""
     return False, "everyone can be everyone: rabbitmqctl delete_user guest"
-
-
-def _connect(url: str) -> Broker:
-    return open_broker(url, client_name="check", dead_letters=None)
 
 
 def tries(credentials: Credentials, topology: Topology, others: list[str]) -> list[Try]:

@@ -84,7 +84,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         admin = {"name": "admin", "password": "secret", "tags": "administrator"}
         Management(f"http://guest:guest@127.0.0.1:{server.tls_port}").load({"users": [admin]})
         management = f"http://admin:secret@127.0.0.1:{server.tls_port}"
-        at = accounts.Target(TOPOLOGY, (f"amqp://127.0.0.1:{server.port}/{VHOST}",), VHOST, management=management)
+        flags = {"broker": {"url": f"amqp://127.0.0.1:{server.port}/{VHOST}", "namespace": TOPOLOGY.namespace}}
+        at = accounts.target(flags, None, management=management)
         files = directory / "credentials"
         accounts.init(at, files)
         for node in "ab":

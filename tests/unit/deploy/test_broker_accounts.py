@@ -172,8 +172,8 @@ def test_definitions_say_what_was_planned() -> None:
 def test_printed_definitions_hold_no_password_and_change_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    topology = Topology("ns", own_accounts=True)
-    at = accounts.Target(topology, ("amqp://broker.invalid/v",), "v", say="definitions", server_version=(3, 10))
+    flags = {"broker": {"url": "amqp://broker.invalid/v", "namespace": "ns"}}
+    at = accounts.target(flags, None, say="definitions", server_version=(3, 10))
     accounts.init(at, tmp_path)
     accounts.add_node(at, "a", ("text",), tmp_path)
     accounts.add_operator(at, "alice", tmp_path)
@@ -189,6 +189,22 @@ def test_printed_definitions_hold_no_password_and_change_nothing(
     for party in ("master", "a", "alice"):
         password = split(read(tmp_path / f"{party}.toml").urls[0]).password
         assert password and len(password) >= 40 and password not in out + err
+
+
+def test_whose_login_is_a_certificate_has_no_password(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"broker": {"url": "amqps://guest:guest@broker.invalid/v", "namespace": "ns"}}
+    files: dict[str, Path | None] = {name: tmp_path / name for name in ("ca", "cert", "key")}
+    for name, path in files.items():
+        assert path is not None
+        path.write_text(f"-----{name}-----\n")
+    at = accounts.target(flags, None, say="definitions", certificates=files, by_certificate=True)
+    accounts.add_node(at, "a", ("text",), tmp_path / "a.toml")
+    assert json.loads(capsys.readouterr().out)["users"][0]["password_hash"] == ""
+    found = read(tmp_path / "a.toml")
+    assert found.urls == ("amqps://broker.invalid/v",) and found.broker["account"] == "ns.a"
+    assert found.pem == {name: f"-----{name}-----\n" for name in ("ca", "cert", "key")}
+    with pytest.raises(UserError, match="--cert-file and --key-file"):
+        accounts.target(flags, None, certificates={"ca": files["ca"]}, by_certificate=True)
 
 
 URLS = [
