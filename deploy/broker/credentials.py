@@ -47,7 +47,7 @@ def with_account(url: str, account: str, password: str) -> str:
 
 
 def without_account(url: str) -> str:
-    """The broker's URL for a party whose certificate says who it is. Raises UserError for what is no URL of a broker."""
+    """The broker's URL for a party whose certificate says who it is. Raises UserError for what is no broker's URL."""
     parts = split(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
