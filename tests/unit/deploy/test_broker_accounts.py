@@ -132,6 +132,7 @@ def test_names_and_wishes() -> None:
             node_account(topology, name)
         with pytest.raises(UserError):
             operator_account(topology, name)
+    assert not node_account(topology, "a").permits("read", "ns-node.a.inbox"), "a dot is a dot"
     asking = node_account(topology, "a", may_request=True)
     assert asking.permits("write", topology.request, "a.get") and not asking.permits(
         "write", topology.request, "a.stop"
