@@ -22,6 +22,7 @@ from common.errors import (
     UserError,
 )
 from deploy.commands.broker_certs import broker_certs
+from deploy.commands.broker_commands import broker_app
 from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
 
 app = typer.Typer(
@@ -38,7 +39,6 @@ app.add_typer(request_app, name="request")
 app.add_typer(log_app, name="log")
 corpus_app = typer.Typer(help="Look at samples before a node trains on them.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
-broker_app = typer.Typer(help="Look after what a federation has at the broker.", no_args_is_help=True)
 app.add_typer(broker_app, name="broker")
 broker_app.command("certs")(broker_certs)
 
@@ -53,6 +53,9 @@ BrokerUrl = Annotated[
 ]
 Namespace = Annotated[
     str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
+]
+Credentials = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="account at the broker, as `broker add-…` wrote it")
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
 SampleType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")]
@@ -89,6 +92,7 @@ def demo(
 @app.command()
 def master(
     config: ConfigFile = None,
+    credentials: Credentials = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     wait: WaitForBroker = None,
@@ -144,13 +148,14 @@ def master(
         "rule": {"preset": rule},
         "stop": stop,
     }
-    run_master(config, flags, change=change)
+    run_master(config, flags, change=change, credentials=credentials)
 
 
 @app.command()
 def node(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="this node's id: letters, digits, - and _")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="this node's id: letters, digits, - and _")] = None,
     config: ConfigFile = None,
+    credentials: Credentials = None,
     corpus: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH", help="file, folder or glob with the private samples; may be repeated"),
@@ -186,20 +191,18 @@ def node(
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
         "log": {"json_lines": json or None},
-        "nodes": {
-            name: {
-                "corpus": table,
-                "state_dir": state,
-                "export_dir": export,
-                "get": get,
-                "device": device,
-                "threads": threads,
-                "max_steps_per_second": max_speed,
-                "exit_when_finished": once or None,
-            }
+        "node": {
+            "corpus": table,
+            "state_dir": state,
+            "export_dir": export,
+            "get": get,
+            "device": device,
+            "threads": threads,
+            "max_steps_per_second": max_speed,
+            "exit_when_finished": once or None,
         },
     }
-    run_node(name, config, flags)
+    run_node(name, config, flags, credentials=credentials)
 
 
 @request_app.command("get")
@@ -209,13 +212,15 @@ def request_get(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="wait until it is finished and write it here")] = None,
     timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 30.0,
     config: ConfigFile = None,
+    credentials: Credentials = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
 ) -> None:
     """Ask for an encoder of a type: a finished one, the one being trained, or a new one."""
     from deploy.commands.observe import request_encoder
 
-    request_encoder(_broker_flags(broker, namespace), config, timeout, encoder_type=type_, fresh=fresh, out=out)
+    flags = _broker_flags(broker, namespace, credentials)
+    request_encoder(flags, config, timeout, encoder_type=type_, fresh=fresh, out=out)
 
 
 @request_app.command("update")
@@ -224,31 +229,34 @@ def request_update(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="wait until it is finished and write it here")] = None,
     timeout: Annotated[float, typer.Option(metavar="S", help="seconds to wait for the master's answer")] = 30.0,
     config: ConfigFile = None,
+    credentials: Credentials = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
 ) -> None:
     """Ask that a finished encoder be trained further."""
     from deploy.commands.observe import request_encoder
 
-    request_encoder(_broker_flags(broker, namespace), config, timeout, encoder=encoder, out=out)
+    request_encoder(_broker_flags(broker, namespace, credentials), config, timeout, encoder=encoder, out=out)
 
 
 @request_app.command("stop")
 def request_stop(
     encoder: Annotated[str | None, typer.Argument(metavar="ENCODER", help="id; all encoders if not given")] = None,
     config: ConfigFile = None,
+    credentials: Credentials = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
 ) -> None:
     """End the training now: what is at hand becomes the last version, which is exported."""
     from deploy.commands.observe import request_stop as stop
 
-    stop(_broker_flags(broker, namespace), config, encoder)
+    stop(_broker_flags(broker, namespace, credentials), config, encoder)
 
 
 @app.command()
 def status(
     config: ConfigFile = None,
+    credentials: Credentials = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,
     watch: Annotated[bool, typer.Option("--watch", help="refresh every second until Ctrl-C")] = False,
@@ -258,7 +266,7 @@ def status(
     """Show a running federation from outside, over the broker."""
     from deploy.commands.observe import show_status
 
-    show_status(_broker_flags(broker, namespace), config, timeout, watch=watch, as_json=json)
+    show_status(_broker_flags(broker, namespace, credentials), config, timeout, watch=watch, as_json=json)
 
 
 @app.command()
@@ -462,22 +470,6 @@ def corpus_check(
     check_corpora({key: value for key, value in table.items() if value is not None}, config, node)
 
 
-@broker_app.command("clean")
-def broker_clean(
-    state: State = DEFAULT_STATE,
-    everything: Annotated[
-        bool, typer.Option("--all", help="also the queues of the master and of every node in its log")
-    ] = False,
-    config: ConfigFile = None,
-    broker: BrokerUrl = None,
-    namespace: Namespace = None,
-) -> None:
-    """Delete the streams that ended runs have left at the broker. Not while a master serves the namespace."""
-    from deploy.commands.broker import clean
-
-    clean(_broker_flags(broker, namespace), config, state, everything=everything)
-
-
 @app.command()
 def simulate(
     out: Annotated[
@@ -560,8 +552,10 @@ def compare(
     run_comparison(config, out, seeds=seeds, jobs=jobs, resume=resume, arms=arms, quick=quick)
 
 
-def _broker_flags(broker: str | None, namespace: str | None) -> dict[str, Any]:
-    return {"broker": {"url": broker, "namespace": namespace}}
+def _broker_flags(broker: str | None, namespace: str | None, credentials: Path | None) -> dict[str, Any]:
+    from deploy.broker.credentials import merged
+
+    return merged({"broker": {"url": broker, "namespace": namespace}}, credentials)[0]
 
 
 def main() -> NoReturn:

@@ -124,11 +124,12 @@ class LocalRabbitMQ:
         """While it is down: lose all that it kept, as with a new disk."""
         shutil.rmtree(self._directory / "data")
 
-    def ctl(self, *arguments: str) -> str:
-        """Run rabbitmqctl against this server; gives what it prints. Raises CalledProcessError."""
-        program = server_program("rabbitmqctl")
-        command = [str(program), "-n", self._node, *arguments]
-        return subprocess.run(command, env=self._environment, check=True, capture_output=True, text=True).stdout
+    def ctl(self, *arguments: str, given: str = "") -> str:
+        """Run rabbitmqctl against this server, with `given` as its input; gives what it prints. Raises
+        CalledProcessError."""
+        command = [str(server_program("rabbitmqctl")), "-n", self._node, *arguments]
+        done = subprocess.run(command, env=self._environment, input=given, check=True, capture_output=True, text=True)
+        return done.stdout
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

@@ -28,7 +28,6 @@ from common.wire.messages import (
     verdict,
 )
 
-
 #: Instructions that wait for their turn; an instruction has up to a mebibyte.
 MAX_WAITING = 64
 

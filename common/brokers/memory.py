@@ -26,7 +26,7 @@ from common.errors import (
 )
 from common.locks import this_process
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, Timestamp, dead_letter
-from common.wire.topology import Binding, Declarations, Exchange, Queue
+from common.wire.topology import Binding, Declarations, Exchange, Queue, not_made
 
 #: How often it is tried to consume what the user may not read, seconds.
 _RETRY_SECONDS = 0.2
@@ -227,6 +227,11 @@ class MemoryBroker:
 
     def declare(self, declarations: Declarations) -> None:
         self._problems.check()
+        if declarations.made:
+            for queue in declarations.queues:
+                if self._server.find(queue.name) is None:
+                    raise not_made(f"there is no queue {queue.name}")
+            return
         for exchange in declarations.exchanges:
             self._server.permitted(self._user, "configure", exchange.name)
         for queue in declarations.queues:

@@ -111,9 +111,9 @@ class Broker(Protocol):
     """One party's connection to a broker."""
 
     def declare(self, declarations: Declarations) -> None:
-        """Make what is not there yet; declared again after every reconnect.
+        """Make what is not there yet, or look whether what was made for this party is; again after every reconnect.
 
-        Raises AccessRefused, UserError for what is there with other arguments, BrokerUnavailable.
+        Raises AccessRefused, UserError for what is there with other arguments or was not made, BrokerUnavailable.
         """
 
     def delete_queue(self, name: str) -> None:
@@ -146,7 +146,8 @@ class Broker(Protocol):
         """Remove deliveries from their queue. Those of an earlier connection or a closed consumer have no effect."""
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
-        """Publish a delivery to the dead letters with its reason, wait for the confirm, then ack it."""
+        """Publish a delivery to the dead letters with its reason, wait for the confirm, then ack it. A party that may
+        not write there only acks."""
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
         """Hold a name for as long as the connection lives; taken again after a reconnect.

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.errors import UserError
+
 MIB = 1 << 20
 
 #: The largest body that travels, bytes. RabbitMQ's own default limit is 16 MiB (4.x) or 128 MiB (3.x).
@@ -29,11 +31,12 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A durable queue. Sizes in bytes, times in seconds; `None` leaves the broker's default."""
+    """A durable queue. Sizes in bytes, lengths in messages, times in seconds; `None` leaves the broker's default."""
 
     name: str
     kind: QueueKind = "quorum"
     max_bytes: int | None = None
+    max_length: int | None = None
     overflow: Literal["reject-publish", "drop-head"] | None = None
     expires: float | None = None
     segment_bytes: int | None = None
@@ -48,11 +51,13 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """A set of things to declare; declaring it again changes nothing."""
+    """A set of things to declare; declaring it again changes nothing. `made`: whoever runs the broker has made them,
+    because this party may not; then its queues have to be there, and nothing else is asked of the broker."""
 
     exchanges: tuple[Exchange, ...] = ()
     queues: tuple[Queue, ...] = ()
     bindings: tuple[Binding, ...] = ()
+    made: bool = False
 
     def __add__(self, other: Declarations) -> Declarations:
         return Declarations(
@@ -60,14 +65,39 @@ class Declarations:
         )
 
 
+def not_made(words: str) -> UserError:
+    """What a party is told that lacks what had to be made for it; `words` are the broker's."""
+    return UserError(f"{words}; whoever runs the broker makes it: `shared-encoder broker add-node NAME`")
+
+
+def note_queue(lock: str) -> str:
+    """Where the holder of a lock leaves its name."""
+    return f"{lock}.holder"
+
+
+def note_of(lock: str, exchange: str) -> Declarations:
+    """What the note of a lock's holder travels by: the lock's name is the key, so that whoever may write its notes is a
+    matter of topic permissions.
+
+    A note is the newest message of a queue without expiry: publishing does not count as use, so a queue with one would
+    be deleted while its lock is held.
+    """
+    queue = Queue(note_queue(lock), "classic", max_length=1, overflow="drop-head")
+    return Declarations((Exchange(exchange),), (queue,), (Binding(exchange, queue.name, lock),))
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Names of everything at the broker, all below one namespace, so that several federations share a vhost."""
+    """Names of everything at the broker, all below one namespace, so that several federations share a vhost.
+
+    `own_accounts`: every party has an account of its own, which may declare what is its own and nothing else: the
+    master declares the exchanges, and what a node has was made for it (`made`)."""
 
     namespace: str = "shared-encoder"
     chunk_queue_bytes: int = 2048 * MIB
     inbox_expires: float = 7 * 24 * 3600.0
     dead_letter_bytes: int = 256 * MIB
+    own_accounts: bool = False
     instruction: str = field(init=False)
     rule: str = field(init=False)
     receipt: str = field(init=False)
@@ -76,10 +106,11 @@ class Topology:
     update: str = field(init=False)
     parameter: str = field(init=False)
     asset: str = field(init=False)
+    lock: str = field(init=False)
     dead_letters: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter", "asset"):
+        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter", "asset", "lock"):
             object.__setattr__(self, exchange, f"{self.namespace}.{exchange}")
         object.__setattr__(self, "dead_letters", f"{self.namespace}.dead-letters")
 
@@ -137,7 +168,7 @@ class Topology:
         return names + self.streams(encoders)
 
     def exchanges(self) -> Declarations:
-        """The exchanges and the dead letters, which every party may declare."""
+        """The exchanges and the dead letters, which every party may declare where they share an account."""
         names = (self.instruction, self.rule, self.receipt, self.ack, self.request, self.update)
         streamed = (self.parameter, self.asset)
         return Declarations(
@@ -158,17 +189,25 @@ class Topology:
         )
 
     def node(self, node: str, types: tuple[str, ...]) -> Declarations:
-        """What one node needs: its inbox, bound for its encoder types, its chunk queue, and the queue of the master's
-        signs of life, of which it holds the newest few.
+        """What one node needs, and declares with the exchanges if it may."""
+        if self.own_accounts:
+            return Declarations(queues=self.node_queues(node, types).queues, made=True)
+        return self.exchanges() + self.node_queues(node, types)
 
-        The chunk queue has no expiry: a queue that is published to while nobody consumes would be deleted.
+    def node_queues(self, node: str, types: tuple[str, ...]) -> Declarations:
+        """A node's inbox, bound for its encoder types, its chunk queue, and the queue of the master's signs of life, of
+        which it holds the newest few.
+
+        The chunk queue has no expiry: a queue that is published to while nobody consumes would be deleted. Nor has any
+        queue that its node could not make again.
         """
         inbox, chunks, pulses = self.node_inbox(node), self.chunk_queue(node), self.pulse_queue(node)
-        return self.exchanges() + Declarations(
+        expires = None if self.own_accounts else self.inbox_expires
+        return Declarations(
             queues=(
-                Queue(inbox, expires=self.inbox_expires),
+                Queue(inbox, expires=expires),
                 Queue(chunks, "classic", max_bytes=self.chunk_queue_bytes, overflow="reject-publish"),
-                Queue(pulses, "classic", max_bytes=PULSE_QUEUE_BYTES, overflow="drop-head", expires=self.inbox_expires),
+                Queue(pulses, "classic", max_bytes=PULSE_QUEUE_BYTES, overflow="drop-head", expires=expires),
             ),
             bindings=(
                 *(Binding(self.instruction, inbox, encoder_type) for encoder_type in types),
@@ -182,10 +221,11 @@ class Topology:
     def observer(self, observer: str) -> Declarations:
         """What `status` and `request` need: a short-lived inbox for answers."""
         inbox = self.node_inbox(observer)
-        return self.exchanges() + Declarations(
+        own = Declarations(
             queues=(Queue(inbox, "classic", expires=120.0),),
             bindings=(Binding(self.receipt, inbox, observer),),
         )
+        return own if self.own_accounts else self.exchanges() + own
 
     def parameters(self, encoder: str, version_bytes: int) -> Declarations:
         """The stream of one encoder's target parameter sets: segments of about a version, at least four versions."""

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import LockHeld
-from common.wire.topology import Topology
-from deploy.commands.run import connect
+from deploy.commands.run import connect, topology_of
 from deploy.config import load_config
 from deploy.logging import configure_logging
 from master_service.decisions.coordinator import Coordinator
@@ -26,11 +25,11 @@ def clean(flags: dict[str, Any], file: Path | None, state: Path, *, everything: 
     with opened(state) as log:
         for entry in log.entries():
             coordinator.handle(entry)
-    topology = Topology(config.broker.namespace)
+    topology = topology_of(config)
     encoders = coordinator.state.encoders
     ended = [name for name, encoder in encoders.items() if encoder.status in ("finished", "failed")]
     names = topology.queue_names(coordinator.state.nodes, encoders) if everything else topology.streams(ended)
-    broker = connect(config, topology, "clean")
+    broker = connect(config, topology, "clean", master=True)
     try:
         broker.lock(topology.master_lock, lambda: None)
         count = 0

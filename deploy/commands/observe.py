@@ -22,7 +22,7 @@ from common.wire.codec import encode, received
 from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
 from common.wire.topology import Topology
 from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
-from deploy.commands.run import connect
+from deploy.commands.run import connect, topology_of
 from deploy.config import load_config
 from deploy.signals import stop_on_signals
 from master_service.status import Report
@@ -103,7 +103,7 @@ def read_report(plain: dict[str, Any]) -> Report:
 def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observer, Broker, Topology]]:
     """Connect an observer to the broker of the configuration."""
     config = load_config(file, flags)
-    topology = Topology(config.broker.namespace)
+    topology = topology_of(config)
     broker = connect(config, topology, "observer")
     try:
         observer = Observer(broker, topology)

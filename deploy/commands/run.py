@@ -15,6 +15,7 @@ from common.clock import SYSTEM, Clock
 from common.errors import AccessRefused, BrokerUnavailable, UserError
 from common.exports import check_export_directory, check_writable
 from common.wire.topology import Topology
+from deploy.broker.credentials import merged
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config, warn_of_ignored
 from deploy.logging import configure_logging
@@ -35,13 +36,16 @@ _AWAY_SECONDS, _LOOK_SECONDS = 2.0, 0.2
 _OWNER_ONLY = 0o077
 
 
-def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False) -> None:
+def run_master(
+    file: Path | None, flags: dict[str, Any], *, change: bool = False, credentials: Path | None = None
+) -> None:
     """Serve until Ctrl-C, SIGTERM, or the last encoder is finished if so configured.
 
-    `change`: settings that are given and are not those of the message log hold from here on, instead of a UserError.
+    `credentials`: the master's file from `broker init`. `change`: settings that are given and are not those of the
+    message log hold from here on, instead of a UserError.
     """
     os.umask(_OWNER_ONLY)
-    config = load_config(file, flags)
+    config = load_config(file, merged(flags, credentials)[0])
     decided = config.settings()
     check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
@@ -52,8 +56,8 @@ def run_master(file: Path | None, flags: dict[str, Any], *, change: bool = False
 
     for warning in warnings(decided.rule):
         log.warning(warning)
-    topology = Topology(config.broker.namespace)
-    broker = awaited(config, topology, "master")
+    topology = topology_of(config)
+    broker = awaited(config, topology, "master", master=True)
     try:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.service import MasterService
@@ -94,10 +98,15 @@ def end_of_waiting(stop: threading.Event, broker: Broker, clock: Clock = SYSTEM)
     broker.close()
 
 
-def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
-    """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured."""
+def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, credentials: Path | None = None) -> None:
+    """Serve until Ctrl-C, SIGTERM, or the encoder is finished if so configured.
+
+    `given`: the node's id, which may be left out where `credentials`, the file of `broker add-node`, has it. `flags`
+    have a section `node` for it."""
     os.umask(_OWNER_ONLY)
-    config = load_config(file, flags)
+    flags, owner = merged(flags, credentials)
+    name = node_of(given, owner)
+    config = load_config(file, {**{key: flags[key] for key in ("broker", "log")}, "nodes": {name: flags["node"]}})
     configure_logging(json=config.log.json_lines, level=config.log.level)
     warn_of_ignored(config)
     check_node_id(name)
@@ -107,7 +116,7 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
     if node_config.export_dir is not None:
         check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)
-    topology = Topology(config.broker.namespace)
+    topology = topology_of(config)
     broker = awaited(config, topology, f"node {name}")
     try:
         with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
@@ -122,13 +131,15 @@ def run_node(name: str, file: Path | None, flags: dict[str, Any]) -> None:
         broker.close()
 
 
-def awaited(config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM) -> Broker:
+def awaited(
+    config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM, *, master: bool = False
+) -> Broker:
     """The broker of a service, which may start before it, or before its account is there: tried for
     `broker.wait_seconds`, with one warning. Raises what `connect` raises the last time."""
     deadline, pause, warned = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, False
     while True:
         try:
-            return connect(config, topology, client_name)
+            return connect(config, topology, client_name, master=master)
         except (AccessRefused, BrokerUnavailable) as error:
             left = deadline - clock.monotonic()
             if left <= 0:
@@ -140,14 +151,32 @@ def awaited(config: Config, topology: Topology, client_name: str, clock: Clock =
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def connect(config: Config, topology: Topology, client_name: str) -> Broker:
-    """Raises UserError, of which AccessRefused may pass, or BrokerUnavailable when nobody answers in time."""
+def topology_of(config: Config) -> Topology:
+    """The names of this federation, and whether each party declares only what is its own."""
+    return Topology(config.broker.namespace, own_accounts=config.broker.accounts == "required")
+
+
+def connect(config: Config, topology: Topology, client_name: str, *, master: bool = False) -> Broker:
+    """`master`: the account may do what the master's may. Raises UserError, of which AccessRefused may pass, or
+    BrokerUnavailable when nobody answers in time."""
+    everything = master or not topology.own_accounts
     return open_broker(
         config.broker.access(),
         client_name=client_name,
-        dead_letters=topology.dead_letters,
+        dead_letters=topology.dead_letters if everything else None,
+        notes=topology.lock,
+        makes_notes=everything,
         connect_timeout=config.broker.connect_timeout_seconds,
     )
+
+
+def node_of(given: str | None, owner: str | None) -> str:
+    """Which node is meant: that of the command line, or whose the credentials are. Raises UserError."""
+    if given is not None and owner is not None and given != owner:
+        raise UserError(f"the credentials are those of {owner!r}, not of node {given!r}; leave NAME out")
+    if given is None and owner is None:
+        raise UserError("which node is it? give its NAME, or --credentials FILE")
+    return given or owner or ""
 
 
 def check_node_id(name: str) -> None:

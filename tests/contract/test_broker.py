@@ -95,7 +95,12 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         made = Bench(lambda letters: MemoryBroker(server, user="guest", dead_letters=letters))
     else:
         url = request.getfixturevalue("amqp_url")
-        made = Bench(lambda letters: open_broker(url, client_name="contract", dead_letters=letters))
+
+        def connect(letters: str) -> Broker:
+            notes = letters.replace("letters", "lock")
+            return open_broker(url, client_name="contract", dead_letters=letters, notes=notes)
+
+        made = Bench(connect)
     yield made
     made.end()
 
@@ -364,6 +369,17 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
     after = bench.broker.status()
     assert after.connected and after.blocked is None
     assert after.bytes_out - before.bytes_out == after.bytes_in - before.bytes_in == sum(map(len, contents))
+
+
+def test_what_was_made_for_a_party_is_looked_for_and_not_made(bench: Bench) -> None:
+    there, missing = Queue(bench.queue("there"), "classic", max_length=3), Queue(bench.name("missing"))
+    bench.broker.declare(Declarations(queues=(there,), made=True))  # whatever its arguments are
+    with pytest.raises(UserError, match=r"missing.*broker add-node"):
+        bench.broker.declare(Declarations((Exchange(bench.name("exchange")),), (there, missing), made=True))
+    with pytest.raises(UserError, match="missing"):
+        bench.broker.declare(Declarations(queues=(missing,), made=True))
+    bench.declare(Declarations(queues=(missing,)))
+    bench.broker.declare(Declarations(queues=(missing,), made=True))
 
 
 def test_a_lock_has_one_holder_and_a_refused_one_is_told_who(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

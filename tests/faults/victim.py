@@ -65,7 +65,11 @@ def live(victim: Victim) -> None:
     with stop_on_signals(stop):
         try:
             broker = open_broker(
-                victim.url, client_name=victim.role, dead_letters=topology.dead_letters, connect_timeout=60.0
+                victim.url,
+                client_name=victim.role,
+                dead_letters=topology.dead_letters,
+                notes=topology.lock,
+                connect_timeout=60.0,
             )
             try:
                 serve = _master if victim.role == "master" else _node

@@ -32,7 +32,7 @@ DECLARED = Declarations((EXCHANGE,), (Queue("q"),), (Binding("x", "q", "#"),))
 
 
 def connect(url: str, **options: float):  # type: ignore[no-untyped-def]
-    return open_broker(url, client_name="faults", dead_letters="letters", **options)
+    return open_broker(url, client_name="faults", dead_letters="letters", notes="notes", **options)
 
 
 def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: LocalRabbitMQ) -> None:

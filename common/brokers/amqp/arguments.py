@@ -20,6 +20,8 @@ def queue_arguments(queue: Queue, server_version: tuple[int, ...]) -> dict[str, 
         arguments["x-delivery-limit"] = -1
     if queue.max_bytes is not None:
         arguments["x-max-length-bytes"] = queue.max_bytes
+    if queue.max_length is not None:
+        arguments["x-max-length"] = queue.max_length
     if queue.overflow is not None:
         arguments["x-overflow"] = queue.overflow
     if queue.expires is not None:

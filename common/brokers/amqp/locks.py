@@ -12,18 +12,17 @@ from typing import Any
 
 import structlog
 
+from common.brokers.amqp.arguments import queue_arguments
 from common.brokers.amqp.link import Link
 from common.clock import SYSTEM
 from common.errors import LockHeld, SharedEncoderError, UserError
 from common.locks import this_process
+from common.wire.topology import note_of, note_queue
 
 log = structlog.get_logger()
 
 #: How long to retry a lock that another connection holds: a predecessor may be closing, or writing its note.
 REFUSAL_SECONDS = 3.0
-#: A note is the newest message of a queue without expiry: publishing does not count as use, so a queue with one would
-#: be deleted while its lock is held. It is deleted with the lock, and outlives a holder that crashed.
-_NOTE_ARGUMENTS = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "drop-head"}
 
 #: A method of a channel with its arguments, which lacks only the `callback` for the broker's answer.
 Step = Callable[..., object]
@@ -49,13 +48,18 @@ class Locks:
         short_connection: Callable[[], AbstractContextManager[Any]],
         properties: Callable[[], Any],
         *,
+        notes: str,
+        makes_notes: bool,
         patience: float,
     ) -> None:
-        """`patience`: seconds after which a lock that is not free again is another's, and lost."""
+        """`notes`: the exchange for the holders' notes, or none are left; `makes_notes`: whether their queues are this
+        party's to declare. `patience`: seconds after which a lock that is not free again is another's, and lost."""
         self._link = link
         self._in_turn = in_turn
         self._short_connection = short_connection
         self._properties = properties
+        self._notes = notes
+        self._makes_notes = makes_notes
         self._patience = patience
         self._held: dict[str, _Lock] = {}
         self._lost_at = 0.0
@@ -92,14 +96,15 @@ class Locks:
 
     def release_notes(self) -> None:
         """Remove our notes. To be called before the locks are released, or it could remove a successor's note."""
-        if not self._held or not self._link.connected:
+        if not self._held or not self._notes or not self._link.connected:
             return
 
-        def deleting(channel: Any) -> Iterable[Step]:
-            return (partial(channel.queue_delete, _note(name)) for name in list(self._held))
+        def removing(channel: Any) -> Iterable[Step]:
+            remove = channel.queue_delete if self._makes_notes else channel.queue_purge
+            return (partial(remove, note_queue(name)) for name in list(self._held))
 
         try:
-            self._link.call(partial(self._in_turn, deleting), timeout=3.0)
+            self._link.call(partial(self._in_turn, removing), timeout=3.0)
         except SharedEncoderError as error:
             log.debug("a note of a lock stays behind", problem=str(error))
 
@@ -149,32 +154,44 @@ class Locks:
     def _leave_note(self, name: str, text: str) -> None:
         """Over a connection of its own: a publish on the consuming one would stop its acks under an alarm.
 
-        Emptied first, which an alarm does not stop: better no note than the predecessor's.
+        Emptied first, which an alarm does not stop: better no note than the predecessor's. The note goes by a topic
+        exchange: who may write to the default one reaches every queue there is.
         """
+        if not self._notes:
+            return
         try:
             with self._short_connection() as connection:
                 channel = connection.channel()
                 channel.confirm_delivery()
-                channel.queue_declare(_note(name), durable=True, arguments=_NOTE_ARGUMENTS)
-                channel.queue_purge(_note(name))
-                channel.basic_publish("", _note(name), text.encode(), self._properties())
+                if self._makes_notes:
+                    self._make_note(channel, name)
+                channel.queue_purge(note_queue(name))
+                channel.basic_publish(self._notes, name, text.encode(), self._properties())
         except SharedEncoderError as error:
             log.debug("no note of who holds the lock", lock=name, problem=str(error))
         except Exception:  # nothing depends on a note: neither the lock nor the thread that writes it
             log.warning("no note of who holds the lock", lock=name, exc_info=True)
 
+    def _make_note(self, channel: Any, name: str) -> None:
+        """The queue is deleted with the lock, and outlives a holder that crashed."""
+        wanted = note_of(name, self._notes)
+        for exchange in wanted.exchanges:
+            channel.exchange_declare(exchange.name, exchange.kind, durable=True)
+        for queue in wanted.queues:
+            channel.queue_declare(queue.name, durable=True, arguments=queue_arguments(queue, ()))
+        for binding in wanted.bindings:
+            channel.queue_bind(binding.queue, binding.exchange, binding.routing_key)
+
     def _read_note(self, name: str) -> str:
         """Who holds a lock, as far as is known. Not acked: the note goes back when this connection closes."""
+        if not self._notes:
+            return ""
         try:
             with self._short_connection() as connection:
-                got, properties, body = connection.channel().basic_get(_note(name))
+                got, properties, body = connection.channel().basic_get(note_queue(name))
         except SharedEncoderError:
             return ""
         if got is None:
             return ""
         text = f"user {properties.user_id}, {body.decode(errors='replace')}"
         return f" ({''.join(letter for letter in text if letter.isprintable())[:200]})"
-
-
-def _note(lock: str) -> str:
-    return f"{lock}.holder"

@@ -33,9 +33,9 @@ from common.brokers.amqp.refusals import MALFORMED, explained, unpublished, went
 from common.brokers.amqp.routes import Address, Route, first_that_answers
 from common.brokers.amqp.subscription import LinkSubscription
 from common.brokers.problems import Problems
-from common.errors import BrokerUnavailable, SharedEncoderError, UserError
+from common.errors import BrokerUnavailable, SharedEncoderError, Unroutable, UserError
 from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition, dead_letter
-from common.wire.topology import Declarations
+from common.wire.topology import Declarations, not_made
 
 log = structlog.get_logger()
 # pika logs every failed attempt with a stack; what matters of it is said here, in one line
@@ -85,7 +85,9 @@ class RabbitMQBroker:
         access: Access,
         *,
         client_name: str,
-        dead_letters: str,
+        dead_letters: str | None,
+        notes: str = "",
+        makes_notes: bool = True,
         connect_timeout: float = 10.0,
         refusal_patience: float = 30.0,
     ) -> None:
@@ -105,7 +107,13 @@ class RabbitMQBroker:
         )
         properties = partial(pika.BasicProperties, delivery_mode=2, user_id=self._addresses[0].account)
         self._locks = Locks(
-            self._consumer, self._in_turn, self._short_connection, properties, patience=LOCK_PATIENCE_SECONDS
+            self._consumer,
+            self._in_turn,
+            self._short_connection,
+            properties,
+            notes=notes,
+            makes_notes=makes_notes,
+            patience=LOCK_PATIENCE_SECONDS,
         )
         publishing = Route(self._addresses, at, _connecting)
         self._publisher = Publisher(
@@ -118,7 +126,11 @@ class RabbitMQBroker:
 
     def declare(self, declarations: Declarations) -> None:
         self._problems.check()
-        self._consumer.call(partial(self._in_turn, partial(self._declaring, declarations)), timeout=_DECLARE_SECONDS)
+        try:
+            declare = partial(self._in_turn, partial(self._declaring, declarations))
+            self._consumer.call(declare, timeout=_DECLARE_SECONDS)
+        except Unroutable as error:
+            raise not_made(str(error)) if declarations.made else error from None
         if declarations not in self._declared:
             self._declared.append(declarations)
 
@@ -147,7 +159,8 @@ class RabbitMQBroker:
         self._consumer.post(work)
 
     def dead_letter(self, delivery: Delivery, reason: str, detail: str) -> None:
-        self.publish(dead_letter(self._dead_letters, delivery, reason, detail))
+        if self._dead_letters is not None:
+            self.publish(dead_letter(self._dead_letters, delivery, reason, detail))
         self.ack(delivery)
 
     def lock(self, name: str, on_lost: Callable[[], None]) -> None:
@@ -261,6 +274,9 @@ class RabbitMQBroker:
             done.set_exception(BrokerUnavailable("the connection to the broker is away"))
 
     def _declaring(self, declarations: Declarations, channel: Any) -> Iterator[Step]:
+        if declarations.made:
+            yield from (partial(channel.queue_declare, queue.name, passive=True) for queue in declarations.queues)
+            return
         for exchange in declarations.exchanges:
             yield partial(channel.exchange_declare, exchange.name, exchange.kind, durable=True)
         for queue in declarations.queues:
@@ -285,6 +301,7 @@ def _without_queue(declarations: Declarations, name: str) -> Declarations:
         declarations.exchanges,
         tuple(queue for queue in declarations.queues if queue.name != name),
         tuple(binding for binding in declarations.bindings if binding.queue != name),
+        declarations.made,
     )
 
 

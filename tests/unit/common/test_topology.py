@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.wire.messages import Get
-from common.wire.topology import Declarations, Topology
+from common.wire.topology import Declarations, Topology, note_of
 
 TOPOLOGY = Topology("ns")
 
@@ -58,3 +58,20 @@ def test_each_queue_loses_nothing_that_it_must_not_lose() -> None:
         [stream] = TOPOLOGY.parameters("e", size).queues
         assert stream.kind == "stream" and stream.segment_bytes == max(size, 16 << 20)
         assert stream.max_bytes is not None and stream.max_bytes >= 4 * stream.segment_bytes
+
+
+def test_with_accounts_of_their_own_parties_declare_what_is_theirs() -> None:
+    topology = Topology("ns", own_accounts=True)
+    node = topology.node("n", ("text",))
+    assert node.made and not node.exchanges and not node.bindings
+    names = ["ns.node.n.inbox", "ns.update.n", "ns.node.n.pulse"]
+    assert [queue.name for queue in node.queues] == names == [queue.name for queue in TOPOLOGY.node("n", ()).queues][1:]
+    made = topology.node_queues("n", ("text",))
+    assert not any(queue.expires for queue in made.queues), "their node could not make them again"
+    assert bound(made) == bound(TOPOLOGY.node("n", ("text",))) - {("ns.dead-letters", "#", "ns.dead-letters")}
+    assert topology.observer("o").exchanges == () and bound(topology.observer("o")) == {
+        ("ns.receipt", "o", "ns.node.o.inbox")
+    }
+    assert topology.master() == TOPOLOGY.master()
+    note = note_of(topology.node_lock("n"), topology.lock)
+    assert bound(note) == {("ns.lock", "ns.node.n.lock", "ns.node.n.lock.holder")} and note.queues[0].max_length == 1

@@ -28,7 +28,7 @@ def test_a_broker_that_comes_later_is_waited_for_and_one_that_does_not_come_is_a
     answers: list[Any] = [BrokerUnavailable("nobody there"), AccessRefused("no account yet"), "a broker"]
     clock = VirtualClock()
 
-    def connect(*_: object) -> Any:
+    def connect(*_: object, **__: object) -> Any:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
