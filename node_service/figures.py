@@ -16,7 +16,7 @@ class NodeFigures:
     `step_seconds` went into steps, and the rest into handing in, adopting versions and looking about. `waiting_since`,
     in seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
     meanwhile. `bytes_before` were sent before this training. `held_out` is the newest measurement of a version by the
-    validation samples.
+    validation samples. `turned_away`: messages that were not the master's, since the node started.
     """
 
     steps: int = 0
@@ -37,6 +37,7 @@ class NodeFigures:
     bytes_before: int = 0
     held_out: float | None = None
     held_out_version: int | None = None
+    turned_away: int = 0
 
     def begin(self, encoder: str, bytes_out: int) -> None:
         """The training of an encoder begins, when this connection has sent so many bytes; nothing happens if it is the

@@ -15,6 +15,7 @@ from common.crash_points import reached
 from common.errors import CannotBuild, Poison, SharedEncoderError, UserError
 from common.events import BrokerWatch, happened
 from common.numbers.layout import Layout
+from common.wire.accounts import Door
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
 from common.wire.messages import (
@@ -98,7 +99,8 @@ class Node:
         self.config = config
         self.figures = NodeFigures()
         self.outbox = outbox
-        self.reading = Reading(broker, topology, clock)
+        self._door = Door(topology, node=name)
+        self.reading = Reading(broker, topology, self._door, clock)
         self._corpora = corpora
         self._contributions = Contributions(corpora, config.private)
         self._broker = broker
@@ -135,6 +137,9 @@ class Node:
 
     def hear(self, delivery: Delivery) -> None:
         """Handle one message from the master, and ack it."""
+        if not self._door.takes(delivery):
+            self._broker.ack(delivery)
+            return
         self._master_at = self._clock.monotonic()
         try:
             message = received(delivery)
@@ -190,6 +195,7 @@ class Node:
         now = self._clock.monotonic()
         training = self.training
         ready = self.ready
+        self.figures.turned_away = self._door.turned_away
         self._account(training, now, ready)
         self._connection.look(self._broker.status())
         wait = IDLE_SECONDS

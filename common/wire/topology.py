@@ -62,12 +62,15 @@ class Declarations:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Names of everything at the broker, all below one namespace, so that several federations share a vhost."""
+    """Names of everything at the broker, all below one namespace, so that several federations share a vhost.
+
+    `own_accounts`: every party has an account of its own, so that whose a message is can be told."""
 
     namespace: str = "shared-encoder"
     chunk_queue_bytes: int = 2048 * MIB
     inbox_expires: float = 7 * 24 * 3600.0
     dead_letter_bytes: int = 256 * MIB
+    own_accounts: bool = False
     instruction: str = field(init=False)
     rule: str = field(init=False)
     receipt: str = field(init=False)
