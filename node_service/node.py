@@ -59,6 +59,7 @@ from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, Reading, VersionRead
 from node_service.handover.receipt_book import Ledger
+from node_service.time_spent import TimeSpent
 from node_service.training.training import Training, update_manifest
 from node_service.training.update_rule import impossible
 
@@ -100,7 +101,7 @@ class Node:
         self.figures = NodeFigures()
         self.outbox = outbox
         self._door = Door(topology, node=name)
-        self.reading = Reading(broker, topology, self._door, clock)
+        self.reading = Reading(broker, topology, clock, self._door)
         self._corpora = corpora
         self._contributions = Contributions(corpora, config.private)
         self._broker = broker
@@ -115,8 +116,8 @@ class Node:
         self._wait_until_version = -1
         #: When it last heard of anything to do, and when of the master at all.
         self._heard_at = self._master_at = clock.monotonic()
-        self._alive_at = self._saved_at = self._looked_at = clock.monotonic()
-        self._was_ready = False
+        self._alive_at = self._saved_at = clock.monotonic()
+        self._spent = TimeSpent(name, self.figures, clock)
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
         self._connection = BrokerWatch(clock, node=name)
@@ -196,7 +197,8 @@ class Node:
         training = self.training
         ready = self.ready
         self.figures.turned_away = self._door.turned_away
-        self._account(training, now, ready)
+        waits = training is not None and not (ready and (not training.must_return or self._may_hand_in(training)))
+        self._spent.look(training if self._agent.rule is not None else None, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
         wait = IDLE_SECONDS
         if training is not None and ready:
@@ -283,33 +285,6 @@ class Node:
             took = training.step()
         self._tried = training.rule
         return took
-
-    def _account(self, training: Training | None, now: float, ready: bool) -> None:
-        """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
-
-        A node that trains on while the master is away waits for it too, and says since when.
-        """
-        passed, self._looked_at = now - self._looked_at, now
-        was_ready, self._was_ready = self._was_ready, ready
-        if training is None or self._agent.rule is None:
-            self._wait_ended()
-            return
-        if was_ready:
-            training.since.seconds += passed
-            self.figures.training_seconds += passed
-        else:
-            self.figures.waiting_seconds += passed
-        if ready and (not training.must_return or self._may_hand_in(training)):
-            self._wait_ended()
-        elif self.figures.waiting_since is None:
-            self.figures.waiting_since = self._clock.now()
-            happened("waiting for the master", **self._about(training))
-
-    def _wait_ended(self) -> None:
-        since, self.figures.waiting_since = self.figures.waiting_since, None
-        if since is not None:
-            waited = max(0.0, self._clock.now() - since)
-            happened("waiting ended", node=self.name, encoder=self.figures.encoder, seconds=waited)
 
     def _about(self, training: Training) -> dict[str, object]:
         """What an event of a training is about."""
@@ -550,8 +525,8 @@ class Node:
                 raise CannotBuild(error) from error
         self.figures.steps = self.training.steps
         # to build it takes a while, in which nothing could be heard, and the master was not waited for
-        self._heard_at = self._looked_at = self._clock.monotonic()
-        self._was_ready = False
+        self._heard_at = self._clock.monotonic()
+        self._spent.begin_again()
         return self.training
 
     def _finish(self, training: Training, read: VersionRead) -> None:

@@ -76,9 +76,9 @@ class Reading:
     """Reads one version, or the assets of one encoder, at a time; of several wanted ones only the last. A look gives
     way to what is wanted, and so do assets: whoever asks for anything else has turned away from their encoder."""
 
-    def __init__(self, broker: Broker, topology: Topology, door: Door, clock: Clock) -> None:
+    def __init__(self, broker: Broker, topology: Topology, clock: Clock, door: Door | None = None) -> None:
         self._broker = broker
-        self._door = door
+        self._door = door or Door(topology)
         self._topology = topology
         self._clock = clock
         self._readers: dict[str, VersionReader] = {}
