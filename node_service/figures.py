@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import Alive
+from common.wire.messages import Alive, Receipt
 
 
 @dataclass
@@ -51,6 +51,14 @@ class NodeFigures:
         self.step_seconds += seconds
         rate = 1.0 / max(seconds, 1e-9)
         self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
+
+    def answered(self, receipt: Receipt) -> None:
+        """An update has its receipt."""
+        if receipt.accepted:
+            self.accepted += 1
+            self.last_weight, self.staleness = receipt.weight, receipt.staleness
+        else:
+            self.refused += 1
 
     def alive(self, node: str, incarnation: str, encoder: str | None, bytes_out: int) -> Alive:
         """As it travels; `bytes_out` were sent over this connection."""

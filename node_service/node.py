@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import CannotBuild, Poison, SharedEncoderError, UserError
+from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
-from common.numbers.layout import Layout
 from common.wire.accounts import Door
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
@@ -28,7 +27,6 @@ from common.wire.messages import (
     Pulse,
     Receipt,
     Rule,
-    UpdateRule,
     update_id,
 )
 from common.wire.topology import Topology
@@ -53,15 +51,13 @@ from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
 from node_service.handover.contributing import Contributions, answer
-from node_service.handover.deadly import name_of
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, Reading, VersionRead
-from node_service.handover.receipt_book import Ledger
 from node_service.time_spent import TimeSpent
 from node_service.training.training import Training, update_manifest
-from node_service.training.update_rule import impossible
+from node_service.trials import Build, Trials
 
 log = structlog.get_logger()
 
@@ -70,10 +66,6 @@ IDLE_SECONDS = 0.2
 
 #: How many answers beyond `max_unanswered` the master keeps at least.
 _SPARE_ANSWERS = 8
-
-#: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates, and the
-#: instruction's assets come by name. Raises UserError if this node cannot.
-Build = Callable[[Instruction, Corpus, Ledger, Mapping[str, bytes]], Training]
 
 
 class Node:
@@ -107,7 +99,7 @@ class Node:
         self._broker = broker
         self._topology = topology
         self.state = state
-        self._build = build
+        self._trials = Trials(name, state, build)
         self._clock = clock
         self._handover = Handover(state, outbox, clock)
         self._ending = Ending(name, state, self.figures, config.export_dir)
@@ -121,8 +113,6 @@ class Node:
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
         self._connection = BrokerWatch(clock, node=name)
-        #: The rule by which a step was taken.
-        self._tried: UpdateRule | None = None
 
     # --- what drives it ----------------------------------------------------------------------------------------------
 
@@ -155,7 +145,7 @@ class Node:
         if isinstance(message, Answer) and not message.accepted:
             log.error("the master cannot make this encoder", problem=message.detail)
         mistaken = isinstance(message, Receipt) and self._handover.mistaken(message)
-        if isinstance(message, Rule) and (why := self._refused(message)):
+        if isinstance(message, Rule) and (why := self._trials.refused(message)):
             self._refuse_rule(message, why)
         else:
             self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
@@ -270,21 +260,14 @@ class Node:
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
-        took = self._step(training) + self._clock.monotonic() - before
+        with self._trials.step(training):
+            took = training.step()
+        took += self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
         if training.finishing is not None:
             self._ending.stepped(training, training.finishing)
         most = self.config.max_steps_per_second
         return took if most is None else max(took, 1.0 / most)
-
-    def _step(self, training: Training) -> float:
-        """One step; the first by a rule is tried with a mark, because it may be the end of this process."""
-        if self._tried == training.rule:
-            return training.step()
-        with self.state.guard.at(_trial(training.instruction.encoder, training.rule)):
-            took = training.step()
-        self._tried = training.rule
-        return took
 
     def _about(self, training: Training) -> dict[str, object]:
         """What an event of a training is about."""
@@ -399,10 +382,6 @@ class Node:
         assert self.training is not None, "the agent reads versions only of an encoder whose training was built"
         return self.training
 
-    def _refused(self, rule: Rule) -> str:
-        """Why this node does not train by a rule; empty if it does."""
-        return impossible(rule.update_rule) or self.state.guard.fatal(_trial(rule.encoder, rule.update_rule))
-
     def _refuse_rule(self, rule: Rule, why: str) -> None:
         log.error("refusing the rule", node=self.name, encoder=rule.encoder, problem=why)
         refused = self._agent.rule_refused(rule.encoder, f"the rule is refused: {why}")
@@ -436,7 +415,7 @@ class Node:
             log.warning("assets of the encoder are gone from the disk, reading them", node=self.name, encoder=encoder)
             self._perform(self._agent.lacks_assets(current.instruction))
             return
-        if why := self._refused(current.rule):
+        if why := self._trials.refused(current.rule):
             log.error("cannot go on by the rule", node=self.name, encoder=encoder, problem=why)
             self.state.forget_current()
             return
@@ -510,19 +489,7 @@ class Node:
         self.figures.note = "building the model"
         ledger = self.state.ledger(instruction.encoder)
         self._wait_until_version = ledger.wait_until_version
-        name = name_of("instruction", instruction)
-        if why := self.state.guard.fatal(name):
-            raise UserError(why)
-        if Layout(instruction.layout).digest != instruction.layout_digest:
-            raise UserError("the instruction's layout does not match its digest")
-        with self.state.guard.at(name):
-            try:
-                self.training = self._build(instruction, corpus, ledger, assets)
-            except (SharedEncoderError, OSError):
-                raise
-            except Exception as error:  # whatever an encoder type makes of an architecture that is none
-                log.error("building failed", node=self.name, encoder=instruction.encoder, exc_info=error)
-                raise CannotBuild(error) from error
+        self.training = self._trials.build(instruction, corpus, ledger, assets)
         self.figures.steps = self.training.steps
         # to build it takes a while, in which nothing could be heard, and the master was not waited for
         self._heard_at = self._clock.monotonic()
@@ -569,12 +536,10 @@ class Node:
             training.answered(receipt)
         about = {"node": self.name, "encoder": receipt.encoder, "update": update_id(receipt)}
         facts = {**about, "version": receipt.version}
+        figures.answered(receipt)
         if receipt.accepted:
-            figures.accepted += 1
-            figures.last_weight, figures.staleness = receipt.weight, receipt.staleness
             happened("update counted", **facts, weight=receipt.weight, staleness=receipt.staleness)
             return
-        figures.refused += 1
         # nobody announces a version because of an update that does not count
         self._wait_until_version = -1
         if receipt.reason == "finished":
@@ -604,10 +569,6 @@ class Node:
         if self.training is not None and self.training.finishing is None:
             self.training = None
         self._perform(self._agent.join())
-
-
-def _trial(encoder: str, rule: UpdateRule) -> str:
-    return name_of("rule", encoder, rule)
 
 
 def _shown(assets: Sequence[AssetEntry]) -> str:

@@ -61,7 +61,9 @@ from node_service.handover.receipt_book import Ledger
 from node_service.handover.store import MemoryStore, Store
 from node_service.node import Node
 from node_service.training.looks import HeldOut, Looks, must_evaluate
+from node_service.training.training import Training
 from node_service.training.update_rule import SinceReturn, must_return
+from node_service.trials import Build
 
 M = TypeVar("M", bound=Message)
 TOPOLOGY = Topology("stepped")
@@ -228,6 +230,8 @@ class SteppedNode:
         self.saved: list[int] = []
         #: Every training that was built: of which encoder, and with which assets.
         self.built: list[tuple[str, dict[str, bytes]]] = []
+        #: Builds instead of this, while it is set.
+        self.build: Build | None = None
         self._training = dict(training or {})
         self._came: deque[Delivery] = deque()
         state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-first")
@@ -281,9 +285,9 @@ class SteppedNode:
         assert isinstance(self.node.training, CountingTraining)
         return self.node.training
 
-    def _build(
-        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
-    ) -> CountingTraining:
+    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]) -> Training:
+        if self.build is not None:
+            return self.build(instruction, corpus, ledger, assets)
         self.built.append((instruction.encoder, dict(assets)))
         return CountingTraining(instruction, **self._training, saved=self.saved)
 
