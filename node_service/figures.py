@@ -17,6 +17,7 @@ class NodeFigures:
     in seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
     meanwhile. `bytes_before` were sent before this training. `held_out` is the newest measurement of a version by the
     validation samples. `turned_away`: messages that were not the master's, since the node started.
+    `paused_until`: when its owner's hours let it train again ("22:00"); empty while they do.
     """
 
     steps: int = 0
@@ -38,6 +39,12 @@ class NodeFigures:
     held_out: float | None = None
     held_out_version: int | None = None
     turned_away: int = 0
+    paused_until: str = ""
+
+    @property
+    def doing(self) -> str:
+        """What it does now, in words."""
+        return f"{self.note}, paused until {self.paused_until} (accept.hours)" if self.paused_until else self.note
 
     def begin(self, encoder: str, bytes_out: int) -> None:
         """The training of an encoder begins, when this connection has sent so many bytes; nothing happens if it is the
@@ -72,7 +79,7 @@ class NodeFigures:
             loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             waiting_seconds=self.waiting_seconds,
             bytes_sent=max(0, bytes_out - self.bytes_before),
-            note=self.note,
+            note=self.doing,
             held_out=self.held_out,
             held_out_version=self.held_out_version,
         )

@@ -10,7 +10,7 @@ from typing import assert_never
 
 import structlog
 
-from common.clock import Clock
+from common.clock import Clock, minute_of_day
 from common.crash_points import reached
 from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
@@ -50,7 +50,7 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
-from node_service.handover.contributing import Contributions, answer
+from node_service.handover.contributing import Contributions, answer, nothing
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
@@ -112,6 +112,8 @@ class Node:
         self._spent = TimeSpent(name, self.figures, clock)
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
+        #: When the owner's hours let it train again; empty while they do.
+        self._paused_until = ""
         self._connection = BrokerWatch(clock, node=name)
 
     # --- what drives it ----------------------------------------------------------------------------------------------
@@ -120,7 +122,10 @@ class Node:
         """Declare what is its own, introduce itself, send what it owes, and go on with what it trained last."""
         self._broker.declare(self._topology.node(self.name, self._agent.types))
         self.figures.note = "waiting for an instruction"
-        self._perform(self._agent.join())
+        self._let_go_of_what_is_not_accepted()
+        self._paused_until = self.figures.paused_until = self._closed_until()
+        if not self._paused_until:
+            self._perform(self._agent.join())
         self._handover.send_owed()
         self._resume()
         if self.config.get is not None:
@@ -185,10 +190,12 @@ class Node:
         """Do what is to be done now: one training step at most. Gives the seconds until this is wanted again."""
         now = self._clock.monotonic()
         training = self.training
+        self._keep_to_the_hours()
         ready = self.ready
         self.figures.turned_away = self._door.turned_away
         waits = training is not None and not (ready and (not training.must_return or self._may_hand_in(training)))
-        self._spent.look(training if self._agent.rule is not None else None, ready=ready, waits=waits)
+        waits_for = training if self._agent.rule is not None and not self._paused_until else None
+        self._spent.look(waits_for, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
         wait = IDLE_SECONDS
         if training is not None and ready:
@@ -234,6 +241,8 @@ class Node:
     def _may_train(self, training: Training, now: float) -> bool:
         """Whether a step is to be taken. While the master is away training goes on beyond what it may hand in: all of
         it becomes one update, once that one may go."""
+        if self._paused_until:
+            return False
         if training.finishing is not None:
             return True
         if not self._agent.training or training.version < 0:
@@ -301,6 +310,8 @@ class Node:
     # --- what it says of itself --------------------------------------------------------------------------------------
 
     def _keep_in_touch(self, now: float, ready: bool) -> None:
+        if self._paused_until:
+            return  # it has left: nobody is to count on it
         # while nothing leaves, more of the same need not wait to leave
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
             self._alive(now)
@@ -432,6 +443,13 @@ class Node:
         if corpus is None or len(corpus.train) == 0:
             self._refuse(instruction, f"no samples of type {instruction.encoder_type} here")
             return
+        if why := self.config.accept.refusal(instruction):
+            log.warning("refusing the instruction", node=self.name, encoder=instruction.encoder, why=why)
+            self.figures.note = f"refused {instruction.encoder}: {why}"
+            self._refuse(instruction, why)
+            return
+        if self._paused_until:
+            return  # the master says it again once this node joins
         if self.training is None or self.training.instruction != instruction:
             needed = [instruction, *self._agent.waiting.values()]
             self.state.assets.keep_only(entry for each in needed for entry in each.assets)
@@ -457,7 +475,10 @@ class Node:
         self._perform(self._agent.samples_checked(instruction, 0, why))
 
     def _contribute(self, asked: Contribute) -> None:
-        answered = answer(asked.wanted, self._contributions, self.state, again=asked.again)
+        if self.config.accept.refuses(asked.wanted.encoder, asked.wanted.encoder_type):
+            answered = nothing(asked.wanted, self.state)
+        else:
+            answered = answer(asked.wanted, self._contributions, self.state, again=asked.again)
         self._say(answered)
         happened("words contributed", node=self.name, encoder=answered.encoder, words=len(answered.words))
 
@@ -546,6 +567,46 @@ class Node:
             happened("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
         else:
             log.warning("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
+
+    # --- what its owner agrees to ------------------------------------------------------------------------------------
+
+    def _closed_until(self) -> str:
+        accept = self.config.accept
+        return accept.closed_until(minute_of_day(self._clock.now())) if accept.hours else ""
+
+    def _keep_to_the_hours(self) -> None:
+        """Outside the owner's hours a node takes no step. The others are not to wait for it: it hands in what it has,
+        leaves, and joins again."""
+        before, self._paused_until = self._paused_until, self._closed_until()
+        self.figures.paused_until = self._paused_until
+        if self._paused_until and not before:
+            log.info("paused by its owner's hours", node=self.name, until=self._paused_until)
+            training = self.training
+            if training is not None and self._agent.training and training.since.steps > 0:
+                if self._may_hand_in(training):
+                    self._hand_in(training, wants_version=False)
+                self._save(training)
+            self._alive(self._clock.monotonic())
+            self._perform(self._agent.leave())
+        elif before and not self._paused_until:
+            log.info("its owner's hours begin", node=self.name)
+            self._heard_at = self._clock.monotonic()
+            self._perform(self._agent.join())
+
+    def _let_go_of_what_is_not_accepted(self) -> None:
+        """The owner may have thought better of what was trained last: it is not gone on with, and what of it was not
+        answered yet is not sent again. As that may count all the same, this is another incarnation then."""
+        current = self.state.current()
+        why = self.config.accept.refusal(current.instruction) if current is not None else ""
+        if current is None or not why:
+            return
+        encoder = current.instruction.encoder
+        log.warning("leaving what its owner does not accept any more", node=self.name, encoder=encoder, why=why)
+        self.figures.note = f"left {encoder}: {why}"
+        self.state.forget_current()
+        if any(manifest.encoder == encoder for manifest in self.state.owed.values()):
+            self.state.reincarnate()
+            self._agent = self._new_agent()
 
     # --- beginning anew ----------------------------------------------------------------------------------------------
 

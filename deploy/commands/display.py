@@ -231,7 +231,7 @@ class NodeDisplay:
         if self._quiet or now < self._next:
             return
         figures, broker = service.figures, service.broker.status()
-        note = figures.note
+        note = figures.doing
         if figures.waiting_since is not None:
             note += f", waiting for the master since {time.strftime('%H:%M:%S', time.localtime(figures.waiting_since))}"
         text = (

@@ -223,6 +223,7 @@ class SteppedNode:
         store: Store | None = None,
         training: Mapping[str, Any] | None = None,
         topology: Topology = TOPOLOGY,
+        incarnation: str = "first",
         **config: Any,
     ) -> None:
         self.clock = clock
@@ -234,7 +235,7 @@ class SteppedNode:
         self.build: Build | None = None
         self._training = dict(training or {})
         self._came: deque[Delivery] = deque()
-        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-first")
+        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-{incarnation}")
         ids = itertools.count()
         outbox = Outbox(self.broker, TOPOLOGY, name, state.chunk, new_id=lambda: f"{name}{next(ids)}")
         corpora = {"text": Corpus("text", ["one", "two"], None, [], None)}
