@@ -107,6 +107,7 @@ class Master:
         everybody. Raises Damaged if the state directory cannot be recovered from, UserError for settings."""
         self._broker.declare(self._topology.master())
         self.recorder.recover(self._settings)
+        self._publisher.begin(self.state.epoch)
         if self._get is not None:
             self.recorder.record(Todo(Get(sender="master", encoder_type=self._get)))
 

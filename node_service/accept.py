@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from common.clock import minute_of_day
 from common.config import Section
 from common.wire.messages import Instruction
 
@@ -83,6 +84,10 @@ class Accept(Section):
                 f"this one has {size:,}"
             )
         return ""
+
+    def rests_until(self, at: float) -> str:
+        """As `closed_until`, for a moment in seconds since 1970."""
+        return self.closed_until(minute_of_day(at)) if self.hours else ""
 
     def closed_until(self, minute: int) -> str:
         """When it may train next ("22:00"), if it may not at this minute of the day (local); empty if it may now."""

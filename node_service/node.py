@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import assert_never
 
 import structlog
 
-from common.clock import Clock, minute_of_day
+from common.clock import Clock
 from common.crash_points import reached
 from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
@@ -19,7 +19,6 @@ from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
 from common.wire.messages import (
     Answer,
-    AssetEntry,
     Get,
     Instruction,
     Join,
@@ -29,6 +28,7 @@ from common.wire.messages import (
     Rule,
     update_id,
 )
+from common.wire.numbering import Hearing
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -50,6 +50,7 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
+from node_service.handover.asset_cache import shown
 from node_service.handover.contributing import Contributions, answer, nothing
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
@@ -112,6 +113,7 @@ class Node:
         self._spent = TimeSpent(name, self.figures, clock)
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
+        self._hearing = Hearing(self._agent.types)
         #: When the owner's hours let it train again; empty while they do.
         self._paused_until = ""
         self._connection = BrokerWatch(clock, node=name)
@@ -123,7 +125,7 @@ class Node:
         self._broker.declare(self._topology.node(self.name, self._agent.types))
         self.figures.note = "waiting for an instruction"
         self._let_go_of_what_is_not_accepted()
-        self._paused_until = self.figures.paused_until = self._closed_until()
+        self._paused_until = self.figures.paused_until = self.config.accept.rests_until(self._clock.now())
         if not self._paused_until:
             self._perform(self._agent.join())
         self._handover.send_owed()
@@ -137,6 +139,7 @@ class Node:
             self._broker.ack(delivery)
             return
         self._master_at = self._clock.monotonic()
+        self._hearing.hear(delivery)
         try:
             message = received(delivery)
         except Poison as poison:
@@ -316,6 +319,9 @@ class Node:
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
             self._alive(now)
             self._handover.send_unanswered(self.config.resend_after_seconds)
+        if not self.outbox.problem and self._hearing.asks(now):
+            happened("messages missed", node=self.name)
+            self._perform(self._agent.missed())
         if now - self._heard_at >= self.config.ask_after_seconds:
             self._heard_at = now
             # one that finishes by itself asks like one that has nothing to do
@@ -485,7 +491,7 @@ class Node:
     def _gather(self, instruction: Instruction) -> None:
         """Read what is lacking."""
         lacking = self.state.assets.lacking(instruction.assets)
-        self.figures.note = f"reading the {_shown(lacking)}"
+        self.figures.note = f"reading the {shown(lacking)}"
         self.reading.gather(instruction.encoder, lacking)
 
     def _asset_read(self, read: AssetRead) -> None:
@@ -570,14 +576,10 @@ class Node:
 
     # --- what its owner agrees to ------------------------------------------------------------------------------------
 
-    def _closed_until(self) -> str:
-        accept = self.config.accept
-        return accept.closed_until(minute_of_day(self._clock.now())) if accept.hours else ""
-
     def _keep_to_the_hours(self) -> None:
         """Outside the owner's hours a node takes no step. The others are not to wait for it: it hands in what it has,
         leaves, and joins again."""
-        before, self._paused_until = self._paused_until, self._closed_until()
+        before, self._paused_until = self._paused_until, self.config.accept.rests_until(self._clock.now())
         self.figures.paused_until = self._paused_until
         if self._paused_until and not before:
             log.info("paused by its owner's hours", node=self.name, until=self._paused_until)
@@ -630,8 +632,3 @@ class Node:
         if self.training is not None and self.training.finishing is None:
             self.training = None
         self._perform(self._agent.join())
-
-
-def _shown(assets: Sequence[AssetEntry]) -> str:
-    """Assets for people: a tokenizer is one, whatever its files are called."""
-    return ", ".join(dict.fromkeys("tokenizer" if "tokenizer" in each.name else each.name for each in assets))
