@@ -144,6 +144,7 @@ def test_what_is_not_accepted_is_refused_in_the_answer_and_shown_and_what_is_com
     assert not refused.accepted and refused.reason == "the owner of this node accepts only encoders called text-1"
     assert refused.reason in node.node.figures.doing and node.built == []
     assert [(words.encoder, words.words) for words in world.master.heard(Words)] == [("text-0", [])]
+    assert not world.store.names("words"), "they are not even counted"
     world.master.let_in()
     node.run(5.0)
     assert [ack.accepted for ack in world.master.heard(InstructionAck)] == [False, True]
@@ -183,7 +184,7 @@ def test_who_still_accepts_it_goes_on_at_the_next_start() -> None:
 
 def test_when_its_hours_end_it_hands_in_leaves_and_rests_and_comes_back_when_they_begin() -> None:
     world = World(hour=5.99)
-    node = world.process(accept={"hours": NIGHT})
+    node = world.process(accept={"hours": NIGHT}, checkpoint_every_seconds=1e9)
     world.master.let_in(UpdateRule(when=ReturnWhen(steps=1000)))
     world.until(node, 6.0)
     [update] = world.master.heard(UpdateManifest)
