@@ -98,7 +98,8 @@ class Hearing:
         if not isinstance(told, str) or len(told) > _LONGEST:
             return {}
         counts = dict(word.split("=", 1) for word in told.split() if "=" in word)
-        return {each: int(counts[each]) for each in self._types if _is_number(counts.get(each, ""))}
+        found = {each: counts.get(each, "0") for each in self._types}
+        return {each: int(count) for each, count in found.items() if _is_number(count)}
 
 
 def _count(value: Any) -> int | None:
