@@ -68,5 +68,11 @@ class VirtualClock:
         return event is not None and event.is_set()
 
 
+def minute_of_day(at: float) -> int:
+    """Minutes since midnight in local time, at so many seconds since 1970."""
+    local = time.localtime(at)
+    return local.tm_hour * 60 + local.tm_min
+
+
 #: For what talks to real sockets and files, and the default of services.
 SYSTEM = SystemClock()

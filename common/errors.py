@@ -40,6 +40,7 @@ _FILES = 10
 
 #: Why a message is poison: the routing keys of the dead letters.
 PoisonReason = Literal[
+    "account",
     "checksum",
     "digest",
     "headers",

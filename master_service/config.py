@@ -5,14 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, Field
 
 from common.config import Section
 from common.numbers.slicing import EncodingName
+from common.wire.accounts import LONGEST_OPERATOR, MASTER
 from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import DEFAULT_VERSIONS, CardWord, Settings, StopRule, WordsRule
+
+
+def _not_the_master(name: str) -> str:
+    if name == MASTER:
+        raise ValueError(f"an operator cannot be called {MASTER!r}: that is the master's own account")
+    return name
+
+
+Operator = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_OPERATOR), AfterValidator(_not_the_master)
+]
 
 
 class MasterConfig(Section):
@@ -21,6 +33,10 @@ class MasterConfig(Section):
     `retention`: keep the payloads of all updates (`all`: every version can be rebuilt), those since the oldest kept
     snapshot (`since-snapshot`), or as many as fit into a size ("20GiB"). Below `min_free` bytes of free disk nothing is
     accepted until there is room again.
+
+    Where `broker.accounts` is "required", `operators` are those who may ask for encoders, for more training of one, and
+    for an end; nodes may ask for encoders and more training if `nodes_may_request`. Where accounts are open, everybody
+    may do all of that.
     """
 
     state_dir: Path = Path("master-state")
@@ -33,6 +49,8 @@ class MasterConfig(Section):
     snapshot_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     exit_when_finished: bool = False
     threads: Annotated[int, Field(ge=1)] = 1
+    operators: tuple[Operator, ...] = ()
+    nodes_may_request: bool = False
 
 
 class EncoderConfig(Section):

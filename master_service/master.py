@@ -16,12 +16,15 @@ from common.errors import Poison, StorageBlocked
 from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.messages import (
     Alive,
+    Answer,
     AskStatus,
+    Continue,
     Get,
     Introduce,
     Message,
     NodeMessage,
     StatusReport,
+    Stop,
     UpdateManifest,
     Words,
 )
@@ -37,7 +40,7 @@ from master_service.decisions.state import State
 from master_service.history.state_directory import Journal, random_id
 from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
-from master_service.wire.inbox import identity, understood
+from master_service.wire.inbox import identity, refusal, understood
 from master_service.wire.intake import CompleteUpdate
 from master_service.wire.publisher import Publisher
 from master_service.wire.updates import Updates
@@ -104,6 +107,7 @@ class Master:
         everybody. Raises Damaged if the state directory cannot be recovered from, UserError for settings."""
         self._broker.declare(self._topology.master())
         self.recorder.recover(self._settings)
+        self._publisher.begin(self.state.epoch)
         if self._get is not None:
             self.recorder.record(Todo(Get(sender="master", encoder_type=self._get)))
 
@@ -198,16 +202,22 @@ class Master:
         if isinstance(message, UpdateManifest):
             self._updates.announced(message, delivery)
             self._next_update()
-        elif self._answer(message) or self._are_idle_words(message):
+        elif self._answer(message, delivery) or self._are_idle_words(message):
             self.recorder.acknowledge((delivery,))
         else:
             # below the sender's name: nobody can take the id of another's message, or of an update
             message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
             self.recorder.record(Todo(message, message_id, work=what, deliveries=(delivery,)))  # type: ignore[arg-type]
 
-    def _answer(self, message: Message) -> bool:
-        """What is shown and not decided upon needs no log, and goes on while the disk is full."""
-        if isinstance(message, Alive):
+    def _answer(self, message: Message, delivery: Delivery) -> bool:
+        """What is shown and not decided upon needs no log, and goes on while the disk is full; nor does what is not for
+        its sender to ask."""
+        if isinstance(message, Get | Continue | Stop):
+            if not (why := refusal(message, delivery, self._topology, self.config)):
+                return False
+            log.warning("request refused", sender=message.sender, kind=message.kind, why=why)
+            self._publisher.send(message.sender, Answer(accepted=False, detail=why))
+        elif isinstance(message, Alive):
             self.live.alive(message)
             self._introduce(message)
         elif isinstance(message, AskStatus):
@@ -235,7 +245,7 @@ class Master:
         if delivery.queue != self._topology.master_inbox:
             return False
         try:
-            answered = self._answer(understood(delivery, self._topology))
+            answered = self._answer(understood(delivery, self._topology), delivery)
         except Poison:
             return False
         if answered:

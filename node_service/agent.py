@@ -284,8 +284,13 @@ class Agent:
         if self.rule is not None:
             return self._fetch()
         if self.current is None or not self.waiting or self._is_gathered(self.current.encoder):
-            return [*self.join(), *self._fetch()]
+            return self.missed()
         return self._put_off(self.current)
+
+    def missed(self) -> list[Action]:
+        """The master has sent something that never came: it says everything again to who joins, and a fetch is answered
+        by a newer version, or by the end."""
+        return [*self.join(), *self._fetch()]
 
     def look(self) -> list[Action]:
         """Nothing was heard for long: the master may be away, and what it published last is on the stream."""

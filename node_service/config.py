@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from common.config import Section
+from node_service.accept import Accept
 from node_service.corpus.corpus import CorpusConfig
 
 #: What forward and backward passes are computed in; parameters, optimiser and updates are float32 in either.
@@ -22,7 +23,7 @@ class NodeConfig(Section):
     asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is
     away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for text:
     see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
-    number there.
+    number there. `accept`: what its owner agrees to.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -35,6 +36,7 @@ class NodeConfig(Section):
     seed: int = 0
     get: str | None = None
     named: bool = False
+    accept: Accept = Accept()
     exit_when_finished: bool = False
     max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
     alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0

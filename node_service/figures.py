@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import Alive
+from common.wire.messages import Alive, Receipt
 
 
 @dataclass
@@ -16,7 +16,8 @@ class NodeFigures:
     `step_seconds` went into steps, and the rest into handing in, adopting versions and looking about. `waiting_since`,
     in seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
     meanwhile. `bytes_before` were sent before this training. `held_out` is the newest measurement of a version by the
-    validation samples.
+    validation samples. `turned_away`: messages that were not the master's, since the node started.
+    `paused_until`: when its owner's hours let it train again ("22:00"); empty while they do.
     """
 
     steps: int = 0
@@ -37,6 +38,13 @@ class NodeFigures:
     bytes_before: int = 0
     held_out: float | None = None
     held_out_version: int | None = None
+    turned_away: int = 0
+    paused_until: str = ""
+
+    @property
+    def doing(self) -> str:
+        """What it does now, in words."""
+        return f"{self.note}, paused until {self.paused_until} (accept.hours)" if self.paused_until else self.note
 
     def begin(self, encoder: str, bytes_out: int) -> None:
         """The training of an encoder begins, when this connection has sent so many bytes; nothing happens if it is the
@@ -51,6 +59,14 @@ class NodeFigures:
         rate = 1.0 / max(seconds, 1e-9)
         self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
 
+    def answered(self, receipt: Receipt) -> None:
+        """An update has its receipt."""
+        if receipt.accepted:
+            self.accepted += 1
+            self.last_weight, self.staleness = receipt.weight, receipt.staleness
+        else:
+            self.refused += 1
+
     def alive(self, node: str, incarnation: str, encoder: str | None, bytes_out: int) -> Alive:
         """As it travels; `bytes_out` were sent over this connection."""
         return Alive(
@@ -63,7 +79,7 @@ class NodeFigures:
             loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             waiting_seconds=self.waiting_seconds,
             bytes_sent=max(0, bytes_out - self.bytes_before),
-            note=self.note,
+            note=self.doing,
             held_out=self.held_out,
             held_out_version=self.held_out_version,
         )

@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import assert_never
 
 import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import CannotBuild, Poison, SharedEncoderError, UserError
+from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
-from common.numbers.layout import Layout
+from common.wire.accounts import Door
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
 from common.wire.messages import (
     Answer,
-    AssetEntry,
     Get,
     Instruction,
     Join,
@@ -27,9 +26,9 @@ from common.wire.messages import (
     Pulse,
     Receipt,
     Rule,
-    UpdateRule,
     update_id,
 )
+from common.wire.numbering import Hearing
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,
@@ -51,15 +50,15 @@ from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
 from node_service.figures import NodeFigures
-from node_service.handover.contributing import Contributions, answer
-from node_service.handover.deadly import name_of
+from node_service.handover.asset_cache import shown
+from node_service.handover.contributing import Contributions, answer, nothing
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, Reading, VersionRead
-from node_service.handover.receipt_book import Ledger
+from node_service.time_spent import TimeSpent
 from node_service.training.training import Training, update_manifest
-from node_service.training.update_rule import impossible
+from node_service.trials import Build, Trials
 
 log = structlog.get_logger()
 
@@ -68,10 +67,6 @@ IDLE_SECONDS = 0.2
 
 #: How many answers beyond `max_unanswered` the master keeps at least.
 _SPARE_ANSWERS = 8
-
-#: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates, and the
-#: instruction's assets come by name. Raises UserError if this node cannot.
-Build = Callable[[Instruction, Corpus, Ledger, Mapping[str, bytes]], Training]
 
 
 class Node:
@@ -98,13 +93,14 @@ class Node:
         self.config = config
         self.figures = NodeFigures()
         self.outbox = outbox
-        self.reading = Reading(broker, topology, clock)
+        self._door = Door(topology, node=name)
+        self.reading = Reading(broker, topology, clock, self._door)
         self._corpora = corpora
         self._contributions = Contributions(corpora, config.private)
         self._broker = broker
         self._topology = topology
         self.state = state
-        self._build = build
+        self._trials = Trials(name, state, build)
         self._clock = clock
         self._handover = Handover(state, outbox, clock)
         self._ending = Ending(name, state, self.figures, config.export_dir)
@@ -113,13 +109,14 @@ class Node:
         self._wait_until_version = -1
         #: When it last heard of anything to do, and when of the master at all.
         self._heard_at = self._master_at = clock.monotonic()
-        self._alive_at = self._saved_at = self._looked_at = clock.monotonic()
-        self._was_ready = False
+        self._alive_at = self._saved_at = clock.monotonic()
+        self._spent = TimeSpent(name, self.figures, clock)
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
+        self._hearing = Hearing(self._agent.types)
+        #: When the owner's hours let it train again; empty while they do.
+        self._paused_until = ""
         self._connection = BrokerWatch(clock, node=name)
-        #: The rule by which a step was taken.
-        self._tried: UpdateRule | None = None
 
     # --- what drives it ----------------------------------------------------------------------------------------------
 
@@ -127,7 +124,10 @@ class Node:
         """Declare what is its own, introduce itself, send what it owes, and go on with what it trained last."""
         self._broker.declare(self._topology.node(self.name, self._agent.types))
         self.figures.note = "waiting for an instruction"
-        self._perform(self._agent.join())
+        self._let_go_of_what_is_not_accepted()
+        self._paused_until = self.figures.paused_until = self.config.accept.rests_until(self._clock.now())
+        if not self._paused_until:
+            self._perform(self._agent.join())
         self._handover.send_owed()
         self._resume()
         if self.config.get is not None:
@@ -135,7 +135,11 @@ class Node:
 
     def hear(self, delivery: Delivery) -> None:
         """Handle one message from the master, and ack it."""
+        if not self._door.takes(delivery):
+            self._broker.ack(delivery)
+            return
         self._master_at = self._clock.monotonic()
+        self._hearing.hear(delivery)
         try:
             message = received(delivery)
         except Poison as poison:
@@ -149,7 +153,7 @@ class Node:
         if isinstance(message, Answer) and not message.accepted:
             log.error("the master cannot make this encoder", problem=message.detail)
         mistaken = isinstance(message, Receipt) and self._handover.mistaken(message)
-        if isinstance(message, Rule) and (why := self._refused(message)):
+        if isinstance(message, Rule) and (why := self._trials.refused(message)):
             self._refuse_rule(message, why)
         else:
             self._perform(self._agent.mistaken() if mistaken else self._agent.receive(message))
@@ -189,8 +193,12 @@ class Node:
         """Do what is to be done now: one training step at most. Gives the seconds until this is wanted again."""
         now = self._clock.monotonic()
         training = self.training
+        self._keep_to_the_hours()
         ready = self.ready
-        self._account(training, now, ready)
+        self.figures.turned_away = self._door.turned_away
+        waits = training is not None and not (ready and (not training.must_return or self._may_hand_in(training)))
+        waits_for = training if self._agent.rule is not None and not self._paused_until else None
+        self._spent.look(waits_for, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
         wait = IDLE_SECONDS
         if training is not None and ready:
@@ -236,6 +244,8 @@ class Node:
     def _may_train(self, training: Training, now: float) -> bool:
         """Whether a step is to be taken. While the master is away training goes on beyond what it may hand in: all of
         it becomes one update, once that one may go."""
+        if self._paused_until:
+            return False
         if training.finishing is not None:
             return True
         if not self._agent.training or training.version < 0:
@@ -262,48 +272,14 @@ class Node:
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
-        took = self._step(training) + self._clock.monotonic() - before
+        with self._trials.step(training):
+            took = training.step()
+        took += self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
         if training.finishing is not None:
             self._ending.stepped(training, training.finishing)
         most = self.config.max_steps_per_second
         return took if most is None else max(took, 1.0 / most)
-
-    def _step(self, training: Training) -> float:
-        """One step; the first by a rule is tried with a mark, because it may be the end of this process."""
-        if self._tried == training.rule:
-            return training.step()
-        with self.state.guard.at(_trial(training.instruction.encoder, training.rule)):
-            took = training.step()
-        self._tried = training.rule
-        return took
-
-    def _account(self, training: Training | None, now: float, ready: bool) -> None:
-        """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
-
-        A node that trains on while the master is away waits for it too, and says since when.
-        """
-        passed, self._looked_at = now - self._looked_at, now
-        was_ready, self._was_ready = self._was_ready, ready
-        if training is None or self._agent.rule is None:
-            self._wait_ended()
-            return
-        if was_ready:
-            training.since.seconds += passed
-            self.figures.training_seconds += passed
-        else:
-            self.figures.waiting_seconds += passed
-        if ready and (not training.must_return or self._may_hand_in(training)):
-            self._wait_ended()
-        elif self.figures.waiting_since is None:
-            self.figures.waiting_since = self._clock.now()
-            happened("waiting for the master", **self._about(training))
-
-    def _wait_ended(self) -> None:
-        since, self.figures.waiting_since = self.figures.waiting_since, None
-        if since is not None:
-            waited = max(0.0, self._clock.now() - since)
-            happened("waiting ended", node=self.name, encoder=self.figures.encoder, seconds=waited)
 
     def _about(self, training: Training) -> dict[str, object]:
         """What an event of a training is about."""
@@ -337,10 +313,15 @@ class Node:
     # --- what it says of itself --------------------------------------------------------------------------------------
 
     def _keep_in_touch(self, now: float, ready: bool) -> None:
+        if self._paused_until:
+            return  # it has left: nobody is to count on it
         # while nothing leaves, more of the same need not wait to leave
         if now - self._alive_at >= self.config.alive_every_seconds and not self.outbox.problem:
             self._alive(now)
             self._handover.send_unanswered(self.config.resend_after_seconds)
+        if not self.outbox.problem and self._hearing.asks(now):
+            happened("messages missed", node=self.name)
+            self._perform(self._agent.missed())
         if now - self._heard_at >= self.config.ask_after_seconds:
             self._heard_at = now
             # one that finishes by itself asks like one that has nothing to do
@@ -418,10 +399,6 @@ class Node:
         assert self.training is not None, "the agent reads versions only of an encoder whose training was built"
         return self.training
 
-    def _refused(self, rule: Rule) -> str:
-        """Why this node does not train by a rule; empty if it does."""
-        return impossible(rule.update_rule) or self.state.guard.fatal(_trial(rule.encoder, rule.update_rule))
-
     def _refuse_rule(self, rule: Rule, why: str) -> None:
         log.error("refusing the rule", node=self.name, encoder=rule.encoder, problem=why)
         refused = self._agent.rule_refused(rule.encoder, f"the rule is refused: {why}")
@@ -455,7 +432,7 @@ class Node:
             log.warning("assets of the encoder are gone from the disk, reading them", node=self.name, encoder=encoder)
             self._perform(self._agent.lacks_assets(current.instruction))
             return
-        if why := self._refused(current.rule):
+        if why := self._trials.refused(current.rule):
             log.error("cannot go on by the rule", node=self.name, encoder=encoder, problem=why)
             self.state.forget_current()
             return
@@ -472,6 +449,13 @@ class Node:
         if corpus is None or len(corpus.train) == 0:
             self._refuse(instruction, f"no samples of type {instruction.encoder_type} here")
             return
+        if why := self.config.accept.refusal(instruction):
+            log.warning("refusing the instruction", node=self.name, encoder=instruction.encoder, why=why)
+            self.figures.note = f"refused {instruction.encoder}: {why}"
+            self._refuse(instruction, why)
+            return
+        if self._paused_until:
+            return  # the master says it again once this node joins
         if self.training is None or self.training.instruction != instruction:
             needed = [instruction, *self._agent.waiting.values()]
             self.state.assets.keep_only(entry for each in needed for entry in each.assets)
@@ -497,14 +481,17 @@ class Node:
         self._perform(self._agent.samples_checked(instruction, 0, why))
 
     def _contribute(self, asked: Contribute) -> None:
-        answered = answer(asked.wanted, self._contributions, self.state, again=asked.again)
+        if self.config.accept.refuses(asked.wanted.encoder, asked.wanted.encoder_type):
+            answered = nothing(asked.wanted, self.state)
+        else:
+            answered = answer(asked.wanted, self._contributions, self.state, again=asked.again)
         self._say(answered)
         happened("words contributed", node=self.name, encoder=answered.encoder, words=len(answered.words))
 
     def _gather(self, instruction: Instruction) -> None:
         """Read what is lacking."""
         lacking = self.state.assets.lacking(instruction.assets)
-        self.figures.note = f"reading the {_shown(lacking)}"
+        self.figures.note = f"reading the {shown(lacking)}"
         self.reading.gather(instruction.encoder, lacking)
 
     def _asset_read(self, read: AssetRead) -> None:
@@ -529,23 +516,11 @@ class Node:
         self.figures.note = "building the model"
         ledger = self.state.ledger(instruction.encoder)
         self._wait_until_version = ledger.wait_until_version
-        name = name_of("instruction", instruction)
-        if why := self.state.guard.fatal(name):
-            raise UserError(why)
-        if Layout(instruction.layout).digest != instruction.layout_digest:
-            raise UserError("the instruction's layout does not match its digest")
-        with self.state.guard.at(name):
-            try:
-                self.training = self._build(instruction, corpus, ledger, assets)
-            except (SharedEncoderError, OSError):
-                raise
-            except Exception as error:  # whatever an encoder type makes of an architecture that is none
-                log.error("building failed", node=self.name, encoder=instruction.encoder, exc_info=error)
-                raise CannotBuild(error) from error
+        self.training = self._trials.build(instruction, corpus, ledger, assets)
         self.figures.steps = self.training.steps
         # to build it takes a while, in which nothing could be heard, and the master was not waited for
-        self._heard_at = self._looked_at = self._clock.monotonic()
-        self._was_ready = False
+        self._heard_at = self._clock.monotonic()
+        self._spent.begin_again()
         return self.training
 
     def _finish(self, training: Training, read: VersionRead) -> None:
@@ -588,18 +563,52 @@ class Node:
             training.answered(receipt)
         about = {"node": self.name, "encoder": receipt.encoder, "update": update_id(receipt)}
         facts = {**about, "version": receipt.version}
+        figures.answered(receipt)
         if receipt.accepted:
-            figures.accepted += 1
-            figures.last_weight, figures.staleness = receipt.weight, receipt.staleness
             happened("update counted", **facts, weight=receipt.weight, staleness=receipt.staleness)
             return
-        figures.refused += 1
         # nobody announces a version because of an update that does not count
         self._wait_until_version = -1
         if receipt.reason == "finished":
             happened("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
         else:
             log.warning("update refused", **facts, reason=receipt.reason, detail=receipt.detail)
+
+    # --- what its owner agrees to ------------------------------------------------------------------------------------
+
+    def _keep_to_the_hours(self) -> None:
+        """Outside the owner's hours a node takes no step. The others are not to wait for it: it hands in what it has,
+        leaves, and joins again."""
+        before, self._paused_until = self._paused_until, self.config.accept.rests_until(self._clock.now())
+        self.figures.paused_until = self._paused_until
+        if self._paused_until and not before:
+            log.info("paused by its owner's hours", node=self.name, until=self._paused_until)
+            training = self.training
+            if training is not None and self._agent.training and training.since.steps > 0:
+                if self._may_hand_in(training):
+                    self._hand_in(training, wants_version=False)
+                self._save(training)
+            self._alive(self._clock.monotonic())
+            self._perform(self._agent.leave())
+        elif before and not self._paused_until:
+            log.info("its owner's hours begin", node=self.name)
+            self._heard_at = self._clock.monotonic()
+            self._perform(self._agent.join())
+
+    def _let_go_of_what_is_not_accepted(self) -> None:
+        """The owner may have thought better of what was trained last: it is not gone on with, and what of it was not
+        answered yet is not sent again. As that may count all the same, this is another incarnation then."""
+        current = self.state.current()
+        why = self.config.accept.refusal(current.instruction) if current is not None else ""
+        if current is None or not why:
+            return
+        encoder = current.instruction.encoder
+        log.warning("leaving what its owner does not accept any more", node=self.name, encoder=encoder, why=why)
+        self.figures.note = f"left {encoder}: {why}"
+        self.state.forget_current()
+        if any(manifest.encoder == encoder for manifest in self.state.owed.values()):
+            self.state.reincarnate()
+            self._agent = self._new_agent()
 
     # --- beginning anew ----------------------------------------------------------------------------------------------
 
@@ -623,12 +632,3 @@ class Node:
         if self.training is not None and self.training.finishing is None:
             self.training = None
         self._perform(self._agent.join())
-
-
-def _trial(encoder: str, rule: UpdateRule) -> str:
-    return name_of("rule", encoder, rule)
-
-
-def _shown(assets: Sequence[AssetEntry]) -> str:
-    """Assets for people: a tokenizer is one, whatever its files are called."""
-    return ", ".join(dict.fromkeys("tokenizer" if "tokenizer" in each.name else each.name for each in assets))

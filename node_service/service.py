@@ -26,9 +26,10 @@ from node_service.handover.local_state import LocalState, open_local_state
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
-from node_service.node import Build, Node
+from node_service.node import Node
 from node_service.training.session import Session
 from node_service.training.trainer import choose_device
+from node_service.trials import Build
 
 log = structlog.get_logger()
 

@@ -150,6 +150,11 @@ class MemoryServer:
         """Into every queue that a binding leads to, or into none: a full one rejects the publish as a whole."""
         with self.changed:
             self.permitted(user, "write", publication.exchange)
+            if (claimed := publication.user_id) not in (None, user):
+                raise Unpublishable(
+                    f"the broker does not take this message: PRECONDITION_FAILED - user_id property set to '{claimed}' "
+                    f"but authenticated user was '{user}'"
+                )
             if self.max_body_bytes is not None and len(publication.body) > self.max_body_bytes:
                 raise Unpublishable(
                     f"the broker does not take this message: its {len(publication.body)} bytes are larger than "

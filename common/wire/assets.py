@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from common.clock import SYSTEM, Clock
@@ -113,14 +113,17 @@ class AssetReader:
         wanted: Iterable[AssetEntry],
         *,
         patience: float = _PATIENCE_SECONDS,
+        takes: Callable[[Delivery], bool] = lambda delivery: True,
         clock: Clock = SYSTEM,
     ) -> None:
-        """`patience`: `step` raises after so many seconds in which nothing came over the stream."""
+        """`patience`: `step` raises after so many seconds in which nothing came over the stream. What `takes` says no
+        to is as if it were not there."""
         self._encoder = encoder
         self._stream = topology.asset_stream(encoder)
         self._assembly = AssetAssembly(encoder, wanted)
         self._clock = clock
         self._patience = patience
+        self._takes = takes
         self._heard_at = clock.monotonic()
         self._broker = broker
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -149,6 +152,8 @@ class AssetReader:
                 return None
             wait = 0.0
             self._broker.ack(delivery)
+            if not self._takes(delivery):
+                continue
             self._heard_at = self._clock.monotonic()
             if (found := self._taken(delivery)) is not None:
                 return found
@@ -169,14 +174,20 @@ class AssetReader:
 
 
 def read_assets(
-    broker: Broker, topology: Topology, encoder: str, wanted: Iterable[AssetEntry], *, clock: Clock = SYSTEM
+    broker: Broker,
+    topology: Topology,
+    encoder: str,
+    wanted: Iterable[AssetEntry],
+    *,
+    takes: Callable[[Delivery], bool] = lambda delivery: True,
+    clock: Clock = SYSTEM,
 ) -> dict[str, bytes]:
     """All of these assets by name, once they are here. Raises BrokerUnavailable if they do not come."""
     entries = list(wanted)
     if not entries:
         return {}
     found: dict[str, bytes] = {}
-    reader = AssetReader(broker, topology, encoder, entries, clock=clock)
+    reader = AssetReader(broker, topology, encoder, entries, takes=takes, clock=clock)
     try:
         while not reader.done:
             if (read := reader.step(wait=0.25)) is not None:

@@ -31,7 +31,8 @@ StreamPosition = Literal["first", "last", "next"] | int | Timestamp
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One message to publish. `mandatory`: an exchange that finds no queue for it raises `Unroutable`."""
+    """One message to publish. `mandatory`: an exchange that finds no queue for it raises `Unroutable`. `user_id`: the
+    account that it is said to be from, by default the connection's own; the broker takes it from no other."""
 
     exchange: str
     routing_key: str
@@ -39,6 +40,7 @@ class Publication:
     headers: Mapping[str, str | int] = field(default_factory=dict)
     message_id: str | None = None
     mandatory: bool = True
+    user_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

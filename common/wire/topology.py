@@ -90,8 +90,8 @@ def note_of(lock: str, exchange: str) -> Declarations:
 class Topology:
     """Names of everything at the broker, all below one namespace, so that several federations share a vhost.
 
-    `own_accounts`: every party has an account of its own, which may declare what is its own and nothing else: the
-    master declares the exchanges, and what a node has was made for it (`made`)."""
+    `own_accounts`: every party has an account of its own, so that whose a message is can be told, and each may declare
+    what is its own and nothing else: the master declares the exchanges, what a node has was made for it (`made`)."""
 
     namespace: str = "shared-encoder"
     chunk_queue_bytes: int = 2048 * MIB

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
@@ -138,11 +138,12 @@ class VersionReader:
         slice_bytes: int = 0,
         elements: int | None = None,
         named: Mapping[int, str] | None = None,
+        takes: Callable[[Delivery], bool] = lambda delivery: True,
         clock: Clock = SYSTEM,
     ) -> None:
         """`elements`: numbers of a version. `named`: the digests of versions that the master has named; more may come
         at any time. A named version counts if it has that digest; another counts only where the wanted one was not
-        named."""
+        named. What `takes` says no to is as if it were not on the stream."""
         self._broker = broker
         self._stream = topology.stream(encoder)
         self._encoder = encoder
@@ -157,6 +158,7 @@ class VersionReader:
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._elements = elements
         self._named = {} if named is None else named
+        self._takes = takes
         self._newest: CompleteVersion | None = None
         self._assembly = self._new_assembly()
 
@@ -209,7 +211,8 @@ class VersionReader:
             except queue.Empty:
                 return self._nothing_came(search)
             self._broker.ack(delivery)
-            self._take(search, delivery)
+            if self._takes(delivery):
+                self._take(search, delivery)
             # what is there already counts before any time that is over; what comes steadily must not keep us here
             wait = min(wait, _NEWER_SECONDS) if self._newest is not None else 0.0
 

@@ -233,7 +233,7 @@ class NodeDisplay:
         if self._quiet or now < self._next:
             return
         figures, broker = service.figures, service.broker.status()
-        note = figures.note
+        note = figures.doing
         if figures.waiting_since is not None:
             note += f", waiting for the master since {time.strftime('%H:%M:%S', time.localtime(figures.waiting_since))}"
         text = (
@@ -243,7 +243,8 @@ class NodeDisplay:
             f" of {figures.handed_in} (last weight {figures.last_weight:.2f}, {figures.staleness} versions stale), "
             f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s"
         )
-        text = ", ".join([text, *broker_conditions(broker)])
+        strangers = [f"{figures.turned_away} messages dropped that are not the master's"] if figures.turned_away else []
+        text = ", ".join([text, *strangers, *broker_conditions(broker)])
         if self._status is not None:
             self._next = now + _REFRESH_SECONDS
             self._status.update(Text(text))  # not as markup: errors may hold brackets

@@ -14,8 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from common import cards
+from common.broker_url import split
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
 from common.exports import check_export_directory, replacing
+from common.wire.accounts import LONGEST_OPERATOR, Door, command_name, party_of
 from common.wire.bounds import REPORT
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode, received
@@ -23,7 +25,7 @@ from common.wire.messages import Answer, AskStatus, Continue, Get, Message, Stat
 from common.wire.topology import Topology
 from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
 from deploy.commands.run import connect, topology_of
-from deploy.config import load_config
+from deploy.config import Config, load_config
 from deploy.signals import stop_on_signals
 from master_service.status import Report
 
@@ -32,10 +34,13 @@ _ASK_EVERY = 1.0
 
 
 class Observer:
-    """A client of the master that is no node: it sends requests and has an inbox of its own for the answers."""
+    """A client of the master that is no node: it sends requests and has an inbox of its own for the answers.
 
-    def __init__(self, broker: Broker, topology: Topology) -> None:
-        self.name = f"observer-{secrets.token_hex(4)}"
+    `operator`: whose account it uses, where that is one of this federation."""
+
+    def __init__(self, broker: Broker, topology: Topology, operator: str = "observer") -> None:
+        self.name = command_name(operator, secrets.token_hex(4))
+        self.door = Door(topology)
         self._broker = broker
         self._topology = topology
         self._answers: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
@@ -65,6 +70,8 @@ class Observer:
             except queue.Empty:
                 return None
             self._broker.ack(delivery)
+            if not self.door.takes(delivery):
+                continue
             try:
                 return received(delivery, REPORT)
             except Poison:
@@ -72,13 +79,16 @@ class Observer:
         return None
 
     def status(self, timeout: float) -> Report:
-        """The master's report. Raises BrokerUnavailable if none comes, UserError if it cannot be read."""
+        """The master's report. Raises BrokerUnavailable if none comes, UserError if it cannot be read, or if what was
+        asked before is refused."""
         self.say(AskStatus(sender=self.name))
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             message = self.listen(left)
             if isinstance(message, StatusReport):
                 return read_report(message.report)
+            if isinstance(message, Answer) and not message.accepted:
+                raise UserError(message.detail)
         raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
 
     def close(self) -> None:
@@ -106,13 +116,22 @@ def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observ
     topology = topology_of(config)
     broker = connect(config, topology, "observer")
     try:
-        observer = Observer(broker, topology)
+        observer = Observer(broker, topology, operator(config, topology))
         try:
             yield observer, broker, topology
         finally:
             observer.close()
     finally:
         broker.close()
+
+
+def operator(config: Config, topology: Topology) -> str:
+    """Who asks: the party of this federation whose account the configuration names, or an observer. Raises UserError
+    for a name that leaves no room for that of a command."""
+    party = party_of(topology, split(config.broker.resolved_url()).username) or "observer"
+    if len(party) > LONGEST_OPERATOR:
+        raise UserError(f"{party!r} cannot ask the master: an operator's name has up to {LONGEST_OPERATOR} characters")
+    return party
 
 
 def show_status(flags: dict[str, Any], file: Path | None, timeout: float, *, watch: bool, as_json: bool) -> None:
@@ -170,7 +189,8 @@ def request_encoder(
                 if status is not None and status.status == "finished":
                     observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
                     answer = _answer(observer, timeout)
-        _write_from_stream(broker, topology, answer, out, load_config(file, flags).encoder.base)
+        base = load_config(file, flags).encoder.base
+        _write_from_stream(broker, topology, answer, out, base, observer.door)
         print(f"written to {out}; open it with transformers.AutoModel.from_pretrained({str(out)!r})")
 
 
@@ -198,7 +218,9 @@ def _answer(observer: Observer, timeout: float) -> Answer:
     raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
 
 
-def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: Path, base: Path | None) -> None:
+def _write_from_stream(
+    broker: Broker, topology: Topology, answer: Answer, out: Path, base: Path | None, door: Door
+) -> None:
     """Read the finished version and the assets from their streams, where the answer to a get put them, and export it.
     `base`: where the base of an encoder lies here, if it has one that does not travel.
 
@@ -214,9 +236,9 @@ def _write_from_stream(broker: Broker, topology: Topology, answer: Answer, out: 
 
     assert answer.encoder and answer.encoder_type and answer.layout and answer.architecture
     layout = Layout(answer.layout)
-    reader = VersionReader(broker, topology, answer.encoder, layout.digest)
+    reader = VersionReader(broker, topology, answer.encoder, layout.digest, takes=door.takes)
     read = reader.read(answer.version, answer.published_at)
-    assets = read_assets(broker, topology, answer.encoder, answer.assets)
+    assets = read_assets(broker, topology, answer.encoder, answer.assets, takes=door.takes)
     if base is not None:
         assets[BASE_DIRECTORY] = str(base).encode()
     parameters = ParameterSet(layout, decode_vector(read.payload, layout.size, read.encoding))

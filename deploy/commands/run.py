@@ -14,6 +14,7 @@ from common.brokers import open_broker
 from common.clock import SYSTEM, Clock
 from common.errors import AccessRefused, BrokerUnavailable, UserError
 from common.exports import check_export_directory, check_writable
+from common.wire.accounts import MASTER
 from common.wire.topology import Topology
 from deploy.broker.credentials import merged
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
@@ -57,6 +58,8 @@ def run_master(
     for warning in warnings(decided.rule):
         log.warning(warning)
     topology = topology_of(config)
+    if not topology.own_accounts:
+        warn_of_open_accounts(config)
     broker = awaited(config, topology, "master", master=True)
     try:
         with saying("loading torch", quiet=config.log.json_lines):
@@ -151,6 +154,15 @@ def awaited(
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
+def warn_of_open_accounts(config: Config) -> None:
+    """What a federation is open to whose parties share their accounts at the broker."""
+    unheld = ", and master.operators holds nobody back" if config.master.operators else ""
+    log.warning(
+        "who has the broker's password may speak for everybody here, master and operators included: "
+        f'broker.accounts is "open"{unheld}; `shared-encoder broker init` gives each party an account of its own'
+    )
+
+
 def topology_of(config: Config) -> Topology:
     """The names of this federation, and whether each party declares only what is its own."""
     return Topology(config.broker.namespace, own_accounts=config.broker.accounts == "required")
@@ -185,6 +197,8 @@ def check_node_id(name: str) -> None:
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise UserError(f"node id {name!r}: use up to 64 letters, digits, - and _, starting with a letter or digit")
+    if name == MASTER:
+        raise UserError(f"node id {name!r}: that is the master's own name at the broker; take another")
 
 
 def load_corpora(name: str, config: NodeConfig, file: Path | None = None) -> dict[str, Corpus]:

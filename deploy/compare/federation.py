@@ -27,9 +27,9 @@ from master_service.decisions.state import EncoderState
 from node_service.config import NodeConfig, Precision
 from node_service.corpus.corpus import Corpus
 from node_service.handover.receipt_book import Ledger
-from node_service.node import Build
 from node_service.training.private_parts import save_spec
 from node_service.training.trainer import Trainer
+from node_service.trials import Build
 
 #: How long a training may go on after its last step would end if no node ever waited, virtual seconds: the first
 #: version and the last updates are on their way for some of it. It counts as progress: the rate of a run of a few

@@ -22,7 +22,7 @@ from deploy.simulation.timed import TimedSession
 from master_service.status import Report
 from node_service.corpus.corpus import Corpus
 from node_service.handover.receipt_book import Ledger
-from node_service.node import Build
+from node_service.trials import Build
 
 #: Bytes a second of each node's line, each way.
 _LINK = 2e7

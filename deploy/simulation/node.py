@@ -16,7 +16,8 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import RECEIPTS
 from node_service.handover.store import MemoryStore
-from node_service.node import Build, Node
+from node_service.node import Node
+from node_service.trials import Build
 
 #: As the threads of a node have it, seconds: between two attempts to send, and between two looks for a version.
 _RETRY_SECONDS = 1.0

@@ -19,7 +19,7 @@ from master_service.config import MasterConfig
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.handover.receipt_book import Ledger
-from node_service.node import Build
+from node_service.trials import Build
 
 
 class Simulation(SteppedFederation):

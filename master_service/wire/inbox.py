@@ -1,14 +1,17 @@
-"""What may come to the master: decoded, from whom it says it is, and where it belongs. Pure."""
+"""What may come to the master: decoded, from whom it says it is, where it belongs, and whether that one may ask for it.
+Pure."""
 
 from __future__ import annotations
 
 import hashlib
 
 from common.errors import Poison
+from common.wire.accounts import expect, operator_of, party_of
 from common.wire.broker import Delivery
 from common.wire.codec import received
-from common.wire.messages import Message, UpdateChunk
+from common.wire.messages import Continue, Get, Message, Stop, UpdateChunk
 from common.wire.topology import Topology
+from master_service.config import MasterConfig
 
 #: Kinds that a node or an observer may send to the master's inbox.
 _INBOX = (
@@ -28,7 +31,9 @@ _INBOX = (
 
 
 def understood(delivery: Delivery, topology: Topology) -> Message:
-    """The message of a delivery. The routing key names the sender; what is in the message must not claim another.
+    """The message of a delivery. The routing key names the sender; what is in the message must not claim another, and
+    where accounts are required it came from that one's. A command of an operator has a name of its own (`operator_of`),
+    and may say nothing but what is neither a node's nor an update.
 
     Raises Poison.
     """
@@ -41,7 +46,26 @@ def understood(delivery: Delivery, topology: Topology) -> Message:
         raise Poison("unexpected-kind", f"a message of kind {kind!r} does not belong into {delivery.queue}")
     if kind not in (*_INBOX, "update"):
         raise Poison("unexpected-kind", f"a message of kind {kind!r} is not for the master")
+    expect(topology, delivery, claimed, operator_of(claimed) if hasattr(message, "sender") else None)
     return message
+
+
+def refusal(message: Message, delivery: Delivery, topology: Topology, config: MasterConfig) -> str:
+    """Why a request is not for its sender to make, in one line; empty if it is. A matter of accounts alone: where all
+    share one, everyone may do everything. `message` is what was `understood` of the delivery."""
+    if not topology.own_accounts or not isinstance(message, Get | Continue | Stop):
+        return ""
+    party = party_of(topology, delivery.user_id)
+    if party in config.operators:
+        return ""
+    if isinstance(message, Stop):
+        return f"only operators may end a training here, and {party} is none (see master.operators)"
+    if config.nodes_may_request:
+        return ""
+    return (
+        f"only operators may ask for encoders here, and {party} is none "
+        "(see master.operators, or master.nodes_may_request = true)"
+    )
 
 
 def identity(delivery: Delivery) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from common.clock import Clock
 from common.errors import Poison
 from common.numbers.slicing import slice_bytes
+from common.wire.accounts import expect
 from common.wire.broker import Broker, Delivery, OnDelivery, Subscription
 from common.wire.codec import received
 from common.wire.messages import UpdateChunk, UpdateManifest
@@ -65,6 +66,7 @@ class Intake:
         self.announcement = delivery
         self.overtaken = 0
         self._broker = broker
+        self._topology = topology
         self._clock = clock
         # on a slow line one chunk alone takes a while
         chunk_seconds = min(manifest.size, slice_bytes(manifest.encoding)) / SLOW_LINE
@@ -83,6 +85,7 @@ class Intake:
 
     def add(self, delivery: Delivery) -> CompleteUpdate | None:
         """Take one chunk; the update, once it is whole. Raises Poison; then the delivery is still to be set aside."""
+        expect(self._topology, delivery, self.manifest.node)
         chunk = received(delivery)
         if not isinstance(chunk, UpdateChunk):
             raise Poison("unexpected-kind", f"a {type(chunk).__name__} came through a chunk queue")

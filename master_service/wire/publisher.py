@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -14,7 +14,8 @@ from common.numbers.slicing import EncodingName
 from common.wire.assets import publish_asset
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule
+from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule, StatusReport
+from common.wire.numbering import Numbers
 from common.wire.topology import Topology
 from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
@@ -47,6 +48,7 @@ class Publisher:
         self._clock = clock
         self._ending = ending
         self._new_id = new_id
+        self._numbers = Numbers()
         self._hints: dict[str, float] = {}
         #: By encoder: epoch and version that were written last, and when that had ended.
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
@@ -55,16 +57,22 @@ class Publisher:
         #: The encoders whose streams are declared.
         self._streams: set[str] = set()
 
+    def begin(self, epoch: int) -> None:
+        """An epoch has begun: what is sent from now on is numbered in it."""
+        self._numbers.begin(epoch)
+
     def send(self, to: str, message: Message) -> None:
         """To one node or observer."""
         reached("before send")
         exchange = self._topology.rule if isinstance(message, Rule) else self._topology.receipt
-        self._publish(exchange, to, message)
+        # who only asks has an inbox for one answer
+        numbered = not isinstance(message, Answer | StatusReport)
+        self._publish(exchange, to, message, self._numbers.to_one(to) if numbered else {})
         reached("after send")
 
     def broadcast(self, encoder_type: str, message: Message) -> None:
         """To every node that listens for this type."""
-        self._publish(self._topology.instruction, encoder_type, message)
+        self._publish(self._topology.instruction, encoder_type, message, self._numbers.to_all(encoder_type))
 
     def pulse(self, epoch: int) -> None:
         """A sign of life to every node."""
@@ -158,14 +166,16 @@ class Publisher:
         publication = Publication(self._topology.dead_letters, reason, encode(message), headers, self._new_id())
         self._persist(lambda: self._broker.publish(publication))
 
-    def _publish(self, exchange: str, key: str, message: Message) -> None:
+    def _publish(
+        self, exchange: str, key: str, message: Message, headers: Mapping[str, str | int] | None = None
+    ) -> None:
         if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
             message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
         if isinstance(message, Rule | Notice | Finish):
             written, digest = self._digests.get(message.encoder, (-1, None))
             if written == message.version:
                 message = message.model_copy(update={"stream_digest": digest})
-        publication = Publication(exchange, key, encode(message), message_id=self._new_id())
+        publication = Publication(exchange, key, encode(message), headers or {}, self._new_id())
 
         def send() -> None:
             try:

@@ -45,3 +45,8 @@ class AssetCache:
 
 def _name(entry: AssetEntry) -> str:
     return f"{_FOLDER}/{entry.digest}"
+
+
+def shown(assets: Iterable[AssetEntry]) -> str:
+    """Assets for people: a tokenizer is one, whatever its files are called."""
+    return ", ".join(dict.fromkeys("tokenizer" if "tokenizer" in each.name else each.name for each in assets))

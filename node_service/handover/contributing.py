@@ -45,6 +45,11 @@ class Contributions:
         return self._made[encoder_type]
 
 
+def nothing(wanted: WordsWanted, state: LocalState) -> Words:
+    """The answer of a node that contributes nothing."""
+    return Words(node=state.identity.node, incarnation=state.identity.incarnation, encoder=wanted.encoder)
+
+
 def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState, *, again: bool = False) -> Words:
     """The answer to who asks for words. The list is on disk, and its owner has been told what it tells (unless this is
     the same `again`), before this returns."""
@@ -54,13 +59,12 @@ def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState,
     except UserError as error:
         log.error("contributing no words", node=state.identity.node, encoder=wanted.encoder, problem=str(error))
         words = None
-    nothing = Words(node=state.identity.node, incarnation=state.identity.incarnation, encoder=wanted.encoder)
     if words is None:
         say(
             f"taking part in {wanted.encoder} without contributing words to its vocabulary; to contribute, set "
             "private.contribute_words = true"
         )
-        return nothing
+        return nothing(wanted, state)
     path = state.keep_words(shown(words))
     say(
         f"contributing {len(words.words):,} words to the vocabulary of {wanted.encoder}, each in at least "
@@ -69,9 +73,9 @@ def answer(wanted: WordsWanted, contributions: Contributions, state: LocalState,
         "which has them, and who gets the exported encoder gets a tokenizer that is made of them"
     )
     return Words(
-        node=nothing.node,
-        incarnation=nothing.incarnation,
-        encoder=nothing.encoder,
+        node=state.identity.node,
+        incarnation=state.identity.incarnation,
+        encoder=wanted.encoder,
         documents=words.documents,
         min_documents=words.min_documents,
         words=list(words.words),

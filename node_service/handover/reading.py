@@ -12,6 +12,7 @@ from common.errors import BrokerUnavailable
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import encoded_size, slice_length
+from common.wire.accounts import Door
 from common.wire.assets import AssetReader
 from common.wire.broker import Broker
 from common.wire.messages import AssetEntry, Instruction
@@ -75,8 +76,9 @@ class Reading:
     """Reads one version, or the assets of one encoder, at a time; of several wanted ones only the last. A look gives
     way to what is wanted, and so do assets: whoever asks for anything else has turned away from their encoder."""
 
-    def __init__(self, broker: Broker, topology: Topology, clock: Clock) -> None:
+    def __init__(self, broker: Broker, topology: Topology, clock: Clock, door: Door | None = None) -> None:
         self._broker = broker
+        self._door = door or Door(topology)
         self._topology = topology
         self._clock = clock
         self._readers: dict[str, VersionReader] = {}
@@ -196,6 +198,7 @@ class Reading:
                 wanted.encoder,
                 wanted.entries,
                 patience=PATIENCE_SECONDS,
+                takes=self._door.takes,
                 clock=self._clock,
             )
         found = self._assets.step(wait)
@@ -221,6 +224,7 @@ class Reading:
                 slice_bytes=encoded_size(slice_length(size, 0), "float32"),
                 elements=size,
                 named=self._named.setdefault(wanted.encoder, {}),
+                takes=self._door.takes,
                 clock=self._clock,
             )
             self._readers[wanted.encoder] = reader

@@ -136,6 +136,18 @@ def test_f2_a_refused_consumer_is_warned_of_once_shown_and_goes_on_once_it_may(b
     assert eventually(lambda: broker.status().problem == "")
 
 
+def test_nobody_publishes_in_the_name_of_another(bench: Bench) -> None:
+    bench.permit(Permissions("^$", "^x$", "^$"))
+    member, admin, arrived = bench.connect("member", 30.0), bench.connect("admin", 30.0), queue.SimpleQueue[Delivery]()
+    admin.consume("q", arrived.put, prefetch=10)
+    for claimed in ("admin", "guest"):
+        with pytest.raises(Unpublishable, match=f"user_id property set to '{claimed}'.* user was 'member'"):
+            member.publish(Publication("x", "q.k", b"forged", user_id=claimed))
+    member.publish(Publication("x", "q.k", b"own", user_id="member"), Publication("x", "q.k", b"unsaid"))
+    came = [arrived.get(timeout=10.0) for _ in range(2)]
+    assert [(each.body, each.user_id) for each in came] == [(b"own", "member"), (b"unsaid", "member")]
+
+
 def test_f2_what_is_refused_for_long_is_final(bench: Bench) -> None:
     bench.permit(Permissions("^$", "^x$", "^$"))
     broker = bench.connect("member", 2.0)

@@ -61,7 +61,9 @@ from node_service.handover.receipt_book import Ledger
 from node_service.handover.store import MemoryStore, Store
 from node_service.node import Node
 from node_service.training.looks import HeldOut, Looks, must_evaluate
+from node_service.training.training import Training
 from node_service.training.update_rule import SinceReturn, must_return
+from node_service.trials import Build
 
 M = TypeVar("M", bound=Message)
 TOPOLOGY = Topology("stepped")
@@ -70,8 +72,17 @@ LAYOUT = Layout([("w", (4, 8))])
 DIGEST = payload_digest(encode_vector(torch.zeros(LAYOUT.size), "float32"))
 
 
+#: The same with an account for each party.
+ACCOUNTS = Topology("stepped", own_accounts=True)
+
+
 def connection(server: MemoryServer, user: str) -> MemoryBroker:
     return MemoryBroker(server, user=user, dead_letters=TOPOLOGY.dead_letters, threaded=False)
+
+
+def account(server: MemoryServer, party: str) -> MemoryBroker:
+    """A connection by the account of a party."""
+    return connection(server, ACCOUNTS.account(party))
 
 
 class SlowBroker(MemoryBroker):
@@ -211,21 +222,25 @@ class SteppedNode:
         *,
         store: Store | None = None,
         training: Mapping[str, Any] | None = None,
+        topology: Topology = TOPOLOGY,
+        incarnation: str = "first",
         **config: Any,
     ) -> None:
         self.clock = clock
-        self.broker = connection(server, name)
+        self.broker = account(server, name) if topology.own_accounts else connection(server, name)
         self.saved: list[int] = []
         #: Every training that was built: of which encoder, and with which assets.
         self.built: list[tuple[str, dict[str, bytes]]] = []
+        #: Builds instead of this, while it is set.
+        self.build: Build | None = None
         self._training = dict(training or {})
         self._came: deque[Delivery] = deque()
-        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-first")
+        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-{incarnation}")
         ids = itertools.count()
         outbox = Outbox(self.broker, TOPOLOGY, name, state.chunk, new_id=lambda: f"{name}{next(ids)}")
         corpora = {"text": Corpus("text", ["one", "two"], None, [], None)}
         self.node = Node(
-            name, NodeConfig(**config), corpora, self.broker, TOPOLOGY, state, self._build, outbox, clock=clock
+            name, NodeConfig(**config), corpora, self.broker, topology, state, self._build, outbox, clock=clock
         )
 
     def start(self) -> SteppedNode:
@@ -271,9 +286,9 @@ class SteppedNode:
         assert isinstance(self.node.training, CountingTraining)
         return self.node.training
 
-    def _build(
-        self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]
-    ) -> CountingTraining:
+    def _build(self, instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]) -> Training:
+        if self.build is not None:
+            return self.build(instruction, corpus, ledger, assets)
         self.built.append((instruction.encoder, dict(assets)))
         return CountingTraining(instruction, **self._training, saved=self.saved)
 
@@ -281,9 +296,9 @@ class SteppedNode:
 class HandMaster:
     """Speaks the master's side, one message at a time, and keeps what came to it."""
 
-    def __init__(self, server: MemoryServer, clock: VirtualClock) -> None:
+    def __init__(self, server: MemoryServer, clock: VirtualClock, broker: MemoryBroker | None = None) -> None:
         self.clock = clock
-        self.broker = connection(server, "master")
+        self.broker = broker or connection(server, "master")
         self.broker.declare(TOPOLOGY.master())
         self.came: list[Message] = []
         for queue in TOPOLOGY.master_inbox, TOPOLOGY.master_updates:
@@ -400,6 +415,7 @@ class SteppedMaster:
         broker: MemoryBroker | None = None,
         layout: Layout = LAYOUT,
         assets: Mapping[str, bytes] | None = None,
+        topology: Topology = TOPOLOGY,
         **config: Any,
     ) -> None:
         self.clock = clock
@@ -432,7 +448,7 @@ class SteppedMaster:
             master_config,
             lambda logged: decided,
             self.broker,
-            TOPOLOGY,
+            topology,
             self.journal,
             get="text",
             clock=clock,

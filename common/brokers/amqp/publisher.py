@@ -218,6 +218,7 @@ class Publisher:
                 headers=dict(publication.headers),
                 timestamp=int(SYSTEM.now()),
                 correlation_id=str(self._tag + 1),
+                **({} if publication.user_id is None else {"user_id": publication.user_id}),
             )
             self._channel.basic_publish(
                 publication.exchange, publication.routing_key, publication.body, properties, publication.mandatory

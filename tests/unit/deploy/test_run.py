@@ -103,3 +103,24 @@ def _handles(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(caught >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("accounts", ["open", "required"])
+def test_a_master_says_once_that_everyone_is_everyone_where_accounts_are_open(
+    accounts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "umask", lambda mask: None)
+    monkeypatch.setattr(run, "awaited", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.run_master(None, {"broker": {"accounts": accounts}, "master": {"operators": ["alice"]}})
+    said = [line for line in capsys.readouterr().err.splitlines() if "who has the broker's password" in line]
+    assert len(said) == (accounts == "open")
+    for line in said:
+        assert "shared-encoder broker init" in line and "master.operators holds nobody back" in line
+
+
+def test_no_node_takes_the_masters_name() -> None:
+    run.check_node_id("master-2")
+    with pytest.raises(UserError, match="the master's own name"):
+        run.check_node_id("master")

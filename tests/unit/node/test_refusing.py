@@ -48,9 +48,7 @@ class World:
 
     def process(self, build: Callable[..., Any] | None = None) -> SteppedNode:
         node = SteppedNode(self.server, self.clock, store=self.store)
-        if build is not None:
-            # private: what builds a session is given to a Node once; here a process that died is imitated
-            node.node._build = build
+        node.build = build
         return node.start()
 
     def refusals(self) -> list[str]:
@@ -75,8 +73,7 @@ def test_f1_an_instruction_that_cannot_be_built_is_refused_and_the_next_is_taken
     node.turn()
     [reason] = world.refusals()
     assert type(error).__name__ in reason and "John Doe" not in reason and len(reason) < 200
-    # private: what builds a session is given to a Node once; here a process that died is imitated
-    node.node._build = node._build
+    node.build = None
     world.master.let_in(encoder="text-1")
     node.run(5.0)
     assert world.master.heard(UpdateManifest)
@@ -148,8 +145,7 @@ def test_f1_an_instruction_that_kills_twice_is_refused_at_the_third_start() -> N
     node.turn()
     assert world.refusals()[-1] == "this node died of it twice"
     world.master.let_in(GOOD, encoder="text-1")
-    # private: what builds a session is given to a Node once; here a process that died is imitated
-    node.node._build = node._build
+    node.build = None
     node.run(4.0)
     assert world.master.heard(UpdateManifest)
 
