@@ -374,7 +374,8 @@ def test_a_copy_that_nobody_may_write_beside_is_read_whatever_lies_there(
         for number in range(3):
             log.append(Tick(), message_id=str(number), at=float(number))
             if number == 1:  # what is read without the write-ahead log
-                log._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                with closing(sqlite3.connect(tmp_path / "written" / "ledger.sqlite")) as other:
+                    other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for name in ("", *beside):
             shutil.copy(tmp_path / "written" / f"ledger.sqlite{name}", place)
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)

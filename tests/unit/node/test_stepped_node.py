@@ -289,6 +289,7 @@ def test_a_node_that_is_cut_off_ends_at_once_with_what_it_owes_on_disk(
 
     goodbye = Node.goodbye
     monkeypatch.setattr(Node, "goodbye", cut_off)
+    # private: it must not be the time that ends it
     monkeypatch.setattr("node_service.service._FLUSH_SECONDS", 1e9)
     with structlog.testing.capture_logs() as logs:
         service.run()
