@@ -76,9 +76,9 @@ class Target:
             return rabbitmqctl(self.program)
         if self.management is not None:
             return Management(self.management)
-        host = split(self.urls[0]).hostname
+        host = split(self.urls[0]).hostname or ""
         try:
-            return Management(f"http://{host}:{_MANAGEMENT_PORT}")
+            return Management(f"http://{f'[{host}]' if ':' in host else host}:{_MANAGEMENT_PORT}")
         except (AccessRefused, BrokerUnavailable) as error:
             try:
                 if host not in ("localhost", "127.0.0.1", "::1"):
