@@ -57,12 +57,13 @@ class Management:
         """`url`: http[s]://user[:password]@host:15672. Raises UserError, AccessRefused, BrokerUnavailable."""
         try:
             parts = urlsplit(url)
-            port = f":{parts.port}" if parts.port else ""
+            port = f":{parts.port}" if parts.port else ""  # a port that is none raises here
         except ValueError:
             raise UserError("--management: write it as http://user@host:15672 (or https://)") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError("--management: write it as http://user@host:15672 (or https://)")
-        self.where = f"{parts.hostname}{port}"
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self.where = f"{host}{port}"
         self._base = urlunsplit((parts.scheme, self.where, parts.path.rstrip("/") + "/api/", "", ""))
         user = unquote(parts.username or "guest")
         password = unquote(parts.password or os.environ.get(PASSWORD_VARIABLE, "guest"))

@@ -76,9 +76,9 @@ class Target:
             return rabbitmqctl(self.program)
         if self.management is not None:
             return Management(self.management)
-        host = split(self.urls[0]).hostname
+        host = split(self.urls[0]).hostname or ""
         try:
-            return Management(f"http://{host}:{_MANAGEMENT_PORT}")
+            return Management(f"http://{f'[{host}]' if ':' in host else host}:{_MANAGEMENT_PORT}")
         except (AccessRefused, BrokerUnavailable) as error:
             try:
                 if host not in ("localhost", "127.0.0.1", "::1"):
@@ -220,7 +220,7 @@ def _leave(at: Target, node: str, account: str, password: str) -> None:
     incarnation = secrets.token_hex(8)
     words = (Join(node=node, incarnation=incarnation), Leave(node=node, incarnation=incarnation))
     url = SecretStr(with_account(at.urls[0], account, password))
-    section = at.config.broker.model_copy(update={"url": url, "urls": (), "password_file": None})
+    section = at.config.broker.model_copy(update={"url": url, "urls": (), "account": None, "password_file": None})
     broker = connect(at.config.model_copy(update={"broker": section}), at.topology, f"remove-node {node}")
     try:
         for message in words:

@@ -285,6 +285,15 @@ def test_check_finds_nothing_and_finds_a_permission_too_many(
     assert check([federation.file("a")])
 
 
+def test_a_wrong_password_at_the_management_api_is_said_without_it(federation: Federation) -> None:
+    assert federation.at.management is not None
+    with pytest.raises(
+        AccessRefused, match=r"does not let user 'admin' do this.*RABBITMQ_MANAGEMENT_PASSWORD"
+    ) as refused:
+        Management(federation.at.management.replace("secret", "hidden"))
+    assert "hidden" not in str(refused.value)
+
+
 @pytest.mark.slow
 def test_rabbitmqctl_does_the_same(federation: Federation) -> None:
     """Without the management plugin; and it says why it failed."""

@@ -16,8 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.broker_url import split
-from common.errors import UserError
+from common.errors import BrokerUnavailable, UserError
 from common.wire.topology import Topology, note_queue
+from deploy.broker.admin import Management, rabbitmqctl
 from deploy.broker.credentials import Credentials, merged, read, with_account, write
 from deploy.broker.definitions import account, as_commands, declared, password_hash, surroundings, together
 from deploy.broker.plan import (
@@ -264,3 +265,18 @@ def test_an_account_permits_as_rabbitmq_does() -> None:
     loose = Account("x", configure="", write="up", read="^$", topics=())
     assert loose.permits("configure", "anything") and loose.permits("write", "ns.update", "any.key")
     assert not loose.permits("read", "ns.update")
+
+
+def test_who_cannot_administer_the_broker_is_told_what_to_do() -> None:
+    for url in ("127.0.0.1:15672", "amqp://127.0.0.1/", "http://127.0.0.1:port/"):
+        with pytest.raises(UserError, match="write it as http://user@host:15672"):
+            Management(url)
+    with pytest.raises(BrokerUnavailable, match=r"no management API answers at 127\.0\.0\.1:1"):
+        Management("http://admin:hidden@127.0.0.1:1")
+    with pytest.raises(UserError, match="--rabbitmqctl /nowhere/rabbitmqctl: No such file"):
+        rabbitmqctl("/nowhere/rabbitmqctl").queues("/")
+    at = accounts.target({"broker": {"url": "amqp://broker.invalid:1/"}}, None)
+    with pytest.raises(UserError, match=r"--management .*--rabbitmqctl auto.*--print commands"):
+        at.admin()
+    with pytest.raises(UserError, match="there are: commands, definitions"):
+        accounts.target({}, None, say="everything")
