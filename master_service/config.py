@@ -21,6 +21,11 @@ class MasterConfig(Section):
     `retention`: keep the payloads of all updates (`all`: every version can be rebuilt), those since the oldest kept
     snapshot (`since-snapshot`), or as many as fit into a size ("20GiB"). Below `min_free` bytes of free disk nothing is
     accepted until there is room again.
+
+    `intake_bytes`: updates that are fetched from the broker at the same time have so much memory together, but two
+    nodes' are, whatever their size; not set: two updates of the largest encoder, and at least 64 MiB.
+    `messages_per_second`: of one sender, with five times as many at once; requests and signs of life beyond that are
+    dropped, and what must not be lost waits.
     """
 
     state_dir: Path = Path("master-state")
@@ -33,6 +38,8 @@ class MasterConfig(Section):
     snapshot_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     exit_when_finished: bool = False
     threads: Annotated[int, Field(ge=1)] = 1
+    intake_bytes: ByteSize | None = None
+    messages_per_second: Annotated[float, Field(gt=0)] = 20.0
 
 
 class EncoderConfig(Section):

@@ -23,7 +23,7 @@ from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings, settings_of_start
 from master_service.history.state_directory import open_journal
-from master_service.master import Master
+from master_service.master import INBOX_PREFETCH, UPDATES_PREFETCH, Master
 from master_service.status import Report
 
 log = structlog.get_logger()
@@ -98,8 +98,8 @@ class MasterService:
 
     def _serve(self, stop: threading.Event) -> None:
         subscriptions = [
-            self.broker.consume(self.topology.master_inbox, self._events.put, prefetch=64),
-            self.broker.consume(self.topology.master_updates, self._events.put, prefetch=4),
+            self.broker.consume(self.topology.master_inbox, self._events.put, prefetch=INBOX_PREFETCH),
+            self.broker.consume(self.topology.master_updates, self._events.put, prefetch=UPDATES_PREFETCH),
         ]
         try:
             while not stop.is_set() and not (self.config.exit_when_finished and self.master.done):
