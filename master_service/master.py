@@ -12,12 +12,15 @@ from collections.abc import Callable
 import structlog
 
 from common.clock import Clock, Signal
+from common.encoders import encoder_type_names
 from common.errors import Poison, StorageFull
 from common.numbers.slicing import payload_size
 from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.messages import (
     Alive,
+    Answer,
     AskStatus,
+    Continue,
     Get,
     Introduce,
     Join,
@@ -29,6 +32,7 @@ from common.wire.messages import (
 )
 from common.wire.topology import MIB, Topology
 from master_service.config import MasterConfig
+from master_service.decisions.limits import refused
 from master_service.decisions.messages_out import resend
 from master_service.decisions.rates import Rates
 from master_service.decisions.records import (
@@ -249,7 +253,7 @@ class Master:
             self.live.seen(node, self._clock.now())
         if isinstance(message, UpdateManifest):
             self._updates.announced(message, delivery, known=known)
-        elif self._answer(message) or self._are_idle_words(message):
+        elif self._answer(message) or self._are_idle_words(message) or self._is_refused(message):
             self.recorder.acknowledge((delivery,))
         else:
             # below the sender's name: nobody can take the id of another's message, or of an update
@@ -275,6 +279,17 @@ class Master:
             return False
         self._introduce(message)
         return True
+
+    def _is_refused(self, message: Message) -> bool:
+        """A request for an encoder that would cost too much, or is of no type that there is, is answered and gets no
+        row. Not while the disk is full: what waits for room may decide whether it does."""
+        if not isinstance(message, Get | Continue):
+            return False
+        why = refused(self.state, message, types=encoder_type_names(), most=self.config.max_encoders)
+        if why:
+            answer = Answer(accepted=False, status="refused", detail=why)
+            self._publisher.send(message.sender, answer)
+        return bool(why)
 
     def _introduce(self, message: NodeMessage) -> None:
         """Ask a node to join, if it is not known as it says it is."""

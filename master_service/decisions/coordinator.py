@@ -125,6 +125,7 @@ class Coordinator:
                 ]
             case Configured():
                 self.state.settings, self.state.claims = body.settings, body.claims
+                self.state.kept_failed = body.kept_failed
                 return []
             case Started():
                 self.state.epoch = body.epoch

@@ -6,10 +6,10 @@ of it. Of a node one update is fetched at a time, because its chunks lie in one 
 fetched stay within a budget of bytes, but for two, which may be fetched whatever their size.
 
 Whose chunks do not come waits behind those whose do: once others wait for room, a fetch to which nothing came for a
-while (a *stint*) ends, and its update is first in its node's line again. Chunks that had come are given back then, so a
-stint is twice what chunks take on this line, and doubles each time: on a slow line too it is long enough in the end. An
-update is overdue when for its whole patience nothing has come that was not there before; time in the line is not
-counted.
+while (a *stint*) ends, and its update is first in its node's line again; of all that this happened to one is fetched at
+a time, so that others never wait for two of them. Chunks that had come are given back then, so a stint is twice what
+chunks take on this line, and doubles each time: on a slow line too it is long enough in the end. An
+update is overdue when nothing came for its whole patience while it was fetched without an end.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _GAPS = 9
 @dataclass
 class Waiting(Generic[T]):
     """One announced update. `update` names it, however often it is sent; `size` is that of its payload, `words` that of
-    its announcement, in bytes; `patience` in seconds. `silent`: for so long nothing new came while it was fetched;
-    `best`: the most chunks of it that were ever here; `parked`: how often its stint was over."""
+    its announcement, in bytes; `patience` in seconds. `parked`: how often its stint was over."""
 
     item: T
     node: str
@@ -49,8 +48,6 @@ class Waiting(Generic[T]):
     size: int
     words: int
     patience: float
-    silent: float = 0.0
-    best: int = 0
     parked: int = 0
 
 
@@ -79,6 +76,8 @@ class Turns(Generic[T]):
         #: Such nodes that are passed over until `release`.
         self._held: OrderedDict[str, None] = OrderedDict()
         self._gaps: deque[float] = deque([0.0], maxlen=_GAPS)
+        #: Whose turn it is.
+        self._next = ""
         #: The next in turn found no room.
         self._crowded = False
 
@@ -116,8 +115,13 @@ class Turns(Generic[T]):
     def turn(self) -> Waiting[T] | None:
         """The update whose turn it is; None if nobody waits who could have one."""
         self._crowded = False
-        node = next(iter(self._ready), None)
-        return self._lines[node].waiting[0] if node is not None else None
+        slow = any(fetched.waiting.parked for fetched in self._fetched.values())
+        for node in self._ready:
+            waiting = self._lines[node].waiting[0]
+            if not (slow and waiting.parked):
+                self._next = node
+                return waiting
+        return None
 
     def has_room(self, size: int, budget: int) -> bool:
         """Whether an update of so many bytes can be fetched beside the others; if not, its node keeps its turn."""
@@ -127,21 +131,21 @@ class Turns(Generic[T]):
 
     def begun(self, now: float) -> Waiting[T]:
         """The one whose turn it is is fetched from now on."""
-        node, _ = self._ready.popitem(last=False)
+        node = self._leave_turn()
         waiting = self._pop(node)
         self._fetched[node] = _Fetched(waiting, now)
         return waiting
 
     def answered(self) -> Waiting[T]:
         """The one whose turn it is needs no fetching: it is out of the line, and its node's turn is over."""
-        node, _ = self._ready.popitem(last=False)
+        node = self._leave_turn()
         waiting = self._pop(node)
         self._queue(node)
         return waiting
 
     def hold(self) -> None:
         """The one whose turn it is cannot be dealt with yet: its node is passed over until `release`."""
-        node, _ = self._ready.popitem(last=False)
+        node = self._leave_turn()
         self._held[node] = None
 
     def release(self) -> None:
@@ -151,16 +155,11 @@ class Turns(Generic[T]):
 
     # --- what is fetched ---------------------------------------------------------------------------------------------
 
-    def came(self, node: str, here: int, now: float) -> None:
-        """A chunk came for a node; `here` of the update's are here now."""
+    def came(self, node: str, now: float) -> None:
+        """A chunk of the update that is fetched of a node came, which was not there yet."""
         fetched = self._fetched[node]
-        waiting, gap = fetched.waiting, now - fetched.since
-        if here > waiting.best:
-            waiting.best, waiting.silent = here, 0.0
-        else:
-            waiting.silent += gap
+        self._gaps.append(now - fetched.since)
         fetched.since = now
-        self._gaps.append(gap)
 
     def done(self, node: str) -> None:
         """What was fetched of a node is dealt with."""
@@ -182,10 +181,10 @@ class Turns(Generic[T]):
         if not self._crowded:
             return None
         for node, fetched in self._fetched.items():
-            waiting, silent = fetched.waiting, now - fetched.since
-            if silent < self._stint(waiting):
+            waiting = fetched.waiting
+            if now - fetched.since < self._stint(waiting):
                 continue
-            waiting.silent, waiting.parked = waiting.silent + silent, waiting.parked + 1
+            waiting.parked += 1
             line = self._lines.setdefault(node, _Line())
             # a later attempt may have been announced meanwhile: then this one is of no use any more, but harmless
             line.waiting.appendleft(waiting)
@@ -209,9 +208,13 @@ class Turns(Generic[T]):
         for line in self._lines.values():
             yield from line.waiting
 
+    def _leave_turn(self) -> str:
+        del self._ready[self._next]
+        return self._next
+
     def _left(self, node: str, now: float) -> float:
         fetched = self._fetched[node]
-        return fetched.waiting.patience - fetched.waiting.silent - (now - fetched.since)
+        return fetched.waiting.patience - (now - fetched.since)
 
     def _stint(self, waiting: Waiting[T]) -> float:
         return max(STINT_SECONDS, 2 * median(self._gaps)) * float(2 ** min(waiting.parked, 16))

@@ -147,8 +147,10 @@ class Updates:
             self._discard.add(delivery)
             return None
         intake = self._intakes[delivery.queue]
+        here = intake.here
         update = intake.add(delivery)
-        self._turns.came(intake.manifest.node, intake.here, self._clock.monotonic())
+        if intake.here > here:
+            self._turns.came(intake.manifest.node, self._clock.monotonic())
         return update
 
     def in_vain(self) -> Intake | None:
