@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from common.encoders.base import Architecture, EncoderType
 from common.errors import UserError
 
-#: Tensors of a layout that travels; as many as `LayoutEntries` holds.
-_MAX_TENSORS = 100_000
+#: Parameters that may be built beside those that are shared: a stem, a head.
+_BESIDE = 1 << 20
+#: Tensors of an encoder: a few hundred are usual, and to build so many takes seconds.
+_MAX_TENSORS = 10_000
 
 
 class _TooLarge(BaseException):
@@ -25,39 +28,47 @@ class _TooLarge(BaseException):
 def check_size(encoder_type: EncoderType, architecture: Architecture, most: int) -> None:
     """Raises UserError for an architecture of more than `most` parameters, or of which one number alone is larger.
 
-    A type whose code cannot work without numbers is not counted so; what it then makes is bounded by `bounded`.
+    A type whose code cannot work without numbers is not counted so: `made` bounds what it makes.
     """
     if (largest := max(_whole_numbers(architecture), default=0)) > most:
-        raise UserError(_words(f"its architecture has the number {largest:.3g}", most))
+        raise UserError(_words(f"its architecture has the number {largest}", most))
     try:
-        with bounded(most), torch.device("meta"):
-            tensors = encoder_type.initial(architecture, 0)
+        with torch.device("meta"):
+            made(encoder_type, architecture, 0, most)
     except UserError:
         raise
     except Exception:  # whatever a type's own code does without numbers; it is built in earnest next, and says so there
         return
+
+
+def made(encoder_type: EncoderType, architecture: Architecture, seed: int, most: int) -> dict[str, Tensor]:
+    """Version 0. Raises UserError for one of more than `most` parameters, and for a model that gets far beyond that
+    while it is built."""
+    with _bounded(most):
+        tensors = encoder_type.initial(architecture, seed)
     if (count := sum(tensor.numel() for tensor in tensors.values())) > most:
-        raise UserError(_words(f"it has {count:.3g} parameters", most))
+        raise UserError(_words(f"it has {count} parameters", most))
+    return tensors
 
 
 @contextmanager
-def bounded(most: int) -> Iterator[None]:
-    """Inside, this thread's modules take at most so many parameters, and no more tensors than travel. Raises UserError
-    at the first one too many."""
+def _bounded(most: int) -> Iterator[None]:
+    """Inside, the modules of this thread take at most twice so many parameters (what is not shared is built too), and
+    no more tensors than any encoder has. Raises UserError at the first one too many."""
     thread, found = threading.get_ident(), [0, 0]
 
     def count(module: Any, name: str, parameter: Any) -> None:
         if parameter is None or threading.get_ident() != thread:
             return
         found[0], found[1] = found[0] + parameter.numel(), found[1] + 1
-        if found[0] > most or found[1] > _MAX_TENSORS:
+        if found[0] > 2 * most + _BESIDE or found[1] > _MAX_TENSORS:
             raise _TooLarge
 
     hook = register_module_parameter_registration_hook(count)
     try:
         yield
     except _TooLarge:
-        what = f"more than {_MAX_TENSORS} tensors" if found[0] <= most else f"more than {most} parameters"
+        what = f"more than {_MAX_TENSORS} tensors" if found[1] > _MAX_TENSORS else f"far more than {most} parameters"
         raise UserError(_words(f"it has {what}", most)) from None
     finally:
         hook.remove()

@@ -23,7 +23,7 @@ from common.wire.assets import asset_entry
 from common.wire.messages import MAX_ASSET_BYTES, MAX_ASSETS, AssetName
 from common.wire.topology import MIB
 from master_service.arithmetic.arithmetic import Outcome
-from master_service.arithmetic.counting import bounded, check_size
+from master_service.arithmetic.counting import check_size, made
 from master_service.decisions.effects import Generate
 from master_service.decisions.records import Gathering, Generated, GenerationFailed, Provided
 
@@ -99,8 +99,7 @@ def _generate(effect: Generate) -> Made:
         architecture = encoder_type.architecture(effect.architecture)
         architecture, assets = encoder_type.assets(architecture, named)
         check_size(encoder_type, architecture, effect.max_parameters)
-        with bounded(effect.max_parameters):
-            tensors = encoder_type.initial(architecture, effect.seed)
+        tensors = made(encoder_type, architecture, effect.seed, effect.max_parameters)
     check_assets(effect.encoder_type, assets)
     parameters = ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})
     return Made(architecture, parameters, assets)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import structlog
 
-from common.brokers.memory import MemoryBroker, MemoryServer
+from common.brokers.memory import MemoryBroker, MemoryServer, MemorySubscription
 from common.clock import VirtualClock
-from common.wire.broker import Delivery, Publication
+from common.wire.broker import Delivery, OnDelivery, Publication
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     Alive,
@@ -245,12 +245,17 @@ def test_what_is_set_aside_is_published_together_and_then_acked(server: MemorySe
     class Counting(MemoryBroker):
         """Counts what is published to the dead letters, and how often."""
 
+        def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> MemorySubscription:
+            consumers.append(super().consume(queue, on_delivery, prefetch=prefetch))
+            return consumers[-1]
+
         def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
             if publications[0].exchange == TOPOLOGY.dead_letters:
                 calls.append(len(publications))
-                unacked.append(sum(len(each.unacked) for each in self._subscriptions))
+                unacked.append(sum(len(each.unacked) for each in consumers))
             super().publish(*publications, timeout=timeout)
 
+    consumers: list[MemorySubscription] = []
     calls: list[int] = []
     unacked: list[int] = []
     broker = Counting(server, user="master", dead_letters=TOPOLOGY.dead_letters, threaded=False)
@@ -262,4 +267,4 @@ def test_what_is_set_aside_is_published_together_and_then_acked(server: MemorySe
     dead = server.queue(TOPOLOGY.dead_letters).ready
     assert len(dead) == 150 and {each.publication.headers["x-reason"] for each in dead} == {"not-msgpack"}
     assert master.master.live.poison == 150
-    assert not any(each.unacked for each in master.broker._subscriptions)
+    assert not any(each.unacked for each in consumers)
