@@ -56,6 +56,7 @@ def test_an_encoder_that_is_too_large_is_counted_and_not_built(monkeypatch: pyte
 
 
 def test_also_one_of_very_many_tiny_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # private: with 10,000 of them this would take seconds
     monkeypatch.setattr("master_service.arithmetic.counting._MAX_TENSORS", 100)
     tiny = {"hidden_size": 4, "num_attention_heads": 1, "intermediate_size": 1, "num_hidden_layers": 1 << 16}
     with pytest.raises(UserError, match="more than 100 tensors"):

@@ -157,6 +157,17 @@ def test_refused_manifests_keep_nobody_waiting_and_their_chunks_do_not_pile_up(
     assert 100 < len(receipts) < 600 and {each.reason for each in receipts} == {"layout"}
 
 
+def test_refused_manifests_are_answered_at_a_rate_and_none_is_lost(server: MemoryServer, clock: VirtualClock) -> None:
+    master, [evil, _] = federation(server, clock, "evil", "good")
+    for sequence in range(120):
+        evil.send(evil.manifest(sequence, layout_digest="1" * 64), chunks=False)
+    master.turn()
+    answered = len(evil.heard())
+    assert answered <= 5 * master.master.config.messages_per_second + 3
+    master.run(5.0)
+    assert answered + len(evil.heard()) >= 120
+
+
 def test_a_flood_of_requests_is_dropped_with_one_warning_and_makes_few_rows(
     server: MemoryServer, clock: VirtualClock
 ) -> None:
