@@ -57,9 +57,9 @@ IDLE_SECONDS = 0.25
 #: Between two signs of life.
 PULSE_SECONDS = 10.0
 #: Deliveries of the master's two queues that are at hand, at most. What one sender has waiting here is far less, so it
-#: keeps out nobody.
+#: keeps out nobody; and `bounded` bounds each.
 INBOX_PREFETCH = 256
-UPDATES_PREFETCH = 2048
+UPDATES_PREFETCH = 512
 #: The least that intakes have together, bytes, where nothing is said: many small updates fit in.
 _INTAKE_BYTES = 64 * MIB
 #: Updates are answered without being fetched for so long at a time, seconds; then it is looked at what has come.
@@ -111,6 +111,7 @@ class Master:
             broker,
             topology,
             patience=config.chunk_timeout_seconds,
+            current=self._incarnation,
             clock=clock,
             on_delivery=on_delivery,
         )
@@ -248,11 +249,10 @@ class Master:
             self._set_aside(delivery, poison)
             return
         node = getattr(message, "node", None)
-        known = node in self.state.nodes
-        if node is not None and (known or isinstance(message, Join)):
+        if node is not None and (node in self.state.nodes or isinstance(message, Join)):
             self.live.seen(node, self._clock.now())
         if isinstance(message, UpdateManifest):
-            self._updates.announced(message, delivery, known=known)
+            self._updates.announced(message, delivery)
         elif self._answer(message) or self._are_idle_words(message) or self._is_refused(message):
             self.recorder.acknowledge((delivery,))
         else:
@@ -337,6 +337,11 @@ class Master:
                 return True
         return False
 
+    def _incarnation(self, node: str) -> str | None:
+        """As it has joined."""
+        known = self.state.nodes.get(node)
+        return known.incarnation if known is not None else None
+
     def _release(self) -> None:
         """Updates that could not be dealt with have another turn."""
         at, offset = self._released
@@ -354,10 +359,8 @@ class Master:
 
     def _refuse(self, manifest: UpdateManifest) -> None:
         """The row of an update that does not count leads to its answer; nobody waits for its chunks."""
-        known = self.state.nodes.get(manifest.node)
-        delivery = self._updates.answered(known.incarnation if known is not None else None)
-        todo = Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,))
-        self.recorder.record(todo)
+        delivery = self._updates.answered()
+        self.recorder.record(Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,)))
         self._ask_for_later(manifest.node)
 
     def _hear_chunk(self, delivery: Delivery) -> None:

@@ -29,7 +29,7 @@ ALWAYS = 2
 #: The shortest stint, seconds.
 STINT_SECONDS = 1.0
 #: Updates of one node that wait here, and bytes of their announcements. Who keeps to its rule has far fewer.
-LINE_UPDATES = 128
+LINE_UPDATES = 64
 LINE_BYTES = 2 << 20
 
 #: The gaps between chunks by which a stint is measured.

@@ -6,6 +6,7 @@ Those of an update that does not count are thrown away, so that they do not fill
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.clock import Clock
@@ -87,7 +88,7 @@ class Intake:
 class Discard:
     """Throws away a node's chunks up to those of a refused update, for a short while.
 
-    `current` is the node's incarnation as the master knows it: of another one nothing is of use. What the node sent
+    `current` gives the node's incarnation as the master knows it: of another one nothing is of use. What the node sent
     after the refused update stays where it is; its manifest is still to come.
     """
 
@@ -96,12 +97,12 @@ class Discard:
         broker: Broker,
         topology: Topology,
         manifest: UpdateManifest,
-        current: str | None,
+        current: Callable[[str], str | None],
         clock: Clock,
         on_delivery: OnDelivery,
     ) -> None:
         self.manifest = manifest
-        self.current = current
+        self._current = current
         self._broker = broker
         self._clock = clock
         self._begun = self._last = clock.monotonic()
@@ -113,7 +114,8 @@ class Discard:
         """Take one chunk. Raises Poison; then the delivery is still to be set aside."""
         chunk = _chunk(delivery)
         refused = chunk.incarnation == self.manifest.incarnation and _place(chunk) <= _place(self.manifest)
-        if chunk.incarnation == self.current and not refused:
+        current = self._current(self.manifest.node) or self.manifest.incarnation
+        if chunk.incarnation == current and not refused:
             self._at_end = True
             return
         self._last = self._clock.monotonic()

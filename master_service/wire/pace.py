@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import structlog
 
 from common.clock import Clock
+from common.wire.bounds import CONTROL
 from common.wire.broker import Delivery
 from common.wire.topology import Topology
 from master_service.decisions.rates import Rates
 
 log = structlog.get_logger()
 
+#: Bytes of a message that carries no tensor, and a little more.
+_LONGEST = CONTROL.words + 1024
 #: Answers and leaves of one sender that wait. Who keeps to its rate has none.
 _WAITING = 32
 
@@ -58,6 +62,12 @@ class Pace:
                 yield waiting.popleft()
             if not waiting:
                 del self._waiting[sender]
+
+
+def bounded(delivery: Delivery) -> Delivery:
+    """A delivery to one of the master's two queues as it may wait: what is longer than any message there is set aside
+    for that, and its beginning is enough."""
+    return delivery if len(delivery.body) <= _LONGEST else replace(delivery, body=delivery.body[: _LONGEST + 1])
 
 
 def sender_of(delivery: Delivery) -> str:

@@ -7,6 +7,7 @@ What to do with one is decided by whoever asks here: this only says whose turn i
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 from common.clock import Clock
@@ -40,13 +41,16 @@ class Updates:
         topology: Topology,
         *,
         patience: float,
+        current: Callable[[str], str | None],
         clock: Clock,
         on_delivery: OnDelivery,
     ) -> None:
-        """`patience`: seconds without a further chunk after which a node is asked to send its update again."""
+        """`patience`: seconds without a further chunk after which a node is asked to send its update again. `current`
+        gives a node's incarnation, None for one that has not joined."""
         self._broker = broker
         self._topology = topology
         self._patience = patience
+        self._current = current
         self._clock = clock
         self._on_delivery = on_delivery
         self._turns: Turns[_Announced] = Turns()
@@ -54,16 +58,16 @@ class Updates:
         self._intakes: dict[str, Intake] = {}
         #: By node: updates that are to be asked for again, each by its name.
         self._later: dict[str, OrderedDict[tuple[str, ...], UpdateManifest]] = {}
-        #: By node: the newest refused update whose chunks are to be thrown away, and the node's incarnation.
-        self._refused: OrderedDict[str, tuple[UpdateManifest, str | None]] = OrderedDict()
+        #: By node: the newest refused update, whose chunks are to be thrown away with those before.
+        self._refused: OrderedDict[str, UpdateManifest] = OrderedDict()
         self._discard: Discard | None = None
         self._discard_at = 0.0
 
     # --- manifests ---------------------------------------------------------------------------------------------------
 
-    def announced(self, manifest: UpdateManifest, delivery: Delivery, *, known: bool) -> None:
-        """A manifest has come; its turn comes after those of its node before it. `known`: its node has joined; whoever
-        else sends too many has to join first."""
+    def announced(self, manifest: UpdateManifest, delivery: Delivery) -> None:
+        """A manifest has come; its turn comes after those of its node before it. Whoever has not joined and sends too
+        many is not asked for them: it sends again what it owes once it has."""
         # on a slow line one chunk alone takes a while
         chunk_seconds = min(manifest.size, slice_bytes(manifest.encoding)) / SLOW_LINE
         update = (manifest.encoder, manifest.incarnation, str(manifest.sequence))
@@ -79,6 +83,7 @@ class Updates:
         out = self._turns.put(waiting)
         if out is None:
             return
+        known = self._current(manifest.node) is not None
         if known and out is waiting and not self._turns.waits(manifest.node, update):
             later = self._later.setdefault(manifest.node, OrderedDict())
             later.pop(update, None)
@@ -104,12 +109,12 @@ class Updates:
         """Whoever was passed over has a turn again."""
         self._turns.release()
 
-    def answered(self, current: str | None) -> Delivery:
+    def answered(self) -> Delivery:
         """The update whose turn it is does not count: its chunks are thrown away when there is time for it. Gives its
-        manifest's delivery, which is still to be acked. `current`: the node's incarnation as it is known."""
+        manifest's delivery, which is still to be acked."""
         manifest, delivery = self._turns.answered().item
         self._refused.pop(manifest.node, None)
-        self._refused[manifest.node] = manifest.model_copy(update={"layout": None}), current
+        self._refused[manifest.node] = manifest.model_copy(update={"layout": None})
         return delivery
 
     def later(self, node: str) -> UpdateManifest | None:
@@ -212,9 +217,8 @@ class Updates:
         return next((node for node in self._refused if self._topology.chunk_queue(node) not in self._intakes), None)
 
     def _begin_discard(self, node: str) -> None:
-        manifest, current = self._refused.pop(node)
-        broker, topology = self._broker, self._topology
-        self._discard = Discard(broker, topology, manifest, current, self._clock, self._on_delivery)
+        manifest, broker, topology = self._refused.pop(node), self._broker, self._topology
+        self._discard = Discard(broker, topology, manifest, self._current, self._clock, self._on_delivery)
 
     def _end_discard(self) -> None:
         discard, self._discard = self._discard, None
@@ -223,4 +227,4 @@ class Updates:
         discard.close()
         self._discard_at = self._clock.monotonic() + _DISCARD_PAUSE * discard.seconds
         if discard.is_cut_short:  # there is more, for its next turn
-            self._refused.setdefault(discard.manifest.node, (discard.manifest, discard.current))
+            self._refused.setdefault(discard.manifest.node, discard.manifest)
