@@ -34,6 +34,7 @@ from common.wire.messages import Alive, Fetch, Instruction, Receipt, Resend
 from deploy.local_rabbitmq import LocalRabbitMQ
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.settings import StopRule
 from master_service.service import MasterService
 from tests.integration.harness import TOPOLOGY, HandNode, decided, eventually, numbers
 
@@ -59,7 +60,7 @@ def serve(url: str, directory: str, ready: Event, stop: Event) -> None:
     quiet()
     broker = open_broker(url, client_name="master", dead_letters=TOPOLOGY.dead_letters)
     guards = {"max_staleness": 10**6, "norm_clip": None}
-    settings = decided(rule=aggregation_rule("fedasync", {"guards": guards}))
+    settings = decided(rule=aggregation_rule("fedasync", {"guards": guards}), stop=StopRule(versions=10**6))
     service = MasterService(MasterConfig(state_dir=Path(directory)), settings, broker, TOPOLOGY, get="text")
     ending = threading.Event()
     threading.Thread(target=lambda: (stop.wait(), ending.set()), daemon=True).start()
@@ -182,6 +183,7 @@ class Federation:
             each.value = 0.0
         begun, before = time.monotonic(), sum(each.value for each in self._counted)
         time.sleep(seconds)
+        assert all(each.is_alive() for each in self._all), "a process has died; its own words stand above"
         rate = (sum(each.value for each in self._counted) - before) / (time.monotonic() - begun)
         longest = max(each.value for each in self._longest)
         self._over.set()

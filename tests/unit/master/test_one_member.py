@@ -145,13 +145,14 @@ def test_also_where_only_two_updates_fit_and_two_members_keep_theirs_back(
     assert longest_wait(master, good, clock) <= 1.5
 
 
+@pytest.mark.parametrize("chunks", [True, False])
 def test_refused_manifests_keep_nobody_waiting_and_their_chunks_do_not_pile_up(
-    server: MemoryServer, clock: VirtualClock
+    server: MemoryServer, clock: VirtualClock, chunks: bool
 ) -> None:
     master, [evil, good] = federation(server, clock, "evil", "good")
     for sequence in range(600):
-        evil.send(evil.manifest(sequence, layout_digest="1" * 64))
-    assert len(chunk_bytes(server, "evil")) == 600
+        evil.send(evil.manifest(sequence, layout_digest="1" * 64), chunks=chunks)
+    assert len(chunk_bytes(server, "evil")) == 600 * chunks
     assert longest_wait(master, good, clock) <= 0.25
     evil.send(evil.manifest(600, layout_digest="1" * 64))
     master.run(5.0)

@@ -150,6 +150,17 @@ def test_nobody_is_parked_whom_nobody_waits_for() -> None:
     assert list(play.overdue.values()) == [PATIENCE]
 
 
+def test_who_is_slow_gets_through_while_others_always_wait() -> None:
+    play = Play(budget=1)
+    slow = Sent("a", 0, 50, 10.0)
+    play.turns.put(waiting(slow))
+    while slow not in play.whole:
+        for node in "bcd":
+            play.turns.put(waiting(Sent(node, int(4 * play.now), 50, 0.3)))
+        play.step()
+        assert slow not in play.overdue and play.now < 10 * PATIENCE
+
+
 def test_who_gives_one_chunk_again_and_again_is_overdue_like_who_gives_none() -> None:
     play = Play(budget=1)
     play.turns.put(waiting(Sent("a", 0, 50, None, teases=True)))
