@@ -138,6 +138,8 @@ class Master:
         begun = self._clock.monotonic()
         if delivery.queue == self._topology.master_inbox and not self._pace.admits(delivery):
             self._hear_too_many(delivery)
+        elif delivery.queue == self._topology.master_updates and self._updates.is_beyond_all(sender_of(delivery)):
+            self._broker.ack(delivery)  # it has broken its rule by far; what it owes it sends again
         else:
             self._hear_admitted(delivery)
         self._take_turns()

@@ -92,6 +92,11 @@ class Updates:
                 later.popitem(last=False)
         self._broker.ack(out.item[1])
 
+    def is_beyond_all(self, node: str) -> bool:
+        """Whether a node's line is full, and so many are asked for later that one more would push one out: then it is
+        not worth reading what else it announces."""
+        return len(self._later.get(node, ())) >= LINE_UPDATES and not self._turns.has_place(node)
+
     def turn(self) -> UpdateManifest | None:
         """The manifest whose turn it is; then it is for whoever asks to `fetch`, `answered`, or `hold` it."""
         waiting = self._turns.turn()

@@ -29,11 +29,14 @@ from common.wire.messages import (
     UpdateManifest,
     UpdateRule,
 )
+from common.wire.topology import Topology
 from common.wire.transfer import update_chunk
+from master_service.decisions.rates import Rates
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.decisions.turns import LINE_UPDATES
-from master_service.wire.pace import bounded
+from master_service.wire.inbox import understood
+from master_service.wire.pace import Pace, bounded
 from tests.builders import update_manifest
 from tests.unit.stepped import LAYOUT, TOPOLOGY, SteppedMaster, chunk_bytes, connection
 
@@ -147,13 +150,21 @@ def test_also_where_only_two_updates_fit_and_two_members_keep_theirs_back(
 
 @pytest.mark.parametrize("chunks", [True, False])
 def test_refused_manifests_keep_nobody_waiting_and_their_chunks_do_not_pile_up(
-    server: MemoryServer, clock: VirtualClock, chunks: bool
+    server: MemoryServer, clock: VirtualClock, chunks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read: list[str] = []
+
+    def counted(delivery: Delivery, topology: Topology) -> Message:
+        read.append(delivery.routing_key)
+        return understood(delivery, topology)
+
+    monkeypatch.setattr("master_service.master.understood", counted)
     master, [evil, good] = federation(server, clock, "evil", "good")
     for sequence in range(600):
         evil.send(evil.manifest(sequence, layout_digest="1" * 64), chunks=chunks)
     assert len(chunk_bytes(server, "evil")) == 600 * chunks
     assert longest_wait(master, good, clock) <= 0.25
+    assert read.count("evil.ready") < 400, "what is beyond all bounds is not even read"
     evil.send(evil.manifest(600, layout_digest="1" * 64))
     master.run(5.0)
     assert len(chunk_bytes(server, "evil")) == 0
@@ -206,6 +217,21 @@ def test_an_answer_and_a_leave_wait_behind_a_flood_and_are_not_lost(server: Memo
     kinds = [entry.body.kind for entry in master.journal.log.entries() if getattr(entry.body, "node", "") == "evil"]
     assert kinds == ["request.join", "ack", "request.leave", "ack"] and member.accepted
     assert not server.queue(TOPOLOGY.master_inbox).ready
+
+
+def test_what_a_sender_says_later_does_not_overtake_its_leave_that_waits(clock: VirtualClock) -> None:
+    pace = Pace(Rates(1.0, 1.0), TOPOLOGY, clock)
+
+    def said(kind: str) -> Delivery:
+        return Delivery("q", TOPOLOGY.request, f"a.{kind}", b"", {}, None, None, False, None, None, None)
+
+    assert pace.admits(said("join")) and not pace.admits(said("leave"))
+    assert pace.too_many(leave := said("leave")) is None
+    clock.wait(1.0)
+    assert not pace.admits(said("join")), "there is a token, and it is the leave's"
+    assert list(pace.ready()) == [leave]
+    clock.wait(1.0)
+    assert pace.admits(said("join"))
 
 
 def test_no_more_of_a_member_waits_for_a_version_than_its_rule_allows(
