@@ -91,7 +91,7 @@ class Turns(Generic[T]):
             if other.update == new.update:
                 if new.attempt < other.attempt:
                     return new
-                line.waiting[place] = new
+                line.waiting[place], new.parked = new, other.parked
                 line.words += new.words - other.words
                 return other
         if len(line.waiting) >= LINE_UPDATES or line.words + new.words > max(LINE_BYTES, new.words):
