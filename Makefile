@@ -11,7 +11,7 @@ SEED ?=
 # of `make soak`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow faults soak lint clean rabbitmq
+.PHONY: demo test test-slow faults soak one-member lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
@@ -24,9 +24,14 @@ test-slow: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m pytest -m slow $(ARGS)
 	FAULT_EXAMPLES=20000 $(BIN)/python -m pytest --timeout 0 tests/faults/test_interleavings.py
 	$(MAKE) faults
+	$(MAKE) one-member
 
 faults: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Receipts of honest nodes beside one that means ill; below 80 % of the undisturbed rate this fails.
+one-member: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m tests.benchmarks.one_member $(ARGS)
 
 soak: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -13,7 +13,14 @@ from common.wire.accounts import LONGEST_OPERATOR, MASTER
 from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
 from master_service.decisions.rules.model import aggregation_rule
-from master_service.decisions.settings import DEFAULT_VERSIONS, CardWord, Settings, StopRule, WordsRule
+from master_service.decisions.settings import (
+    DEFAULT_VERSIONS,
+    MAX_PARAMETERS,
+    CardWord,
+    Settings,
+    StopRule,
+    WordsRule,
+)
 
 
 def _not_the_master(name: str) -> str:
@@ -37,6 +44,12 @@ class MasterConfig(Section):
     Where `broker.accounts` is "required", `operators` are those who may ask for encoders, for more training of one, and
     for an end; nodes may ask for encoders and more training if `nodes_may_request`. Where accounts are open, everybody
     may do all of that.
+
+    `intake_bytes`: updates that are fetched from the broker at the same time have so much memory together, but two
+    nodes' are, whatever their size; not set: two updates of the largest encoder, and at least 64 MiB.
+    `messages_per_second`: of one sender, with five times as many at once; requests and signs of life beyond that are
+    dropped, and what must not be lost waits. `max_encoders`: so many are made or trained at the same time; who asks for
+    one more is refused.
     """
 
     state_dir: Path = Path("master-state")
@@ -51,6 +64,9 @@ class MasterConfig(Section):
     threads: Annotated[int, Field(ge=1)] = 1
     operators: tuple[Operator, ...] = ()
     nodes_may_request: bool = False
+    intake_bytes: ByteSize | None = None
+    messages_per_second: Annotated[float, Field(gt=0)] = 20.0
+    max_encoders: Annotated[int, Field(ge=1)] = 16
 
 
 class EncoderConfig(Section):
@@ -61,6 +77,7 @@ class EncoderConfig(Section):
     `reference`: text that the operator has, to train one on. `base`: the directory of the model that an encoder with
     shared = "lora" is an update of. All three are for the encoder type to read. `words`: how long words are gathered
     from nodes, where the vocabulary is an agreed one. `min_nodes`: training starts once that many nodes have accepted.
+    `max_parameters`: an encoder with more is not made, whoever asks for it; they are counted before anything is built.
     `license` ("apache-2.0") and `language` ("en") go into the front matter of the encoder's card, and nowhere else.
     """
 
@@ -74,6 +91,7 @@ class EncoderConfig(Section):
     words: WordsRule = WordsRule()
     seed: int = 0
     min_nodes: Annotated[int, Field(ge=1)] = 1
+    max_parameters: Annotated[int, Field(ge=1)] = MAX_PARAMETERS
     license: CardWord | None = None
     language: CardWord | None = None
 
@@ -105,6 +123,7 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         words=encoder.words,
         architecture=encoder.architecture,
         seed=encoder.seed,
+        max_parameters=encoder.max_parameters,
         license=encoder.license,
         language=encoder.language,
     )

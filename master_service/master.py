@@ -12,7 +12,9 @@ from collections.abc import Callable
 import structlog
 
 from common.clock import Clock, Signal
+from common.encoders import encoder_type_names
 from common.errors import Poison, StorageBlocked
+from common.numbers.slicing import payload_size
 from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.messages import (
     Alive,
@@ -21,6 +23,7 @@ from common.wire.messages import (
     Continue,
     Get,
     Introduce,
+    Join,
     Message,
     NodeMessage,
     StatusReport,
@@ -28,9 +31,11 @@ from common.wire.messages import (
     UpdateManifest,
     Words,
 )
-from common.wire.topology import Topology
+from common.wire.topology import MIB, Topology
 from master_service.config import MasterConfig
+from master_service.decisions.limits import refused
 from master_service.decisions.messages_out import resend
+from master_service.decisions.rates import Rates
 from master_service.decisions.records import (
     Presence,
     Tick,
@@ -41,7 +46,8 @@ from master_service.history.state_directory import Journal, random_id
 from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
 from master_service.wire.inbox import identity, refusal, understood
-from master_service.wire.intake import CompleteUpdate
+from master_service.wire.intake import CompleteUpdate, Intake
+from master_service.wire.pace import Pace, sender_of
 from master_service.wire.publisher import Publisher
 from master_service.wire.updates import Updates
 
@@ -51,6 +57,18 @@ log = structlog.get_logger()
 IDLE_SECONDS = 0.25
 #: Between two signs of life.
 PULSE_SECONDS = 10.0
+#: Deliveries of the master's two queues that are at hand, at most. What one sender has waiting here is far less, so it
+#: keeps out nobody; and `bounded` bounds each.
+INBOX_PREFETCH = 256
+UPDATES_PREFETCH = 512
+#: The least that intakes have together, bytes, where nothing is said: many small updates fit in.
+_INTAKE_BYTES = 64 * MIB
+#: Updates are answered without being fetched for so long at a time, seconds; then it is looked at what has come.
+_TURN_SECONDS = 0.02
+#: Whose update cannot be dealt with now is looked at again after so many seconds, or when the log has gone on.
+_HELD_SECONDS = 0.1
+#: A sender that was silent may send so many times what it may send in a second.
+_BURST = 5.0
 
 
 class Master:
@@ -94,11 +112,17 @@ class Master:
             broker,
             topology,
             patience=config.chunk_timeout_seconds,
+            current=self._incarnation,
             clock=clock,
             on_delivery=on_delivery,
         )
+        self._rates = Rates(config.messages_per_second, _BURST * config.messages_per_second)
+        self._pace = Pace(self._rates, topology, clock)
         self._held: deque[Delivery] = deque()
+        self._blocked_at: float | None = None
         self._pulse_at = 0.0
+        #: When, and at which row of the log, updates that could not be dealt with were looked at last.
+        self._released = 0.0, -1
 
     # --- what drives it ----------------------------------------------------------------------------------------------
 
@@ -113,20 +137,23 @@ class Master:
 
     def hear(self, delivery: Delivery) -> None:
         """Handle one delivery. While the disk is full it waits, unless it can be answered without the log."""
-        if self.recorder.blocked:
-            if not self._is_answered(delivery):
-                self._held.append(delivery)
-            return
-        if self._updates.is_chunk(delivery):
-            self._hear_chunk(delivery)
-        elif delivery.queue in (self._topology.master_inbox, self._topology.master_updates):
-            self._hear_message(delivery)
-        # else a chunk of an intake that has ended: it went back to its queue when that closed
+        begun = self._clock.monotonic()
+        if delivery.queue == self._topology.master_inbox and not self._pace.admits(delivery):
+            self._hear_too_many(delivery)
+        elif delivery.queue == self._topology.master_updates and self._updates.is_beyond_all(sender_of(delivery)):
+            self._broker.ack(delivery)  # it has broken its rule by far; what it owes it sends again
+        else:
+            self._hear_admitted(delivery)
+        self._take_turns()
+        self._updates.pardon(self._clock.monotonic() - begun)
 
     def look(self) -> float:
         """Do what time has made due; gives the seconds until this is wanted again."""
         if self.recorder.blocked and not self._go_on():
             return ROOM_SECONDS
+        begun = self._clock.monotonic()
+        for delivery in self._pace.ready():
+            self._hear_admitted(delivery)
         now = self._clock.now()
         deadline = self._coordinator.deadline()
         if deadline is not None and now >= deadline:
@@ -139,7 +166,14 @@ class Master:
             self._publisher.pulse(self.state.epoch)
         if not self.recorder.blocked:
             self.journal.snapshot(due_after=self.config.snapshot_every_seconds)
-        return min(IDLE_SECONDS, self._updates.seconds_left() + 0.001)
+        if self._publisher.bury_in() <= 0:
+            self._publisher.bury()
+        self._updates.look()
+        self._release()
+        more = self._take_turns()
+        self._updates.pardon(self._clock.monotonic() - begun)
+        soon = min(self._updates.seconds_left(), self._publisher.bury_in()) + 0.001
+        return 0.0 if more else min(IDLE_SECONDS, soon)
 
     @property
     def state(self) -> State:
@@ -174,17 +208,39 @@ class Master:
 
     def close(self) -> None:
         """Give back what was fetched and not recorded."""
-        self._updates.done()
+        self._updates.close()
 
     def _go_on(self) -> bool:
         """The disk was full: go on if there is room again, with what has come meanwhile."""
+        now = self._clock.monotonic()
+        if self._blocked_at is not None:
+            self._updates.pardon(now - self._blocked_at)
+        self._blocked_at = now
         if not self.recorder.writes_again():
             return False
+        self._blocked_at = None
         while self._held and not self.recorder.blocked:
-            self.hear(self._held.popleft())
+            self._hear_admitted(self._held.popleft())
         return not self.recorder.blocked
 
     # --- what comes in -----------------------------------------------------------------------------------------------
+
+    def _hear_admitted(self, delivery: Delivery) -> None:
+        if self.recorder.blocked:
+            if not self._is_answered(delivery):
+                self._held.append(delivery)
+        elif self._updates.is_chunk(delivery):
+            self._hear_chunk(delivery)
+        elif delivery.queue in (self._topology.master_inbox, self._topology.master_updates):
+            self._hear_message(delivery)
+        # else a chunk of an intake that has ended: it went back to its queue when that closed
+
+    def _hear_too_many(self, delivery: Delivery) -> None:
+        """What one sender sends beyond its rate costs next to nothing, and takes nobody's place."""
+        if (sender := sender_of(delivery)) in self.state.nodes:
+            self.live.seen(sender, self._clock.now())
+        if (dropped := self._pace.too_many(delivery)) is not None:
+            self._broker.ack(dropped)
 
     def _hear_message(self, delivery: Delivery) -> None:
         attempts, what = self.journal.attempts, identity(delivery)
@@ -197,12 +253,11 @@ class Master:
             self._set_aside(delivery, poison)
             return
         node = getattr(message, "node", None)
-        if node is not None:
+        if node is not None and (node in self.state.nodes or isinstance(message, Join)):
             self.live.seen(node, self._clock.now())
         if isinstance(message, UpdateManifest):
             self._updates.announced(message, delivery)
-            self._next_update()
-        elif self._answer(message, delivery) or self._are_idle_words(message):
+        elif self._answer(message, delivery) or self._are_idle_words(message) or self._is_refused(message):
             self.recorder.acknowledge((delivery,))
         else:
             # below the sender's name: nobody can take the id of another's message, or of an update
@@ -218,7 +273,8 @@ class Master:
             log.warning("request refused", sender=message.sender, kind=message.kind, why=why)
             self._publisher.send(message.sender, Answer(accepted=False, detail=why))
         elif isinstance(message, Alive):
-            self.live.alive(message)
+            if message.node in self.state.nodes:
+                self.live.alive(message)
             self._introduce(message)
         elif isinstance(message, AskStatus):
             self._publisher.send(message.sender, StatusReport(report=self.report().model_dump()))
@@ -233,6 +289,17 @@ class Master:
             return False
         self._introduce(message)
         return True
+
+    def _is_refused(self, message: Message) -> bool:
+        """A request for an encoder that would cost too much, or is of no type that there is, is answered and gets no
+        row. Not while the disk is full: what waits for room may decide whether it does."""
+        if not isinstance(message, Get | Continue):
+            return False
+        why = refused(self.state, message, types=encoder_type_names(), most=self.config.max_encoders)
+        if why:
+            answer = Answer(accepted=False, status="refused", detail=why)
+            self._publisher.send(message.sender, answer)
+        return bool(why)
 
     def _introduce(self, message: NodeMessage) -> None:
         """Ask a node to join, if it is not known as it says it is."""
@@ -258,17 +325,53 @@ class Master:
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
-    def _next_update(self) -> None:
-        """Begin with the next update, if none is being fetched. One that does not count is answered at once."""
-        manifest = self._updates.turn()
-        if manifest is None:
-            return
-        # one that kills the master is not fetched any more, and is refused for want of its payload
-        deadly = self.journal.attempts.fatal(_work(manifest))
-        wanted = not deadly and self._coordinator.wants_payload(manifest)
-        if not wanted:
-            self.recorder.record(Todo(manifest, _delivery_id(manifest), work=_work(manifest)))
-        self._updates.fetch(wanted=wanted)
+    def _take_turns(self) -> bool:
+        """Begin to fetch what there is room for, and answer at once what does not count, node by node in turn. False
+        once nothing more can be done now; True if the time for it is over before."""
+        until = self._clock.monotonic() + _TURN_SECONDS
+        while not self.recorder.blocked and (manifest := self._updates.turn()) is not None:
+            # one that kills the master is not fetched any more, and is refused for want of its payload
+            deadly = self.journal.attempts.fatal(_work(manifest))
+            if deadly or not self._coordinator.wants_payload(manifest):
+                if self._rates.allows(manifest.node, self._clock.monotonic()):
+                    self._refuse(manifest)
+                else:
+                    self._updates.hold()
+            elif not self._coordinator.has_place(manifest):
+                self._updates.hold()
+            elif self._updates.has_room(manifest.size, self._intake_bytes()):
+                self._updates.fetch()
+            else:
+                return False
+            if self._clock.monotonic() > until:
+                return True
+        return False
+
+    def _incarnation(self, node: str) -> str | None:
+        """As it has joined."""
+        known = self.state.nodes.get(node)
+        return known.incarnation if known is not None else None
+
+    def _release(self) -> None:
+        """Updates that could not be dealt with have another turn."""
+        at, offset = self._released
+        now, last = self._clock.monotonic(), self.journal.log.last_offset
+        if last != offset or now >= at + _HELD_SECONDS:
+            self._released = now, last
+            self._updates.release()
+
+    def _intake_bytes(self) -> int:
+        """What may be fetched at the same time: two updates of the largest encoder that is being trained."""
+        if self.config.intake_bytes is not None:
+            return self.config.intake_bytes
+        sizes = [encoder.size for encoder in self.state.encoders.values() if encoder.status == "running"]
+        return max(_INTAKE_BYTES, 2 * payload_size(max(sizes, default=0), "float32"))
+
+    def _refuse(self, manifest: UpdateManifest) -> None:
+        """The row of an update that does not count leads to its answer; nobody waits for its chunks."""
+        delivery = self._updates.answered()
+        self.recorder.record(Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,)))
+        self._ask_for_later(manifest.node)
 
     def _hear_chunk(self, delivery: Delivery) -> None:
         try:
@@ -281,51 +384,48 @@ class Master:
         self._end_in_vain()
 
     def _end_in_vain(self) -> None:
-        """Chunks that do not come are sent again; of an update that does not count they are not missed."""
+        """Chunks that do not come are sent again."""
         while (intake := self._updates.in_vain()) is not None:
-            if intake.wanted:
-                then = "later ones" if intake.overtaken else "none for a while"
-                self._ask_again(f"{intake.progress}, and then {then}")
-            else:
-                self.recorder.acknowledge(intake.update().deliveries, update=True)
-                self._updates.done()
-                self._next_update()
+            then = "later ones" if intake.overtaken else "none for a while"
+            self._ask_again(intake, f"{intake.progress}, and then {then}")
 
     def _take(self, update: CompleteUpdate) -> None:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
-        manifest, intake = update.manifest, self._updates.intake
-        if intake is None or not intake.wanted:
-            self.recorder.acknowledge(update.deliveries, update=True)
-        elif self._coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
-            self._ask_again("this attempt was looked at already")
+        manifest = update.manifest
+        if self._coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
+            self._ask_again(self._updates.intake(manifest.node), "this attempt was looked at already")
             return
-        else:
-            size = self.state.encoders[manifest.encoder].size
-            with self.journal.attempts.at(_work(manifest)):
-                measured = self._arithmetic.measure(update.payload, size, manifest.encoding)
-            self.recorder.record(
-                Todo(
-                    manifest,
-                    _delivery_id(manifest),
-                    payload=update.payload,
-                    measured=measured,
-                    work=_work(manifest),
-                    deliveries=update.deliveries,
-                )
+        size = self.state.encoders[manifest.encoder].size
+        with self.journal.attempts.at(_work(manifest)):
+            measured = self._arithmetic.measure(update.payload, size, manifest.encoding)
+        self.recorder.record(
+            Todo(
+                manifest,
+                _delivery_id(manifest),
+                payload=update.payload,
+                measured=measured,
+                work=_work(manifest),
+                deliveries=update.deliveries,
             )
-        self._updates.done()
-        self._next_update()
+        )
+        self._done(manifest.node)
 
-    def _ask_again(self, why: str) -> None:
+    def _ask_again(self, intake: Intake, why: str) -> None:
         """The node sends the chunks again as another attempt."""
-        if (intake := self._updates.intake) is None:
-            return
         manifest = intake.manifest
         log.warning("asking a node to send its update again", node=manifest.node, update=manifest.update_id, why=why)
         self._publisher.send(manifest.node, resend(manifest.encoder, manifest, why, beyond=intake.overtaken))
         self._broker.ack(intake.announcement)
-        self._updates.done()
-        self._next_update()
+        self._done(manifest.node)
+
+    def _done(self, node: str) -> None:
+        self._updates.done(node)
+        self._ask_for_later(node)
+
+    def _ask_for_later(self, node: str) -> None:
+        """A node that had announced too many at once is asked for one more, now that there is a place."""
+        if (manifest := self._updates.later(node)) is not None:
+            self._publisher.send(node, resend(manifest.encoder, manifest, "too many updates at once"))
 
     def _is_spent(self, delivery_id: str) -> bool:
         """Whether this very delivery is in the log to no effect: its node was not known then, or its payload was lost.

@@ -23,8 +23,9 @@ from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings, settings_of_start
 from master_service.history.state_directory import open_journal
-from master_service.master import Master
+from master_service.master import INBOX_PREFETCH, UPDATES_PREFETCH, Master
 from master_service.status import Report
+from master_service.wire.pace import bounded
 
 log = structlog.get_logger()
 
@@ -98,8 +99,8 @@ class MasterService:
 
     def _serve(self, stop: threading.Event) -> None:
         subscriptions = [
-            self.broker.consume(self.topology.master_inbox, self._events.put, prefetch=64),
-            self.broker.consume(self.topology.master_updates, self._events.put, prefetch=4),
+            self.broker.consume(self.topology.master_inbox, self._arrived, prefetch=INBOX_PREFETCH),
+            self.broker.consume(self.topology.master_updates, self._arrived, prefetch=UPDATES_PREFETCH),
         ]
         try:
             while not stop.is_set() and not (self.config.exit_when_finished and self.master.done):
@@ -114,6 +115,9 @@ class MasterService:
             for subscription in subscriptions:
                 subscription.close()
             self.master.close()
+
+    def _arrived(self, delivery: Delivery) -> None:
+        self._events.put(bounded(delivery))
 
     def _take_one(self, wait: float) -> None:
         """Wait for a delivery up to `wait` seconds and handle it. Raises what ended a thread."""

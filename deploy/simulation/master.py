@@ -16,7 +16,7 @@ from master_service.history.state_directory import Journal
 from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.room import Room, free_bytes
-from master_service.master import Master
+from master_service.master import INBOX_PREFETCH, UPDATES_PREFETCH, Master
 from master_service.status import Report
 
 
@@ -77,8 +77,8 @@ class SimulatedMaster:
             new_id=self._ids.message,
         )
         self._master.start()
-        self._broker.consume(world.topology.master_inbox, self._arrived.append, prefetch=64)
-        self._broker.consume(world.topology.master_updates, self._arrived.append, prefetch=4)
+        self._broker.consume(world.topology.master_inbox, self._arrived.append, prefetch=INBOX_PREFETCH)
+        self._broker.consume(world.topology.master_updates, self._arrived.append, prefetch=UPDATES_PREFETCH)
         self._next(world.clock.now())
 
     def kill(self) -> None:

@@ -23,6 +23,7 @@ from common.wire.assets import asset_entry
 from common.wire.messages import MAX_ASSET_BYTES, MAX_ASSETS, AssetName
 from common.wire.topology import MIB
 from master_service.arithmetic.arithmetic import Outcome
+from master_service.arithmetic.counting import check_size, made
 from master_service.decisions.effects import Generate
 from master_service.decisions.records import Gathering, Generated, GenerationFailed, Provided
 
@@ -97,7 +98,8 @@ def _generate(effect: Generate) -> Made:
     else:
         architecture = encoder_type.architecture(effect.architecture)
         architecture, assets = encoder_type.assets(architecture, named)
-        tensors = encoder_type.initial(architecture, effect.seed)
+        check_size(encoder_type, architecture, effect.max_parameters)
+        tensors = made(encoder_type, architecture, effect.seed, effect.max_parameters)
     check_assets(effect.encoder_type, assets)
     parameters = ParameterSet.from_tensors({name: tensor.float() for name, tensor in tensors.items()})
     return Made(architecture, parameters, assets)

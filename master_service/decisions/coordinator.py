@@ -125,6 +125,7 @@ class Coordinator:
                 ]
             case Configured():
                 self.state.settings, self.state.claims = body.settings, body.claims
+                self.state.kept_failed = body.kept_failed
                 return []
             case Started():
                 self.state.epoch = body.epoch
@@ -159,6 +160,15 @@ class Coordinator:
         if stranger(encoder, manifest) or self._refusal(encoder, manifest, None) is not None:
             return False
         return not self._known_update(encoder, manifest)
+
+    def has_place(self, manifest: UpdateManifest) -> bool:
+        """Whether an update that counts may be taken in now: not while as many of its node wait for a version, or are
+        being made one, as a rule has ever allowed it to have without an answer; reads the state, changes nothing."""
+        encoder = self.state.encoders.get(manifest.encoder)
+        member = encoder.members.get(manifest.node) if encoder is not None else None
+        if member is None:
+            return True
+        return len(member.pending) < max(member.may_owe, self.state.settings.update_rule.max_unanswered)
 
     def wants_words(self, words: Words) -> bool:
         """Whether a node's words would count; reads the state, changes nothing."""

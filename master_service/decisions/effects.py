@@ -8,6 +8,7 @@ from typing import Any
 from common.numbers.slicing import EncodingName
 from common.wire.messages import Message
 from master_service.decisions.rules.model import CombineRule, OuterOptimizer
+from master_service.decisions.settings import MAX_PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Generate:
     """Make version 0 of an encoder, and its assets; answered by a Provided entry for each asset and a Generated one, by
     a GenerationFailed entry, or, as long as no words were gathered, by a Gathering one. `sources`: what the operator
     named for the assets, by name; paths and words. `gathered`: the words that nodes contributed, and in how many of
-    their documents each occurs."""
+    their documents each occurs. `max_parameters`: a larger one is not made."""
 
     encoder: str
     encoder_type: str
@@ -41,6 +42,7 @@ class Generate:
     seed: int
     sources: dict[str, str] = field(default_factory=dict)
     gathered: dict[str, int] | None = None
+    max_parameters: int = MAX_PARAMETERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,14 @@ from master_service.decisions.settings import Claims, Settings
 
 
 class Configured(Message):
-    """The settings from here on, and what is made of members' claims. A row that does not say so was written by a
-    master that took them as facts, and is decided as that master did."""
+    """The settings from here on, what is made of members' claims, and how many failed encoders are remembered. A row
+    that does not say so was written by a master that took claims as facts, or remembered all, and is decided as that
+    master did."""
 
     kind: Literal["configured"] = "configured"
     settings: Settings
     claims: Claims = "taken"
+    kept_failed: Annotated[int, Field(ge=1)] | None = None
 
 
 class Started(Message):

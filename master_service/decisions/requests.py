@@ -18,13 +18,7 @@ from master_service.decisions.verdicts import shortened
 
 def get(state: State, entry: Entry, request: Get) -> list[Effect]:
     """Join the encoder being trained, answer with the newest finished one, or start one."""
-    same = [
-        encoder
-        for encoder in state.encoders.values()
-        if encoder.encoder_type == request.encoder_type
-        and encoder.status != "failed"
-        and all(encoder.architecture.get(key) == value for key, value in request.architecture.items())
-    ]
+    same = alike(state, request)
     running = next((encoder for encoder in same if encoder.status != "finished"), None)
     if running is not None:
         if running.status == "generating":
@@ -48,6 +42,17 @@ def get(state: State, entry: Entry, request: Get) -> list[Effect]:
     )
     state.encoders[name] = encoder
     return [generate(state, encoder)]
+
+
+def alike(state: State, request: Get) -> list[EncoderState]:
+    """The encoders that are what is asked for, in the order in which they were begun."""
+    return [
+        encoder
+        for encoder in state.encoders.values()
+        if encoder.encoder_type == request.encoder_type
+        and encoder.status != "failed"
+        and all(encoder.architecture.get(key) == value for key, value in request.architecture.items())
+    ]
 
 
 def go_on(state: State, request: Continue, at: float) -> list[Effect]:
@@ -85,6 +90,7 @@ def generate(state: State, encoder: EncoderState) -> Generate:
         settings.seed,
         sources(settings),
         None if encoder.gathered is None else dict(encoder.gathered),
+        settings.max_parameters,
     )
 
 
@@ -121,8 +127,12 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
 
 
 def generation_failed(state: State, body: GenerationFailed) -> list[Effect]:
-    """Who asked is told why."""
+    """Who asked is told why. Of failed encoders the newest few are remembered."""
     encoder = state.encoders[body.encoder]
     encoder.status, encoder.reason, encoder.gathered = "failed", body.reason, None
     refusal = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
+    if state.kept_failed is not None:
+        failed = [name for name, each in state.encoders.items() if each.status == "failed"]
+        for name in failed[: max(0, len(failed) - state.kept_failed)]:
+            del state.encoders[name]
     return [Send(asker, refusal) for asker in encoder.askers]

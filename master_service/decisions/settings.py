@@ -33,6 +33,9 @@ class LossPlateau(BaseModel):
 #: What the operator says for the front matter of a card: a licence's or a language's code.
 CardWord = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
 
+#: The largest encoder that is made where nothing else is said: 4 GB of float32, and as much for each of its copies.
+MAX_PARAMETERS = 1_000_000_000
+
 #: How many versions are made where no limit is given.
 DEFAULT_VERSIONS = 400
 
@@ -63,7 +66,7 @@ class Settings(BaseModel):
     """The settings that the coordinator decides by; in the log, so that replay decides alike.
 
     `tokenizer`, `reference` and `base`: what the operator named for the encoder type to make its assets of, None if
-    nothing.
+    nothing. `max_parameters`: of an encoder that is made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +84,7 @@ class Settings(BaseModel):
     words: WordsRule = WordsRule()
     architecture: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
+    max_parameters: Annotated[int, Field(ge=1)] = MAX_PARAMETERS
     license: CardWord | None = None
     language: CardWord | None = None
 
@@ -90,7 +94,7 @@ _CONFIGURED_AS = {"update_rule": "update"} | {
     name: f"encoder.{name}"
     for name in (
         *("min_nodes", "generation", "source", "tokenizer", "reference", "base", "words", "architecture"),
-        *("seed", "license", "language"),
+        *("seed", "max_parameters", "license", "language"),
     )
 }
 

@@ -239,10 +239,12 @@ class EncoderState(_State):
 
 
 class State(_State):
-    """Everything that the log has led to. `claims`: what is made of what members say of themselves."""
+    """Everything that the log has led to. `claims`: what is made of what members say of themselves. `kept_failed`: so
+    many encoders that could not be made are remembered; None: all of them."""
 
     settings: Settings = Field(default_factory=unsaid)
     claims: Claims = "taken"
+    kept_failed: int | None = None
     epoch: int = 0
     nodes: dict[str, NodeState] = Field(default_factory=dict)
     encoders: dict[str, EncoderState] = Field(default_factory=dict)

@@ -12,11 +12,11 @@ from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
 from common.numbers.slicing import EncodingName
 from common.wire.assets import publish_asset
-from common.wire.broker import Broker, Delivery, Publication
+from common.wire.broker import Broker, Delivery, Publication, dead_letter
 from common.wire.codec import encode
 from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule, StatusReport
 from common.wire.numbering import Numbers
-from common.wire.topology import Topology
+from common.wire.topology import MIB, Topology
 from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
@@ -26,6 +26,10 @@ from master_service.log.payloads import Payloads
 log = structlog.get_logger()
 
 _RETRY_SECONDS = 1.0
+#: What is set aside is published together: once so many messages, or bytes, have come, or the first has waited so long.
+_DEAD_LETTERS = 64
+_DEAD_BYTES = 4 * MIB
+_DEAD_SECONDS = 0.1
 
 
 class Publisher:
@@ -54,6 +58,9 @@ class Publisher:
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
         #: By encoder: the version that was written last, and the digest of its bytes.
         self._digests: dict[str, tuple[int, str]] = {}
+        #: What is set aside and not published yet, and when the first of it came.
+        self._dead: list[tuple[Delivery, Poison]] = []
+        self._dead_since = 0.0
         #: The encoders whose streams are declared.
         self._streams: set[str] = set()
 
@@ -156,9 +163,31 @@ class Publisher:
         self._digests.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
-        """Set a delivery aside with its reason, then ack it."""
-        log.warning("message set aside", queue=delivery.queue, reason=poison.reason, detail=poison.detail)
-        self._persist(lambda: self._broker.dead_letter(delivery, poison.reason, poison.detail))
+        """Set a delivery aside with its reason, soon and together with others; it is acked after the confirm."""
+        if not self._dead:
+            self._dead_since = self._clock.monotonic()
+        self._dead.append((delivery, poison))
+        if len(self._dead) >= _DEAD_LETTERS or sum(len(each.body) for each, _ in self._dead) >= _DEAD_BYTES:
+            self.bury()
+
+    def bury_in(self) -> float:
+        """Seconds until `bury` is due; infinite if nothing is set aside."""
+        return max(0.0, self._dead_since + _DEAD_SECONDS - self._clock.monotonic()) if self._dead else float("inf")
+
+    def bury(self) -> None:
+        """Publish what is set aside, with one confirm for all of it, then ack it. One line for each kind says so."""
+        dead, self._dead = self._dead, []
+        if not dead:
+            return
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for delivery, poison in dead:
+            kinds.setdefault((delivery.queue, poison.reason), []).append(poison.detail)
+        for (queue, reason), details in kinds.items():
+            more = {"messages": len(details)} if len(details) > 1 else {}
+            log.warning("message set aside", queue=queue, reason=reason, detail=details[0], **more)
+        letters = [dead_letter(self._topology.dead_letters, each, why.reason, why.detail) for each, why in dead]
+        self._persist(lambda: self._broker.publish(*letters))
+        self._broker.ack(*(delivery for delivery, _ in dead))
 
     def dead_message(self, message: Message, reason: str, detail: str) -> None:
         """Set aside a message whose delivery is long acked."""

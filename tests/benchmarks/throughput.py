@@ -33,7 +33,7 @@ from tests.builders import update_chunks
 from tests.integration.harness import HandNode, decided, eventually, running_master
 
 #: (hidden size, layers, updates): of about 3,000, 80,000 and 3.4 million shared parameters.
-_SIZES = ((16, 1, 400), (64, 2, 300), (384, 2, 40))
+_SIZES = ((16, 1, 256), (64, 2, 256), (384, 2, 40))
 _NODES = 4
 _REPEATS = 3
 

@@ -15,7 +15,7 @@ import torch
 
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.numbers.encodings import encode_vector
-from common.wire.broker import Delivery, Publication
+from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import decode, encode
 from common.wire.messages import (
     Instruction,
@@ -132,10 +132,13 @@ def running_master(
 class HandNode:
     """Speaks a node's protocol, one message at a time."""
 
-    def __init__(self, server: MemoryServer, name: str, incarnation: str = "first") -> None:
+    def __init__(
+        self, server: MemoryServer | None, name: str, incarnation: str = "first", *, broker: Broker | None = None
+    ) -> None:
+        """`broker`: its connection, if that is not to be one to `server`."""
         self.name = name
         self.incarnation = incarnation
-        self.broker = connection(server, name)
+        self.broker = broker or connection(server or MemoryServer(), name)
         self.inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.broker.declare(TOPOLOGY.node(name, ("text",)))
         self.broker.consume(TOPOLOGY.node_inbox(name), self.inbox.put, prefetch=100)

@@ -460,7 +460,7 @@ class SteppedMaster:
     def start(self) -> SteppedMaster:
         self.master.start()
         for queue in TOPOLOGY.master_inbox, TOPOLOGY.master_updates:
-            self.broker.consume(queue, self._came.append, prefetch=64)
+            self.broker.consume(queue, self._came.append, prefetch=1 << 14)
         return self
 
     def turn(self) -> float:

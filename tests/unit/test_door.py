@@ -61,6 +61,8 @@ def test_f1_who_gets_what_has_unreadable_headers_sets_it_aside(server: MemorySer
     to_master = delivered(server, TOPOLOGY.master_inbox, Publication(TOPOLOGY.request, "b.join", join))
     to_node = delivered(server, TOPOLOGY.node_inbox("a"), Publication(TOPOLOGY.receipt, "a", introduce))
     master.master.hear(replace(to_master, unreadable="the headers cannot be read: a test"))
+    clock.wait(1.0)
+    master.master.look()
     node.node.hear(replace(to_node, unreadable="the headers cannot be read: a test"))
     assert letters.read() == [("headers", join), ("headers", introduce)]
     assert "b" not in master.master.state.nodes
