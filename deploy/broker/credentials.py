@@ -54,14 +54,14 @@ def without_account(url: str) -> str:
 
 def as_toml(credentials: Credentials) -> str:
     """What stands in the file. Pure."""
-    urls = list(credentials.urls)
-    section = {"url": urls[0]} if len(urls) == 1 else {"urls": urls}
     lines = ["# the account of one party at the broker: whoever has this file is that party"]
     if credentials.role != "master":
         lines.append(f"{credentials.role} = {json.dumps(credentials.party)}")
     lines += ["", "[broker]"]
     # JSON's strings and lists of strings are TOML's
-    lines += [f"{name} = {json.dumps(value)}" for name, value in {**section, **credentials.broker}.items()]
+    lines += [
+        f"{name} = {json.dumps(value)}" for name, value in {"urls": credentials.urls, **credentials.broker}.items()
+    ]
     lines += [f"{name} = {json.dumps(text)}" for name, text in credentials.pem.items()]
     return "\n".join(lines) + "\n"
 
@@ -107,8 +107,8 @@ def read(path: Path) -> Credentials:
 
 def settings(credentials: Credentials) -> dict[str, Any]:
     """The section broker of a configuration. Certificates are put into files, which go when this process ends."""
-    urls = list(credentials.urls)
-    found: dict[str, Any] = {**credentials.broker, **({"url": urls[0]} if len(urls) == 1 else {"urls": urls})}
+    # before any URL of a configuration file, where `urls` stand before `url`
+    found: dict[str, Any] = {**credentials.broker, "urls": list(credentials.urls)}
     if credentials.pem:
         directory = Path(tempfile.mkdtemp(prefix="shared-encoder-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)

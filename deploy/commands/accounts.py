@@ -63,7 +63,7 @@ class Target:
     def urls(self) -> tuple[str, ...]:
         """Where the broker is; whose account is in them is of no account here."""
         broker = self.config.broker
-        return tuple(url.get_secret_value() for url in getattr(broker, "urls", None) or (broker.url,))
+        return tuple(url.get_secret_value() for url in broker.urls or (broker.url,))
 
     @property
     def vhost(self) -> str:

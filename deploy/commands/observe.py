@@ -128,7 +128,8 @@ def observing(flags: dict[str, Any], file: Path | None) -> Iterator[tuple[Observ
 def operator(config: Config, topology: Topology) -> str:
     """Who asks: the party of this federation whose account the configuration names, or an observer. Raises UserError
     for a name that leaves no room for that of a command."""
-    party = party_of(topology, split(config.broker.resolved_url()).username) or "observer"
+    account = config.broker.account or split(config.broker.resolved_url()).username
+    party = party_of(topology, account) or "observer"
     if len(party) > LONGEST_OPERATOR:
         raise UserError(f"{party!r} cannot ask the master: an operator's name has up to {LONGEST_OPERATOR} characters")
     return party

@@ -46,6 +46,9 @@ def understood(delivery: Delivery, topology: Topology) -> Message:
         raise Poison("unexpected-kind", f"a message of kind {kind!r} does not belong into {delivery.queue}")
     if kind not in (*_INBOX, "update"):
         raise Poison("unexpected-kind", f"a message of kind {kind!r} is not for the master")
+    key = {"ack": claimed, "update": f"{claimed}.ready"}.get(kind, f"{claimed}.{kind.removeprefix('request.')}")
+    if delivery.routing_key != key:  # permissions at the broker are for keys
+        raise Poison("sender", f"a message of kind {kind!r} came with the routing key {delivery.routing_key[:300]!r}")
     expect(topology, delivery, claimed, operator_of(claimed) if hasattr(message, "sender") else None)
     return message
 

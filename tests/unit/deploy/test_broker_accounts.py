@@ -232,7 +232,7 @@ def test_credentials_are_one_file_for_its_owner_alone(tmp_path: Path, url: str) 
     assert read(file) == made and [path.name for path in file.parent.iterdir()] == ["a.toml"]
     flags: dict[str, Any] = {"broker": {"url": None, "namespace": "other"}, "log": {}}
     found, party = merged(flags, file)
-    assert party == "a" and found["broker"]["url"] == mine and found["broker"]["accounts"] == "required"
+    assert party == "a" and found["broker"]["urls"] == [mine] and found["broker"]["accounts"] == "required"
     assert found["broker"]["namespace"] == "other", "a flag says it last"
     assert Path(found["broker"]["ca_file"]).read_text() == pem["ca"]
     assert merged(flags, None) == (flags, None)
