@@ -8,10 +8,10 @@ WORKERS ?= 2
 # of `make faults`: how many faults, and the seed of the random choices (the time if not given)
 N ?= 100
 SEED ?=
-# of `make soak`
+# of `make soak` and `make fuzz`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow faults soak one-member lint clean rabbitmq
+.PHONY: demo test test-slow faults soak fuzz one-member lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
@@ -25,6 +25,7 @@ test-slow: $(VENV)/.installed-dev rabbitmq
 	FAULT_EXAMPLES=20000 $(BIN)/python -m pytest --timeout 0 tests/faults/test_interleavings.py
 	$(MAKE) faults
 	$(MAKE) one-member
+	$(MAKE) fuzz MINUTES=4 ARGS="--rabbitmq 10000"
 
 faults: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
@@ -35,6 +36,10 @@ one-member: $(VENV)/.installed-dev rabbitmq
 
 soak: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Strangers write to a federation; ARGS="--rabbitmq 100000": so many messages more over RabbitMQ.
+fuzz: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

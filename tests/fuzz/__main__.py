@@ -31,7 +31,7 @@ from tests.unit.stepped import TOPOLOGY
 
 #: Messages after which memory is counted from: by then everything has been imported and grown to its size.
 _WARM = 20_000
-_MOST_MEMORY = 50 << 20
+MOST_MEMORY = 50 << 20
 #: What a message may add to the ledger, bytes, on average.
 _MOST_LEDGER = 400
 
@@ -45,7 +45,10 @@ def main() -> int:
     chosen = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
-        well = over_memory(Path(directory), chosen.seed, chosen.messages, chosen.minutes * 60)
+        well = True
+        for accounts in (True, False):  # half of it each
+            messages, seconds = chosen.messages // 2, chosen.minutes * 30
+            well &= over_memory(Path(directory), chosen.seed, messages, seconds, accounts=accounts)
         if chosen.rabbitmq:
             from tests.fuzz.rabbitmq import over_rabbitmq
 
@@ -53,9 +56,9 @@ def main() -> int:
     return 0 if well else 1
 
 
-def over_memory(directory: Path, seed: int, messages: int, seconds: float) -> bool:
+def over_memory(directory: Path, seed: int, messages: int, seconds: float, *, accounts: bool) -> bool:
     """Over the memory broker, so many messages or so long; prints the line. Whether all is well."""
-    world, grammar = World(directory / "world"), Grammar(TOPOLOGY, seed)
+    world, grammar = World(directory / f"accounts {accounts}", accounts=accounts), Grammar(TOPOLOGY, seed)
     console, started = Console(stderr=True), time.monotonic()
     sent, before, versions, ledger = 0, 0, world.versions, world.ledger_bytes
     last: deque[Publication] = deque(maxlen=4096)
@@ -71,7 +74,7 @@ def over_memory(directory: Path, seed: int, messages: int, seconds: float) -> bo
             try:
                 world.feed(batch)
             except Exception as error:
-                _died(console, directory, error, list(last))
+                _died(console, directory, error, list(last), accounts=accounts)
                 return False
             grammar.saw(world.passing())
             sent += len(batch)
@@ -82,30 +85,34 @@ def over_memory(directory: Path, seed: int, messages: int, seconds: float) -> bo
     try:
         goes_on = world.goes_on()
     except Exception as error:
-        _died(console, directory, error, list(last))
+        _died(console, directory, error, list(last), accounts=accounts)
         return False
     ledger = world.ledger_bytes - ledger
     world.close()
     print(
-        f"memory broker: seed={seed} messages={sent} deaths=0 set_aside={world.set_aside.total()} "
-        f"({_shown(world.set_aside)}) versions={world.versions - versions} afterwards={goes_on} rows={world.rows} "
-        f"ledger={ledger / max(1, sent):.0f} bytes a message, memory={grown / 2**20:+.1f} MiB after {_WARM} messages, "
-        f"{time.monotonic() - started:.0f} s"
+        f"memory broker, accounts {'required' if accounts else 'open'}: seed={seed} messages={sent} deaths=0 "
+        f"set_aside={world.set_aside.total()} ({shown(world.set_aside)}) versions={world.versions - versions} "
+        f"afterwards={goes_on} rows={world.rows} ledger={ledger / max(1, sent):.0f} bytes a message "
+        f"memory={grown / 2**20:+.1f} MiB after the first {_WARM}, {time.monotonic() - started:.0f} s",
+        flush=True,
     )
-    return goes_on > 0 and grown <= _MOST_MEMORY and ledger <= _MOST_LEDGER * max(sent, 1)
+    return goes_on > 0 and grown <= MOST_MEMORY and ledger <= _MOST_LEDGER * max(sent, 1)
 
 
-def _shown(counted: Counter[str]) -> str:
+def shown(counted: Counter[str]) -> str:
+    """Reasons and how often each, most first."""
     return ", ".join(f"{reason} {count}" for reason, count in counted.most_common())
 
 
-def _died(console: Console, directory: Path, error: Exception, messages: Sequence[Publication]) -> None:
+def _died(
+    console: Console, directory: Path, error: Exception, messages: Sequence[Publication], *, accounts: bool
+) -> None:
     console.print(traceback.format_exc(), highlight=False)
     raised, attempts = f"{type(error).__name__}: {error}"[:300], itertools.count()
 
     def dies(fewer: Sequence[Publication]) -> bool:
         try:
-            world = World(directory / f"again-{next(attempts)}")
+            world = World(directory / f"again-{next(attempts)}", accounts=accounts)
             for batch in batches(fewer):
                 world.feed(batch)
             world.together(10.0)
@@ -114,7 +121,7 @@ def _died(console: Console, directory: Path, error: Exception, messages: Sequenc
         return False
 
     found = fewest(messages, dies)
-    note(raised, found)
+    note(raised, found, accounts=accounts)
     print(f"somebody died of {len(found)} messages, which tests/fuzz/cases.jsonl has now: {raised}")
 
 

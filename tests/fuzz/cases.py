@@ -13,18 +13,20 @@ from common.wire.broker import Publication
 CASES = Path(__file__).with_name("cases.jsonl")
 
 
-def cases() -> list[tuple[str, list[Publication]]]:
-    """(what was raised, the messages) of each."""
-    if not CASES.exists():
+def cases(file: Path = CASES) -> list[tuple[str, bool, list[Publication]]]:
+    """(what was raised, whether each party had an account, the messages) of each."""
+    if not file.exists():
         return []
-    plain = [json.loads(line) for line in CASES.read_text().splitlines()]
-    return [(case["raised"], [_publication(each) for each in case["messages"]]) for case in plain]
+    plain = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(case["raised"], case["accounts"], [_publication(each) for each in case["messages"]]) for case in plain]
 
 
-def note(raised: str, messages: Sequence[Publication], file: Path = CASES) -> None:
+def note(raised: str, messages: Sequence[Publication], *, accounts: bool, file: Path = CASES) -> None:
     """Write a case down."""
     with file.open("a") as lines:
-        lines.write(json.dumps({"raised": raised, "messages": [_plain(each) for each in messages]}) + "\n")
+        lines.write(
+            json.dumps({"raised": raised, "accounts": accounts, "messages": [_plain(each) for each in messages]}) + "\n"
+        )
 
 
 def fewest(messages: Sequence[Publication], dies: Callable[[Sequence[Publication]], bool]) -> Sequence[Publication]:

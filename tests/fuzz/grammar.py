@@ -82,11 +82,13 @@ _NAMES = ("a", "b", "c", "stranger", "master", "observer-1", "x" * 64)
 class Grammar:
     """`next` is the next thing that somebody sends. `saw` tells it what was really sent, `encoders` what there is."""
 
-    def __init__(self, topology: Topology, seed: int) -> None:
+    def __init__(self, topology: Topology, seed: int, encoder_type: str = "text") -> None:
+        """`encoder_type`: the one that the nodes have samples of."""
         self._topology = topology
+        self._type = encoder_type
         self._random = random.Random(seed)
         self._seen: deque[tuple[str, str, dict[str, Any]]] = deque(maxlen=_KEPT)
-        self.encoders: list[str] = ["text-1"]
+        self.encoders: list[str] = [f"{encoder_type}-1"]
 
     def saw(self, deliveries: Iterable[Delivery]) -> None:
         """What others have really sent."""
@@ -123,8 +125,8 @@ class Grammar:
             "node": name,
             "sender": name,
             "incarnation": chosen.choice((f"{name}-first", "i", "other")),
-            "encoder": chosen.choice((*self.encoders, f"text-{chosen.randrange(1 << 30):x}")),
-            "encoder_type": chosen.choice(("text", "text", "image", "tiny", "nothing")),
+            "encoder": chosen.choice((*self.encoders, f"{self._type}-{chosen.randrange(1 << 30):x}")),
+            "encoder_type": chosen.choice((self._type, self._type, "image", "other", "nothing")),
             **{field: chosen.randrange(6) for field in ("sequence", "attempt", "version", "base_version", "sought")},
         }
         plain |= {field: value for field, value in fitting.items() if field in plain}
@@ -140,7 +142,7 @@ class Grammar:
             exchange, key = topology.parameter, str(plain["encoder"])
         else:
             exchange = chosen.choice((topology.rule, topology.receipt, topology.instruction))
-            key = chosen.choice(("text", topology.pulse_key)) if exchange == topology.instruction else name
+            key = chosen.choice((self._type, topology.pulse_key)) if exchange == topology.instruction else name
         return exchange, key, plain
 
     def _bend(self, plain: dict[str, Any]) -> None:
@@ -208,7 +210,7 @@ class Grammar:
                 (topology.update, f"{name}.chunk"),
                 (topology.rule, name),
                 (topology.receipt, name),
-                (topology.instruction, "text"),
+                (topology.instruction, self._type),
                 (topology.instruction, topology.pulse_key),
                 (topology.parameter, chosen.choice(self.encoders)),
             )

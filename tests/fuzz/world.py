@@ -1,6 +1,8 @@
 """A federation that strangers write to: a master and two nodes as they are shipped, stepped by hand over the memory
-broker, with the ledger in a file. Also what is looked at meanwhile: that nobody dies, what is set aside and why, what
-of it stays in memory and on the disk."""
+broker, with the ledger in a file. Where each party has an account of its own, the strangers are one member with one.
+
+Also what is looked at meanwhile: that nobody dies, what is set aside and why, what of it stays in memory and on the
+disk."""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import get_args
 
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
-from common.errors import PoisonReason, PublishRejected, Unroutable
+from common.errors import AccessRefused, PoisonReason, PublishRejected, Unroutable
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
 from common.wire.messages import Get, ReturnWhen, UpdateRule
@@ -22,13 +24,15 @@ from common.wire.topology import Binding, Declarations, Queue
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.log.payloads import FilePayloads
-from tests.unit.stepped import TOPOLOGY, SteppedMaster, SteppedNode, connection
+from tests.unit.stepped import ACCOUNTS, TOPOLOGY, SteppedMaster, SteppedNode, account, connection
 
 #: Time that passes between two batches, seconds, and messages of strangers in one.
 _TURN_SECONDS = 0.5
 _AT_ONCE = 20
 
 MEMBERS = ("master", "a", "b")
+#: Whose account strangers write with, where they need one; and who asks for encoders.
+HOSTILE, OPERATOR = "c", "alice"
 #: A copy of everything that is sent.
 PASSING = Queue("passing", "classic", max_bytes=1 << 20, overflow="drop-head")
 
@@ -44,8 +48,9 @@ def _everything() -> Iterable[Binding]:
 class World:
     """`feed` lets strangers send, and everybody take it in. Whatever is raised there is a death."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, accounts: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        topology = ACCOUNTS if accounts else TOPOLOGY
         self.clock = VirtualClock(1000.0)
         self.server = MemoryServer(self.clock.now)
         self._ledger = directory / "ledger.sqlite"
@@ -58,10 +63,23 @@ class World:
             stop=StopRule(versions=1 << 40),
         )
         payloads = FilePayloads(directory / "payloads", lasting=False)
-        self.master = SteppedMaster(self.server, self.clock, payloads=payloads, db=db, settings=settings).start()
-        self.nodes = [SteppedNode(self.server, self.clock, name).start() for name in MEMBERS[1:]]
-        self._stranger = connection(self.server, "stranger")
         self._looker = connection(self.server, "looker")
+        for name in (*MEMBERS[1:], HOSTILE, OPERATOR):  # as whoever gives them accounts does
+            self._looker.declare(TOPOLOGY.master() + TOPOLOGY.node(name, ("text",)))
+        masters = account(self.server, "master") if accounts else connection(self.server, "master")
+        self._strangers = account(self.server, HOSTILE) if accounts else connection(self.server, HOSTILE)
+        self._operator = account(self.server, OPERATOR) if accounts else connection(self.server, OPERATOR)
+        self.master = SteppedMaster(
+            self.server,
+            self.clock,
+            payloads=payloads,
+            db=db,
+            settings=settings,
+            broker=masters,
+            topology=topology,
+            operators=(OPERATOR,),
+        ).start()
+        self.nodes = [SteppedNode(self.server, self.clock, name, topology=topology).start() for name in MEMBERS[1:]]
         self._letters: deque[Delivery] = deque()
         self._passing: deque[Delivery] = deque()
         self._looker.consume(TOPOLOGY.dead_letters, self._letters.append, prefetch=1000)
@@ -74,8 +92,8 @@ class World:
         """Each goes where it is sent, if that is anywhere; then everybody has a turn."""
         for publication in publications:
             try:
-                self._stranger.publish(publication)
-            except (Unroutable, PublishRejected):
+                self._strangers.publish(publication)
+            except (Unroutable, PublishRejected, AccessRefused):
                 continue
         if not self.is_training:
             self.ask_for_another()
@@ -89,8 +107,8 @@ class World:
 
     def ask_for_another(self) -> None:
         """As an operator does."""
-        key, get = "operator.get", Get(sender="operator", encoder_type="text", fresh=True)
-        self._looker.publish(Publication(TOPOLOGY.request, key, encode(get), message_id=f"operator {self.rows}"))
+        key, get = f"{OPERATOR}.get", Get(sender=OPERATOR, encoder_type="text", fresh=True)
+        self._operator.publish(Publication(TOPOLOGY.request, key, encode(get), message_id=f"operator {self.rows}"))
 
     def goes_on(self) -> int:
         """Versions that are made once strangers leave it alone."""
@@ -117,7 +135,7 @@ class World:
         came = list(self._passing)
         self._passing.clear()
         self._looker.ack(*came)
-        return [delivery for delivery in came if delivery.user_id in MEMBERS]
+        return [delivery for delivery in came if (delivery.user_id or "").rpartition(".")[2] in MEMBERS]
 
     @property
     def encoders(self) -> list[str]:

@@ -75,6 +75,13 @@ def test_every_row_of_the_table_of_deaths_is_a_test() -> None:
         assert match is not None and f"def {match[1]}(" in tests, match
 
 
+def test_every_test_that_a_page_names_is_there() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`(test_[a-z0-9_]+)`", page.read_text()):
+            assert f"def {name}(" in tests, f"{page.name} names {name}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy/examples").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
     config = load_config(path, {})
