@@ -23,7 +23,7 @@ from common.encoders import hugging_face
 from common.encoders.base import Samples
 from common.errors import UserError
 from common.exports import check_export_directory, replacing
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from deploy.masked_model import MaskedLanguageModel, around, check_encoder, tokenizer_for
 from node_service.corpus.corpus import split_by_content
 from node_service.evaluation.probe import masked_loss

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from common.config import BrokerConfig, Section, explained, suggestion
 from common.errors import UserError
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from deploy.compare_settings import CompareConfig
 from master_service.config import EncoderConfig, MasterConfig, RuleConfig, given, settings
 from master_service.decisions.rules.model import AggregationRule

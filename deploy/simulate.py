@@ -16,7 +16,7 @@ from common.durable import write_durably
 from common.errors import UserError
 from common.exports import check_writable
 from common.locks import DirectoryLock
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from deploy.commands.display import console, saying
 from deploy.commands.progress import counting
 from deploy.commands.replay import parse_changes

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ByteSize, Field
 from common.config import Section
 from common.numbers.slicing import EncodingName
 from common.wire.accounts import LONGEST_OPERATOR, MASTER
-from common.wire.messages import UpdateRule
 from common.wire.topology import MIB
+from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import (
     DEFAULT_VERSIONS,

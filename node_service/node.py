@@ -17,17 +17,7 @@ from common.events import BrokerWatch, happened
 from common.wire.accounts import Door
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
-from common.wire.messages import (
-    Answer,
-    Get,
-    Instruction,
-    Join,
-    Message,
-    Pulse,
-    Receipt,
-    Rule,
-    update_id,
-)
+from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
 from common.wire.numbering import Hearing
 from common.wire.topology import Topology
 from node_service.agent import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.encoders import hugging_face, masked_lm
 from common.encoders.base import BASE_DIRECTORY, Architecture, Assets, PrivateSpec
 from common.errors import UserError
-from common.wire.messages import MAX_ASSET_BYTES
+from common.wire.fields import MAX_ASSET_BYTES
 
 #: The asset's name.
 ASSET = "base.safetensors"

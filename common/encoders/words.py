@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from common.wire.messages import MAX_WORD_BYTES, MAX_WORD_LENGTH, MAX_WORDS
+from common.wire.fields import MAX_WORD_BYTES, MAX_WORD_LENGTH, MAX_WORDS
 
 #: The source that an encoder type finds the gathered words under: JSON, as `written` gives it.
 SOURCE = "words"

@@ -15,7 +15,8 @@ from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
 from common.wire.broker import Broker, Delivery, Publication, Subscription
 from common.wire.codec import encode, received
-from common.wire.messages import ASSET_CHUNK_BYTES, AssetChunk, AssetEntry
+from common.wire.fields import ASSET_CHUNK_BYTES, AssetEntry
+from common.wire.messages import AssetChunk
 from common.wire.topology import Topology
 from common.wire.transfer import checksum, verify
 

@@ -11,7 +11,6 @@ import math
 from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,131 +21,41 @@ from pydantic import (
     model_validator,
 )
 
-from common.numbers.slicing import EncodingName, slice_bytes
+from common.numbers.slicing import EncodingName
 from common.wire.bounds import MAX_FLOAT, MAX_WHOLE
-from common.wire.topology import MIB
+from common.wire.fields import (
+    ASSET_CHUNK_BYTES,
+    MAX_COUNT,
+    MAX_WORD_BYTES,
+    MAX_WORDS,
+    Amount,
+    Architecture,
+    AssetEntries,
+    AssetName,
+    AssetSize,
+    Attempt,
+    Checksum,
+    ChunkCount,
+    ChunkData,
+    Count,
+    Digest,
+    Fraction,
+    HeldOut,
+    Id,
+    LayoutEntries,
+    Loss,
+    Seconds,
+    Term,
+    Text,
+    Word,
+    at_the_door,
+)
+from common.wire.update_rule import UpdateRule, known_fields
 
 SCHEMA_VERSION = 1
 
 #: So many of the fields that are not known are named.
 _NAMED = 8
-
-#: The context in which what comes over the broker is validated. What was taken in once is read again from logs and
-#: state without it: a bound that came later must not make an old log unreadable.
-DOOR: dict[str, bool] = {"door": True}
-
-
-def _at_the_door(most: float) -> AfterValidator:
-    """A bound on what comes in: on a number, or on the characters of a string."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        size = len(value) if isinstance(value, str) else abs(value)
-        if info.context is DOOR and most < size < math.inf:
-            raise ValueError(f"beyond {most:g}, which is the most that is read")
-        return value
-
-    return AfterValidator(check)
-
-
-def _finite_at_the_door(value: float, info: ValidationInfo) -> float:
-    if info.context is DOOR and not math.isfinite(value):
-        raise ValueError("not a finite number")
-    return value
-
-
-_FINITE = AfterValidator(_finite_at_the_door)
-Positive = Annotated[float, Field(gt=0), _FINITE]
-#: A whole number given for it becomes one with a point: receipts are hashed as they are written.
-_WITH_POINT = AfterValidator(float)
-#: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
-Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-#: The highest number of an attempt; far below the end of `Count`, so that the next attempt still has a number.
-Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=2000)]
-MAX_COUNT = (1 << 62) - 1
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-#: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
-ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
-#: Up to thirty thousand years: whoever shows a time or a moment can.
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _WITH_POINT, _at_the_door(1e12)]
-#: A share of something, such as how far the training is.
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _WITH_POINT]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), _WITH_POINT]
-#: A training loss; one that has diverged is NaN or infinite, and is told as it is.
-Loss = Annotated[float, _WITH_POINT]
-#: A loss that was measured on held-out samples; a model that has diverged has none.
-HeldOut = Annotated[float, Field(allow_inf_nan=False), _WITH_POINT]
-Shape = Annotated[list[Count], Field(max_length=16, fail_fast=True)]
-#: (name, shape) of every tensor in order; the first wrong one ends the reading, so that errors cannot fill the memory.
-TensorName = Annotated[str, _at_the_door(1000)]
-LayoutEntries = Annotated[
-    list[Annotated[tuple[TensorName, Shape], Strict(False)]], Field(max_length=100_000, fail_fast=True)
-]
-#: xxh3-64, hexadecimal.
-Checksum = Annotated[str, Field(max_length=16)]
-#: The largest slice is of float32.
-ChunkData = Annotated[bytes, Field(max_length=slice_bytes("float32"))]
-#: One of a few words.
-Term = Annotated[str, Field(max_length=64)]
-
-
-def _plain(value: Any, depth: int = 16) -> Any:
-    """The value, if both JSON and msgpack can hold it. Raises ValueError at the first part that they cannot, without
-    looking at what follows."""
-    if isinstance(value, dict) and depth > 0:
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError("a key is not a string")
-            _plain(item, depth - 1)
-    elif isinstance(value, list | tuple) and depth > 0:
-        for item in value:
-            _plain(item, depth - 1)
-    elif not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
-        raise ValueError("not a finite number, a string, a list or a table of these, or nested too deeply")
-    return value
-
-
-#: What an encoder type makes a model from: plain values, because the state that they get into is kept as JSON.
-Architecture = Annotated[dict[str, Any], BeforeValidator(_plain)]
-
-#: Assets become files in exports: a file name without a folder.
-AssetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-#: The largest asset, bytes, and how many an encoder may have.
-MAX_ASSET_BYTES = 16 * MIB
-MAX_ASSETS = 8
-AssetSize = Annotated[int, Field(ge=0, le=MAX_ASSET_BYTES)]
-#: Bytes of an asset in one chunk; the last has what is left.
-ASSET_CHUNK_BYTES = MIB
-
-
-class AssetEntry(BaseModel):
-    """What nodes need of an encoder beside its architecture, such as a tokenizer, by name. `digest` is the sha256 of
-    its `size` bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    name: AssetName
-    digest: Digest
-    size: AssetSize
-
-
-AssetEntries = Annotated[list[AssetEntry], Field(max_length=MAX_ASSETS, fail_fast=True)]
-
-#: What a node may contribute to a vocabulary: at most so many words, none longer than so many characters, and so many
-#: bytes of UTF-8 in all; with what msgpack adds to each, the message stays below 1 MiB.
-MAX_WORDS = 20_000
-MAX_WORD_LENGTH = 64
-MAX_WORD_BYTES = 700 << 10
-
-
-def _letters(word: str) -> str:
-    if not word.isalpha():
-        raise ValueError("a word is not of letters alone")
-    return word
-
-
-Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD_LENGTH), AfterValidator(_letters)]
 
 
 class Message(BaseModel):
@@ -257,7 +166,7 @@ class Alive(NodeMessage):
     encoder: Id | None = None
     version: Annotated[int, Field(ge=-1, le=MAX_COUNT)] = -1
     steps: Count = 0
-    steps_per_second: Annotated[Amount, _at_the_door(1e12)] = 0.0
+    steps_per_second: Annotated[Amount, at_the_door(1e12)] = 0.0
     loss: Loss | None = None
     waiting_seconds: Seconds = 0.0
     bytes_sent: Count = 0
@@ -372,98 +281,6 @@ class WordsWanted(Message):
     encoder_type: Id
 
 
-class ReturnWhen(BaseModel):
-    """The node returns an update as soon as any given bound is reached since its last one.
-
-    `loss_change`: the running mean loss moved by this fraction. `drift`: ‖base − local‖ / ‖base‖ reached this ratio.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: Annotated[int, Field(ge=1)] | None = None
-    seconds: Positive | None = None
-    samples: Annotated[int, Field(ge=1)] | None = None
-    loss_change: Positive | None = None
-    drift: Positive | None = None
-
-
-class InnerOptimizer(BaseModel):
-    """AdamW on the node. The learning rate warms up over the node's own steps and follows a cosine over the progress
-    that the master announces (0 at the start, 1 when the stop rule holds), down to `final_fraction` of `lr`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: Positive = 5e-3
-    weight_decay: Annotated[float, Field(ge=0), _FINITE] = 0.01
-    betas: tuple[Annotated[float, _FINITE], Annotated[float, _FINITE]] = (0.9, 0.999)
-    gradient_clip: Positive = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    batch_size: Annotated[int, Field(ge=1)] = 16
-
-
-class FinishRule(BaseModel):
-    """The finishing phase: after the last version each node tunes its own copy by itself, and exports its best moment.
-
-    It takes `share` of the steps that the node took until then (0.67 makes 40 % of all), or `steps` if given. `what`:
-    "all" tunes shared and private parameters, "private" the latter alone, "none" leaves the phase out. Every
-    `look_every` steps (default: a tenth of the phase, at least 10), and at its end, the node looks at its validation
-    loss. Its best moment is exported, the one before the phase included; with `patience` it ends early after so many
-    looks without gain.
-
-    The inner optimiser goes on, its moments included, at the full rate for the first 60 % of the phase; then the rate
-    falls along a cosine to `final_fraction` of it. What that gains comes at its end, and the loss may rise before: with
-    a patience of three looks, nodes whose rate had fallen while they trained together gave up at once.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.67
-    steps: Annotated[int, Field(ge=0)] | None = None
-    what: Literal["all", "private", "none"] = "all"
-    patience: Annotated[int, Field(ge=1)] | None = None
-    look_every: Annotated[int, Field(ge=1)] | None = None
-
-
-class UpdateRule(BaseModel):
-    """When a node returns an update, and how.
-
-    `away_steps`: how many steps a node trains on beyond its last hand-in while the master gives no sign of life; None:
-    without end. `evaluate_every`: a node measures the loss of its validation samples with its first version, and with
-    one of every so many from there on; 0: never. A measurement takes about as long as five training steps, and there
-    are fifty of those between two.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    when: ReturnWhen = ReturnWhen(steps=25)
-    encoding: EncodingName = "int8"
-    wait: bool = False
-    max_unanswered: Annotated[int, Field(ge=1, le=64)] = 2
-    away_steps: Annotated[int, Field(ge=1)] | None = None
-    evaluate_every: Annotated[int, Field(ge=0)] = 10
-    inner: InnerOptimizer = InnerOptimizer()
-    finish: FinishRule = FinishRule()
-
-
-def _split(model: type[BaseModel], plain: dict[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
-    """What a model and those in it know of a table of values, and the names of what they do not know."""
-    known: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, value in plain.items():
-        field = model.model_fields.get(name)
-        if field is None:
-            unknown.append(f"{where}{str(name)[:64]}")
-            continue
-        inner = field.annotation
-        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            value, more = _split(inner, value, f"{where}{name}.")
-            unknown += more
-        known[name] = tuple(value) if isinstance(value, list) else value
-    return known, unknown
-
-
 class Rule(Message):
     """The update rule of one node, and where the current parameter set is to be read; `stream_digest` as of a Notice.
 
@@ -487,7 +304,7 @@ class Rule(Message):
     def _known(cls, plain: Any, info: ValidationInfo) -> Any:
         if not isinstance(plain, dict) or not isinstance(came := plain.get("update_rule"), dict):
             return plain
-        known, unknown = _split(UpdateRule, came)
+        known, unknown = known_fields(UpdateRule, came)
         try:
             rule = UpdateRule.model_validate(known, strict=True, context=info.context)
         except ValidationError as error:

@@ -25,7 +25,7 @@ from deploy.logging import configure_logging
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.wire.messages import InnerOptimizer
+    from common.wire.update_rule import InnerOptimizer
     from node_service.evaluation.evaluate import Domain
 
 log = structlog.get_logger()

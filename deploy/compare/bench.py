@@ -14,7 +14,7 @@ from typing import Any
 from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel, PrivateSpec, Samples
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import FinishRule, InnerOptimizer
+from common.wire.update_rule import FinishRule, InnerOptimizer
 from deploy.compare.cells import CellResult, Cells, ModelOf
 from deploy.compare.federation import GRACE_SECONDS, Member, Trained, TrainedFederation
 from deploy.compare.held_out import bounded, document_losses, fingerprint

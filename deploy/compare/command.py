@@ -18,7 +18,7 @@ from common.durable import write_durably
 from common.errors import SharedEncoderError, UserError, WordsNeeded
 from common.exports import check_writable
 from common.locks import DirectoryLock
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from deploy.commands.display import console, saying
 from deploy.commands.run import check_node_id, load_corpora
 from deploy.compare.cut import dealt, owner

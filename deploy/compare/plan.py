@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from deploy.compare_settings import ALONE, BASELINES, POOLED, POOLED_ALL, RANDOM, Attack, CompareConfig
 from master_service.decisions.rules.model import AggregationRule
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel, PrivateSpec
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from deploy.compare.held_out import bounded, document_losses
 from deploy.compare.training import Pace, State, Validation, load_state, state_of, train_one
 from deploy.demo.report import Figures

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import ByteSize, Field
 
 from common.config import Section
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import AggregationRule
 from master_service.decisions.settings import Settings, StopRule
 

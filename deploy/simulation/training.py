@@ -16,8 +16,9 @@ from torch import Tensor
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Instruction, Receipt, UpdateRule
+from common.wire.messages import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
+from common.wire.update_rule import UpdateRule
 from master_service.decisions.effects import Generate
 from node_service.handover.receipt_book import Ledger
 from node_service.training.looks import HeldOut, Looks, must_evaluate

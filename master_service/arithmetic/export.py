@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.exports import check_export_directory as check_export_directory
 from common.exports import replacing
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import AssetEntry
+from common.wire.fields import AssetEntry
 from master_service.arithmetic.generation import fingerprint
 from master_service.decisions.rules.model import OuterOptimizer
 from master_service.decisions.settings import Settings

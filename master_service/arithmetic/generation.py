@@ -20,7 +20,7 @@ from common.encoders import get_encoder_type, words
 from common.errors import UserError, WordsNeeded
 from common.numbers.parameters import ParameterSet
 from common.wire.assets import asset_entry
-from common.wire.messages import MAX_ASSET_BYTES, MAX_ASSETS, AssetName
+from common.wire.fields import MAX_ASSET_BYTES, MAX_ASSETS, AssetName
 from common.wire.topology import MIB
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.arithmetic.counting import check_size, made

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
-from common.wire.messages import ReturnWhen, UpdateManifest, UpdateRule
+from common.wire.messages import UpdateManifest
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.weights import STEPS_BOUND, step_norm
 from master_service.decisions.state import Buffered, EncoderState, Member, Weighed
 from master_service.decisions.tally import changing

@@ -10,21 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries
 from common.wire.messages import (
-    MAX_ASSETS,
-    AssetEntry,
-    AssetName,
-    AssetSize,
     Continue,
-    Digest,
     Fetch,
     FetchAssets,
     Finished,
     Get,
-    Id,
     InstructionAck,
     Join,
-    LayoutEntries,
     Leave,
     Message,
     Stop,

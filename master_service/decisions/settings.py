@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import UserError
-from common.wire.messages import UpdateRule
+from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule, check_nodes
 
 #: What is made of the numbers that members say of their updates (steps, samples, seconds, losses) and of the norms of

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.numbers.slicing import EncodingName
-from common.wire.messages import AssetEntries, LayoutEntries
+from common.wire.fields import AssetEntries, LayoutEntries
 from master_service.decisions.settings import Claims, Settings, unsaid
 
 Status = Literal["generating", "gathering", "running", "finished", "failed"]

@@ -14,7 +14,8 @@ from common.numbers.slicing import EncodingName
 from common.wire.assets import publish_asset
 from common.wire.broker import Broker, Delivery, Publication, dead_letter
 from common.wire.codec import encode
-from common.wire.messages import Answer, AssetEntry, Finish, Message, Notice, Pulse, Rule, StatusReport
+from common.wire.fields import AssetEntry
+from common.wire.messages import Answer, Finish, Message, Notice, Pulse, Rule, StatusReport
 from common.wire.numbering import Numbers
 from common.wire.topology import MIB, Topology
 from common.wire.transfer import payload_digest

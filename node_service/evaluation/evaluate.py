@@ -18,7 +18,7 @@ from common.encoders import get_encoder_type
 from common.encoders.base import EncoderModel
 from common.errors import NotProbed, UserError
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from node_service.corpus.corpus import Corpus
 from node_service.evaluation.probe import probe
 from node_service.training.checkpoint import Facts, read_checkpoint

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.encoders.base import Architecture, EncoderModel, EncoderType, PrivateSpec, Samples
 from common.encoders.hugging_face import fill
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.evaluation.probe import masked_loss
 from node_service.training.trainer import Trainer

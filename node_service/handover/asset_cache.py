@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from common.wire.assets import is_asset
-from common.wire.messages import AssetEntry
+from common.wire.fields import AssetEntry
 from node_service.handover.store import Store
 
 _FOLDER = "assets"

@@ -15,7 +15,8 @@ from common.numbers.slicing import encoded_size, slice_length
 from common.wire.accounts import Door
 from common.wire.assets import AssetReader
 from common.wire.broker import Broker
-from common.wire.messages import AssetEntry, Instruction
+from common.wire.fields import AssetEntry
+from common.wire.messages import Instruction
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.versions import VersionReader

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.encoders.base import EncoderModel
 from common.errors import UserError
-from common.wire.messages import FinishRule, InnerOptimizer
+from common.wire.update_rule import FinishRule, InnerOptimizer
 from node_service.training.checkpoint import read_tensors, write_tensors
 from node_service.training.looks import Looks
 from node_service.training.trainer import Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import FinishRule, InnerOptimizer
+from common.wire.update_rule import FinishRule, InnerOptimizer
 
 #: The share of a phase that runs at the full learning rate where the schedule is a cosine.
 _FULL_RATE = 0.6

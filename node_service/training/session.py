@@ -15,8 +15,9 @@ from common.errors import UserError
 from common.exports import replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import Instruction, Receipt, UpdateRule
+from common.wire.messages import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
+from common.wire.update_rule import UpdateRule
 from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint

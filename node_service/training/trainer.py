@@ -15,7 +15,7 @@ from common.encoders.base import EncoderModel
 from common.errors import UserError
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.training.held_out import masked_loss
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from common.wire.messages import Instruction, Receipt, UpdateManifest, UpdateRule
+from common.wire.messages import Instruction, Receipt, UpdateManifest
 from common.wire.transfer import CompleteVersion, payload_digest
+from common.wire.update_rule import UpdateRule
 from node_service.training.looks import HeldOut, Looks
 from node_service.training.update_rule import SinceReturn
 

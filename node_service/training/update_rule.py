@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import ReturnWhen, UpdateRule
+from common.wire.update_rule import ReturnWhen, UpdateRule
 
 #: Share of a new loss in the running mean; about the last twenty steps count.
 _SMOOTHING = 0.1

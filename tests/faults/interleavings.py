@@ -23,12 +23,11 @@ from common.wire.messages import (
     Get,
     ParameterChunk,
     Receipt,
-    ReturnWhen,
     Stop,
     UpdateManifest,
-    UpdateRule,
     receipt_hash,
 )
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Gathering, Versioned

@@ -19,8 +19,8 @@ import torch
 from common import crash_points
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, EXIT_FAILED, BrokerUnavailable, SharedEncoderError
-from common.wire.messages import FinishRule, InnerOptimizer, ReturnWhen, UpdateRule
 from common.wire.topology import Topology
+from common.wire.update_rule import FinishRule, InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.logging import configure_logging
 from deploy.signals import stop_on_signals
 from master_service.config import MasterConfig

@@ -12,8 +12,9 @@ from common.brokers import open_broker
 from common.errors import PublishRejected, Unpublishable
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Get, InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.messages import Get
 from common.wire.topology import Topology
+from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.local_rabbitmq import LocalRabbitMQ
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule

@@ -17,18 +17,10 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.numbers.encodings import encode_vector
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import decode, encode
-from common.wire.messages import (
-    Instruction,
-    InstructionAck,
-    Join,
-    Message,
-    ReturnWhen,
-    Rule,
-    UpdateManifest,
-    UpdateRule,
-)
+from common.wire.messages import Instruction, InstructionAck, Join, Message, Rule, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import payload_digest
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule

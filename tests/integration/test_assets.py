@@ -17,7 +17,8 @@ from common.clock import SYSTEM, VirtualClock
 from common.errors import BrokerUnavailable
 from common.wire.assets import AssetReader, asset_entry, read_assets
 from common.wire.broker import Broker
-from common.wire.messages import AssetEntry, Stop
+from common.wire.fields import AssetEntry
+from common.wire.messages import Stop
 from common.wire.topology import Topology
 from common.workers import Worker
 from deploy.commands.observe import Observer, request_encoder

@@ -16,7 +16,7 @@ from common.brokers.memory import MemoryServer
 from common.errors import LockHeld
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import ReturnWhen, UpdateRule
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from common.wire.versions import publish_version
 from master_service.decisions.rules.model import GuardRule, aggregation_rule
 from master_service.decisions.settings import StopRule

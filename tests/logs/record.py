@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.brokers.memory import MemoryServer
-from common.wire.messages import ReturnWhen, UpdateRule
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.log.jsonl import export_log

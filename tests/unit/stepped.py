@@ -22,21 +22,11 @@ from common.numbers.parameters import ParameterSet
 from common.wire.assets import asset_entry
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode, encode
-from common.wire.messages import (
-    AssetEntry,
-    FinishRule,
-    Instruction,
-    Message,
-    Pulse,
-    Receipt,
-    ReturnWhen,
-    Rule,
-    UpdateChunk,
-    UpdateManifest,
-    UpdateRule,
-)
+from common.wire.fields import AssetEntry
+from common.wire.messages import Instruction, Message, Pulse, Receipt, Rule, UpdateChunk, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, payload_digest
+from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule
 from common.wire.versions import publish_version
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import Outcome

@@ -44,10 +44,10 @@ from common.wire.messages import (
     ToMaster,
     UpdateChunk,
     UpdateManifest,
-    UpdateRule,
     WordsWanted,
 )
 from common.wire.topology import Topology
+from common.wire.update_rule import UpdateRule
 from common.wire.versions import publish_version
 from deploy.commands.observe import Observer, operator
 from deploy.config import Config

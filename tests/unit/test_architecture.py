@@ -19,8 +19,9 @@ import pytest
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import VirtualClock
 from common.wire.broker import Delivery
-from common.wire.messages import Instruction, ReturnWhen, UpdateRule
+from common.wire.messages import Instruction
 from common.wire.topology import Topology
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule

@@ -15,7 +15,8 @@ from common.errors import BrokerUnavailable, Poison
 from common.wire.assets import AssetAssembly, AssetReader, asset_chunks, asset_entry, publish_asset, read_assets
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import ASSET_CHUNK_BYTES, MAX_ASSET_BYTES, AssetChunk, AssetEntry
+from common.wire.fields import ASSET_CHUNK_BYTES, MAX_ASSET_BYTES, AssetEntry
+from common.wire.messages import AssetChunk
 from common.wire.topology import Topology
 from common.wire.transfer import checksum
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from common.errors import Poison
 from common.wire.bounds import MAX_FLOAT, MAX_WHOLE, REPORT
 from common.wire.codec import decode, encode
-from common.wire.messages import MAX_ASSET_BYTES, Alive, Join, Message, StatusReport, ToMaster, ToNode
+from common.wire.fields import MAX_ASSET_BYTES
+from common.wire.messages import Alive, Join, Message, StatusReport, ToMaster, ToNode
 from common.wire.topology import MAX_BODY_BYTES
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]

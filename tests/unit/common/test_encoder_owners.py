@@ -19,7 +19,7 @@ from common.encoders import encoder_type_names, get_encoder_type
 from common.encoders.base import EncoderModel, EncoderType
 from common.encoders.owners_code import MODEL_METHODS, TYPE_METHODS, owners_code
 from common.errors import EXIT_USER_ERROR, BrokerUnavailable, OwnersCodeError, UserError
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from deploy.cli import guarded
 from node_service.training.trainer import Trainer
 from tests.faults.tiny import ASSETS, TinyEncoderType, TinyModel, samples

@@ -12,7 +12,8 @@ import pytest
 
 from common.errors import Poison
 from common.wire.codec import decode, encode
-from common.wire.messages import Message, Rule, ToMaster, ToNode, UpdateRule
+from common.wire.messages import Message, Rule, ToMaster, ToNode
+from common.wire.update_rule import UpdateRule
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]
 RULE = UpdateRule().model_dump()

@@ -24,7 +24,7 @@ import torch
 
 from common.encoders import get_encoder_type
 from common.errors import UserError
-from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
 from deploy.compare.cut import dealt, owner

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from common.encoders import get_encoder_type
-from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.compare.bench import Bench
 from deploy.compare.cells import Cells
 from deploy.compare.plan import Cell, Comparison, FederatedArm, Point

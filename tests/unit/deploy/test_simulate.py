@@ -14,7 +14,8 @@ import structlog
 from pydantic import ByteSize
 
 from common.locks import DirectoryLock
-from common.wire.messages import Receipt, UpdateManifest, UpdateRule
+from common.wire.messages import Receipt, UpdateManifest
+from common.wire.update_rule import UpdateRule
 from deploy.simulation.plan import Plan, fates
 from deploy.simulation.report import summary
 from deploy.simulation.simulation import Simulation

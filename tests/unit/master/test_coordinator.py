@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.numbers.layout import Layout
+from common.wire.fields import MAX_COUNT
 from common.wire.messages import (
-    MAX_COUNT,
     Answer,
     Continue,
     Fetch,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.encoders import words
-from common.wire.messages import MAX_COUNT, Answer, Get, Introduce, Join, Leave, Stop, Words, WordsWanted
+from common.wire.fields import MAX_COUNT
+from common.wire.messages import Answer, Get, Introduce, Join, Leave, Stop, Words, WordsWanted
 from master_service.arithmetic.generation import generated
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Effect, Generate

@@ -16,21 +16,10 @@ from common.clock import VirtualClock
 from common.errors import Poison
 from common.wire.broker import Delivery, OnDelivery, Publication
 from common.wire.codec import decode, encode, received
-from common.wire.messages import (
-    Alive,
-    Fetch,
-    InstructionAck,
-    Join,
-    Leave,
-    Message,
-    Receipt,
-    Resend,
-    ReturnWhen,
-    UpdateManifest,
-    UpdateRule,
-)
+from common.wire.messages import Alive, Fetch, InstructionAck, Join, Leave, Message, Receipt, Resend, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import update_chunk
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rates import Rates
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule

@@ -9,7 +9,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.wire.messages import InnerOptimizer, ReturnWhen, UpdateRule
+from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import PRESETS, aggregation_rule
 from master_service.decisions.settings import LossPlateau, Settings, StopRule, differences, merged, settings_of_start
 

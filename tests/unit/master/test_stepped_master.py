@@ -24,13 +24,12 @@ from common.wire.messages import (
     Pulse,
     Receipt,
     Resend,
-    ReturnWhen,
     UpdateManifest,
-    UpdateRule,
     Words,
 )
 from common.wire.topology import MIB
 from common.wire.transfer import payload_digest, update_chunk
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from common.wire.versions import publish_version
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule

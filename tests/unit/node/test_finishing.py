@@ -17,8 +17,9 @@ from torch import Tensor
 from common.errors import UserError
 from common.numbers.encodings import encode_vector
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import FinishRule, InnerOptimizer, Instruction, ParameterChunk, UpdateRule
+from common.wire.messages import Instruction, ParameterChunk
 from common.wire.transfer import CompleteVersion
+from common.wire.update_rule import FinishRule, InnerOptimizer, UpdateRule
 from node_service.handover.receipt_book import Ledger
 from node_service.training.finishing import load_finished
 from node_service.training.looks import Looks

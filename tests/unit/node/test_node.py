@@ -24,10 +24,9 @@ from common.wire.messages import (
     Notice,
     Receipt,
     Resend,
-    ReturnWhen,
     Rule,
-    UpdateRule,
 )
+from common.wire.update_rule import ReturnWhen, UpdateRule
 from node_service.agent import Agent, Answered, CheckSamples, Read, Reincarnate, Republish, Say, Train
 from node_service.handover.local_state import open_local_state
 from node_service.training.trajectory import Trajectory

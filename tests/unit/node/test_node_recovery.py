@@ -31,10 +31,10 @@ from common.wire.messages import (
     Receipt,
     Rule,
     UpdateManifest,
-    UpdateRule,
 )
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
+from common.wire.update_rule import UpdateRule
 from common.wire.versions import VersionReader, publish_version
 from node_service.agent import Agent, Answered, CheckSamples, Drop, Look, Read, Say, Train
 from node_service.handover import handover

@@ -10,15 +10,8 @@ import pytest
 
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
-from common.wire.messages import (
-    InnerOptimizer,
-    Instruction,
-    InstructionAck,
-    ReturnWhen,
-    Rule,
-    UpdateManifest,
-    UpdateRule,
-)
+from common.wire.messages import Instruction, InstructionAck, Rule, UpdateManifest
+from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
 from node_service.handover.receipt_book import Ledger

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.encoders import get_encoder_type
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ import torch
 import node_service.evaluation.transfer as measured
 from common.encoders import get_encoder_type
 from common.encoders.text_model import WITH_PRIVATE, TextModel
-from common.wire.messages import InnerOptimizer
+from common.wire.update_rule import InnerOptimizer
 from node_service.evaluation.transfer import Advance, Column, Mode, Prepared, TransferBudget
 from node_service.training.trainer import Trainer
 from tests.faults.tiny import ASSETS, TinyEncoderType, samples
