@@ -12,7 +12,7 @@ from common.clock import VirtualClock
 from common.numbers.encodings import encode_vector
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Fetch, Introduce, Join, Notice
+from common.wire.messages import Fetch, InstructionAck, Introduce, Join, Message, Notice, Stop
 from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
 from tests.unit.stepped import DIGEST, LAYOUT, TOPOLOGY, HandMaster, SteppedMaster, SteppedNode, connection
@@ -66,6 +66,29 @@ def test_f1_who_gets_what_has_unreadable_headers_sets_it_aside(server: MemorySer
     node.node.hear(replace(to_node, unreadable="the headers cannot be read: a test"))
     assert letters.read() == [("headers", join), ("headers", introduce)]
     assert "b" not in master.master.state.nodes
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("a.alive", Stop(sender="a", encoder="text-1")),
+        ("a.status", Join(node="a", incarnation="i", types=["text"])),
+        ("a.join", InstructionAck(node="a", incarnation="i", encoder="text-1", accepted=True, samples=1)),
+        ("a.join.stop", Join(node="a", incarnation="i", types=["text"])),
+    ],
+)
+def test_a_message_under_the_key_of_another_kind_is_set_aside(
+    server: MemoryServer, clock: VirtualClock, key: str, message: Message
+) -> None:
+    """The broker's permissions are for keys: who may say that it lives must not end a training with that."""
+    master, letters = SteppedMaster(server, clock).start(), Letters(server)
+    connection(server, "a").declare(TOPOLOGY.node("a", ("text",)))
+    came = delivered(server, TOPOLOGY.master_inbox, Publication(TOPOLOGY.request, "a.join", encode(message)))
+    before = master.journal.log.last_offset
+    master.master.hear(replace(came, routing_key=key, body=encode(message)))
+    master.run(0.5)
+    assert ("sender", encode(message)) in letters.read()
+    assert master.journal.log.last_offset == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
