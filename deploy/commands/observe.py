@@ -87,8 +87,8 @@ class Observer:
             message = self.listen(left)
             if isinstance(message, StatusReport):
                 return read_report(message.report)
-            if isinstance(message, Answer) and not message.accepted:
-                raise UserError(message.detail)
+            if isinstance(message, Answer) and not message.accepted and message.encoder is None:
+                raise UserError(message.detail)  # what was asked before is not for this account to ask
         raise BrokerUnavailable(f"the master did not answer within {timeout:g} s; is it running?")
 
     def close(self) -> None:

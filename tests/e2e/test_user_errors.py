@@ -58,7 +58,7 @@ def test_wrong_environment_and_missing_file(tmp_path: Path) -> None:
 
 def test_a_broker_that_is_not_there(corpus: Path) -> None:
     url = "amqp://guest:secret-word@127.0.0.1:1/"
-    environment = {"SHARED_ENCODER_BROKER__CONNECT_TIMEOUT_SECONDS": "0.5"}
+    environment = {"SHARED_ENCODER_BROKER__CONNECT_TIMEOUT_SECONDS": "0.5", "SHARED_ENCODER_BROKER__WAIT_SECONDS": "1"}
     for command in (["master"], ["node", "n", "--corpus", str(corpus)], ["status"], ["request", "get", "text"]):
         result = shared_encoder(*command, "--broker", url, **environment)
         assert result.returncode == 3, result.stderr

@@ -310,7 +310,8 @@ def test_several_urls_are_tried_in_turn_at_the_start_and_after_each_loss(secured
         eventually(lambda: broker.status().reconnects >= 1 and broker.status().connected, 60.0)
         check(broker)
         assert second.to
-        assert broker.status().problem == "" == broker.status().refused, "one of four URLs is enough"
+        # a loss is shown until the connection after it has held for a moment
+        eventually(lambda: broker.status().problem == "" == broker.status().refused, 30.0, "one of four URLs is enough")
         broker.close()
 
 
