@@ -79,9 +79,9 @@ def over_memory(directory: Path, seed: int, messages: int, seconds: float, *, ac
             grammar.saw(world.passing())
             sent += len(batch)
             if not before and sent >= _WARM:
-                before = resident_bytes()
+                before = resident_bytes() - world.held_bytes
             bar.update(task, description=f"{sent} messages, {world.set_aside.total()} set aside, {world.rows} rows")
-    grown = resident_bytes() - before if before else 0
+    grown = resident_bytes() - world.held_bytes - before if before else 0
     try:
         goes_on = world.goes_on()
     except Exception as error:

@@ -65,8 +65,14 @@ class World:
         )
         payloads = FilePayloads(directory / "payloads", lasting=False)
         self._looker = connection(self.server, "looker")
+        self._letters: deque[Delivery] = deque()
+        self._passing: deque[Delivery] = deque()
+        self._unread: deque[Delivery] = deque()
         for name in (*MEMBERS[1:], HOSTILE, OPERATOR):  # as whoever gives them accounts does
             self._looker.declare(TOPOLOGY.master() + TOPOLOGY.node(name, ("text",)))
+        for name in (HOSTILE, OPERATOR):
+            for queue in (TOPOLOGY.node_inbox(name), TOPOLOGY.pulse_queue(name)):
+                self._looker.consume(queue, self._unread.append, prefetch=1000)
         masters = account(self.server, "master") if accounts else connection(self.server, "master")
         self._strangers = account(self.server, HOSTILE) if accounts else connection(self.server, HOSTILE)
         self._operator = account(self.server, OPERATOR) if accounts else connection(self.server, OPERATOR)
@@ -81,8 +87,6 @@ class World:
             operators=(OPERATOR,),
         ).start()
         self.nodes = [SteppedNode(self.server, self.clock, name, topology=topology).start() for name in MEMBERS[1:]]
-        self._letters: deque[Delivery] = deque()
-        self._passing: deque[Delivery] = deque()
         self._looker.consume(TOPOLOGY.dead_letters, self._letters.append, prefetch=1000)
         self._looker.declare(Declarations(queues=(PASSING,), bindings=tuple(_everything())))
         self._looker.consume(PASSING.name, self._passing.append, prefetch=1000)
@@ -134,8 +138,9 @@ class World:
         while self._looker.deliver():
             pass
         came = list(self._passing)
+        self._looker.ack(*came, *self._unread)
         self._passing.clear()
-        self._looker.ack(*came)
+        self._unread.clear()
         return [delivery for delivery in came if (delivery.user_id or "").rpartition(".")[2] in MEMBERS]
 
     @property
@@ -150,6 +155,13 @@ class World:
     @property
     def rows(self) -> int:
         return self.master.journal.log.last_offset + 1
+
+    @property
+    def held_bytes(self) -> int:
+        """What lies at the broker, which is in this process: streams hold versions up to a bound of their own, and the
+        hostile member's chunks wait for manifests that do not come."""
+        names = [PASSING.name, *TOPOLOGY.queue_names((*MEMBERS[1:], HOSTILE, OPERATOR), self.encoders)]
+        return sum(queue.bytes for name in names if (queue := self.server.find(name)) is not None)
 
     @property
     def ledger_bytes(self) -> int:
