@@ -94,6 +94,16 @@ def test_an_update_of_nothing_chokes_nobody() -> None:
     assert run.update("b") == {"b": 5.0}
 
 
+def test_updates_of_nothing_say_nothing_of_what_is_usual_though_most_send_them() -> None:
+    run = Run("idle", "idler", "idlest", "a", "b")
+    for node in "ab":
+        run.update(node)
+    for _ in range(KEPT):
+        for node in ("idle", "idler", "idlest"):
+            run.update(node, norm=0.0)
+    assert run.update("a") == {"a": 5.0}
+
+
 def test_a_claim_of_many_steps_does_not_hide_a_huge_update() -> None:
     run = Run("noisy", "a", "b", update_rule=UpdateRule(when=ReturnWhen(seconds=10.0)))
     for node in "ab":
@@ -186,6 +196,16 @@ def test_the_training_loss_that_one_claims_does_not_end_a_run(lie: float) -> Non
     for _ in range(25):  # but where there is no gain it ends
         run.update("a", loss=3.0), run.update("liar", loss=lie), run.update("b", loss=3.0)
     assert run.encoder.status == "finished"
+
+
+@pytest.mark.parametrize("lie", [-2e6, 2e6, float("nan")])
+def test_a_training_loss_beyond_all_use_is_none(lie: float) -> None:
+    run = Run("a")
+    run.update("a", loss=lie)
+    assert run.encoder.members["a"].claimed_loss is None
+    run.update("a", loss=3.0)
+    run.update("a", loss=lie)
+    assert run.encoder.members["a"].claimed_loss == 3.0
 
 
 @pytest.mark.parametrize("lie", [-1e308, -1e6, 1e6])

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+import structlog
 
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
+from common.wire.broker import Publication
 from common.wire.messages import Instruction, InstructionAck, Rule, UpdateManifest
 from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from node_service.corpus.corpus import Corpus
@@ -17,7 +20,7 @@ from node_service.handover.local_state import LocalState
 from node_service.handover.receipt_book import Ledger
 from node_service.handover.store import MemoryStore
 from node_service.training.session import Session
-from tests.unit.stepped import CountingTraining, HandMaster, SteppedNode, instruction
+from tests.unit.stepped import TOPOLOGY, CountingTraining, HandMaster, SteppedNode, instruction
 
 GOOD = UpdateRule(when=ReturnWhen(steps=4))
 IMPOSSIBLE = {
@@ -70,6 +73,28 @@ def test_f1_an_instruction_that_cannot_be_built_is_refused_and_the_next_is_taken
     world.master.let_in(encoder="text-1")
     node.run(5.0)
     assert world.master.heard(UpdateManifest)
+
+
+def test_an_instruction_whose_layout_is_not_what_its_digest_says_is_refused() -> None:
+    world = World()
+    node = world.process()
+    world.master.say(instruction("text-0").model_copy(update={"layout_digest": "0" * 64}))
+    node.turn()
+    assert world.refusals() == ["the instruction's layout does not match its digest"] and not node.built
+
+
+def test_what_a_rule_of_a_newer_release_has_beside_what_is_known_is_left_out_and_named() -> None:
+    world = World()
+    node = world.process()
+    rule = Rule(encoder="text-1", node="a", update_rule=UpdateRule(), version=0, published_at=0.0).model_dump()
+    rule["update_rule"] |= {"moon": "full", "inner": {**rule["update_rule"]["inner"], "tide": 3}}
+    world.master.say(instruction("text-1"))
+    world.master.publish(0)
+    world.master.broker.publish(Publication(TOPOLOGY.rule, "a", msgpack.packb(rule)))
+    with structlog.testing.capture_logs() as logs:
+        node.run(2.0)
+    assert [line["fields"] for line in logs if "leaves out" in line["event"]] == ["inner.tide, moon"]
+    assert node.training.steps > 0
 
 
 @pytest.mark.parametrize("architecture", [{}, {"hidden_size": 1 << 40}, {"num_hidden_layers": []}, {"vocab_size": -1}])
