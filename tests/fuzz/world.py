@@ -29,7 +29,7 @@ from tests.unit.stepped import ACCOUNTS, TOPOLOGY, SteppedMaster, SteppedNode, a
 
 #: Time that passes between two batches, seconds, and messages of strangers in one.
 _TURN_SECONDS = 0.5
-_AT_ONCE = 20
+_AT_ONCE = 40
 
 MEMBERS = ("master", "a", "b")
 #: Whose account strangers write with, where they need one; and who asks for encoders.

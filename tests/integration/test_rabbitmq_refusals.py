@@ -289,6 +289,7 @@ def test_f1_a_node_that_may_not_publish_ends_with_the_brokers_words(member: Memb
     assert len(warned) == 1 and "exchange 'refused.request'" in warned[0], "and it is in the log, before the end"
 
 
+@pytest.mark.slow
 def test_f2_master_and_node_say_in_json_lines_that_a_password_is_good_no_more_and_is_again(
     member: Member, tmp_path: Path
 ) -> None:

@@ -251,6 +251,7 @@ def test_what_a_rabbitmq_says_of_certificates_is_one_line_at_once(
         opened(replace(access, **changes))
 
 
+@pytest.mark.slow
 def test_a_certificate_that_expires_while_a_party_runs_is_said_and_is_final_after_a_while(secured: Secured) -> None:
     """By both of its connections, whose driver is another than that of the start."""
     file = secured.pair.certificate_file
