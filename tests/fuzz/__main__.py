@@ -92,11 +92,11 @@ def over_memory(directory: Path, seed: int, messages: int, seconds: float, *, ac
     print(
         f"memory broker, accounts {'required' if accounts else 'open'}: seed={seed} messages={sent} deaths=0 "
         f"set_aside={world.set_aside.total()} ({shown(world.set_aside)}) versions={world.versions - versions} "
-        f"afterwards={goes_on} rows={world.rows} ledger={ledger / max(1, sent):.0f} bytes a message "
+        f"another_after={goes_on} min rows={world.rows} ledger={ledger / max(1, sent):.0f} bytes a message "
         f"memory={grown / 2**20:+.1f} MiB after the first {_WARM}, {time.monotonic() - started:.0f} s",
         flush=True,
     )
-    return goes_on > 0 and grown <= MOST_MEMORY and ledger <= _MOST_LEDGER * max(sent, 1)
+    return goes_on is not None and grown <= MOST_MEMORY and ledger <= _MOST_LEDGER * max(sent, 1)
 
 
 def shown(counted: Counter[str]) -> str:

@@ -25,6 +25,7 @@ from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.log.payloads import FilePayloads
+from node_service.agent import MAX_WAITING
 from tests.unit.stepped import ACCOUNTS, TOPOLOGY, SteppedMaster, SteppedNode, account, connection
 
 #: Time that passes between two batches, seconds, and messages of strangers in one.
@@ -115,14 +116,19 @@ class World:
         key, get = f"{OPERATOR}.get", Get(sender=OPERATOR, encoder_type="text", fresh=True)
         self._operator.publish(Publication(TOPOLOGY.request, key, encode(get), message_id=f"operator {self.rows}"))
 
-    def goes_on(self) -> int:
-        """Versions that are made once strangers leave it alone."""
+    def goes_on(self) -> int | None:
+        """After how many minutes without strangers there is another version; None if there is none.
+
+        Where accounts are open, nodes take anybody's instructions: each that waits has its turn of half a minute.
+        """
         before = self.versions
-        for _ in range(4):
+        for minute in range(1, MAX_WAITING):
             if not self.is_training:
                 self.ask_for_another()
             self.together(60.0)
-        return self.versions - before
+            if self.versions > before:
+                return minute
+        return None
 
     def together(self, seconds: float) -> None:
         until = self.clock.monotonic() + seconds
