@@ -49,7 +49,7 @@ class Proxy:
         except http.client.HTTPException as error:
             connection.close()
             raise OSError(f"it does not answer as a proxy does ({type(error).__name__})") from None
-        except BaseException:
+        except BaseException:  # whatever it was: the socket must not stay open
             connection.close()
             raise
         return connection.sock
