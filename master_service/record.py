@@ -133,8 +133,8 @@ class Recorder:
         for outcome in outcomes:
             self.record(Todo(outcome.body, payload=outcome.payload))
         # before the epoch: a first start that dies in between is a first start again
-        if (state.settings, state.claims, state.kept_failed) != (settings, "checked", KEPT_FAILED):
-            self.record(Todo(Configured(settings=settings, claims="checked", kept_failed=KEPT_FAILED)))
+        if (state.settings, state.claims, state.kept_failed) != (settings, "compared", KEPT_FAILED):
+            self.record(Todo(Configured(settings=settings, claims="compared", kept_failed=KEPT_FAILED)))
         # later than every epoch before, also when rows of the log were lost
         epoch = max(state.epoch + 1, int(self._clock.now()))
         self.record(Todo(Started(epoch=epoch, fingerprint=fold.arithmetic.fingerprint())))

@@ -209,7 +209,7 @@ class Coordinator:
     @property
     def checking(self) -> bool:
         """Whether what members claim is checked."""
-        return self.state.claims == "checked"
+        return self.state.claims != "taken"
 
     def _refusal(
         self, encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
@@ -367,7 +367,7 @@ class Coordinator:
             encoder.agreement = smoothed(encoder.agreement, mean_cosine(body.norm, coefficients, norms))
         settings, every = self.state.settings, self.state.settings.update_rule.evaluate_every
         if self.checking:
-            guarding.observe(encoder, counted)
+            guarding.observe(encoder, counted, self.state.claims)
             observe_losses(encoder, settings.stop)
         else:
             observe_norms(encoder, [weighed.item for weighed in counted])

@@ -3,23 +3,29 @@
 Nobody can prove what a node did. What is known is what the rule asked of it, how many samples it has said it has, how
 long the training runs, and what the other nodes do. So claims are cut to what those allow, and a norm to a multiple of
 the median over nodes: each counts once there, however many updates it sends, and with fewer than half of the nodes
-lying the median lies between honest values. Of two nodes one is half: there a liar can raise the bound from version to
-version, by no more than the honest norm each time that its own median moves up.
+lying the median lies between honest values. Of an even number it is the lower of the two in the middle: of two nodes
+one is half, and there a liar can slow the other down to a multiple of its own norms, but cannot make room for itself.
 
-Norms are for a single step (`weights.step_norm`), and what is kept of them is what was left after the cut, so that huge
-updates do not make room for others. Those of nothing are not kept: they would choke everybody.
+Norms are for a single step (`weights.step_norm`), and are kept as they came: a norm kept after its cut would hold back
+honest nodes that a tiny one was compared with once, by as many versions as it was times smaller. Those of
+nothing are not kept: where most nodes have no samples to learn from they would choke who has.
+
+Masters before kept norms and steps after the cut, took the mean of the two in the middle, and compared the first
+updates with the smallest of them. Their logs say so (`Claims`: checked), and are decided as that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, median_low
 
 from common.wire.messages import UpdateManifest
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.weights import STEPS_BOUND, step_norm
+from master_service.decisions.settings import Claims
 from master_service.decisions.state import Buffered, EncoderState, Member, Weighed
 from master_service.decisions.tally import changing
 
@@ -38,7 +44,7 @@ _UNBOUNDED_STEPS = 25
 @dataclass(frozen=True, slots=True)
 class Believed:
     """What is believed of an update: the steps that it was made of, and the factor that its norm is cut by; `norm` is
-    what is left, for a single step."""
+    for a single step, and what is kept of it."""
 
     made_of: int
     factor: float
@@ -82,31 +88,36 @@ def comparable(encoder: EncoderState) -> bool:
     return known + len({item.node for item in encoder.buffer if not _is_known(encoder, item.node)}) >= _ENOUGH
 
 
-def believed(encoder: EncoderState, items: Sequence[Buffered], multiple: float | None) -> list[Believed]:
+def believed(
+    encoder: EncoderState, items: Sequence[Buffered], multiple: float | None, claims: Claims
+) -> list[Believed]:
     """Of each of the updates that are to become a version, what is believed of it."""
-    tally, new = encoder.tally, {item.node for item in items if not _is_known(encoder, item.node)}
-    steps = _bound(tally.steps, median_low, [item.steps for item in items], STEPS_BOUND, len(new))
+    as_before, tally = claims == "checked", encoder.tally
+    new = {item.node for item in items if not _is_known(encoder, item.node)}
+    bound = partial(_bound_before if as_before else _bound, nodes=[item.node for item in items], new=new)
+    steps = bound(tally.steps, [item.steps for item in items], STEPS_BOUND, middle=median_low)
     made_of = [max(1, item.steps if steps is None else min(item.steps, int(steps))) for item in items]
     norms = [step_norm(item.norm, each) for item, each in zip(items, made_of, strict=True)]
     limit = None
     if multiple is not None and items:
-        limit = _bound(tally.norms, median, norms, multiple, len(new))
+        limit = bound(tally.norms, norms, multiple, middle=median if as_before else median_low)
         alone = encoder.members[items[0].node]
         if limit is None and len(alone.norms) >= _FEW and alone.usual_norm is not None:
             limit = multiple * alone.usual_norm  # there is nobody else: it is compared with itself
     found = []
     for each, norm in zip(made_of, norms, strict=True):
         left = norm if limit is None else min(norm, limit)
-        found.append(Believed(each, left / norm if left < norm else 1.0, left))
+        found.append(Believed(each, left / norm if left < norm else 1.0, left if as_before else norm))
     return found
 
 
-def observe(encoder: EncoderState, counted: Sequence[Weighed]) -> None:
+def observe(encoder: EncoderState, counted: Sequence[Weighed], claims: Claims) -> None:
     """Note what the updates of a version came to, for the next."""
     for weighed in counted:
         member = encoder.members[weighed.item.node]
         with changing(encoder, member):
-            member.made_of = [*member.made_of, weighed.made_of][-KEPT:]
+            made_of = weighed.made_of if claims == "checked" else weighed.item.steps
+            member.made_of = [*member.made_of, made_of][-KEPT:]
             member.usual_steps = median_low(member.made_of)
             if weighed.norm > 0:
                 member.norms = [*member.norms, weighed.norm][-KEPT:]
@@ -127,15 +138,37 @@ def _is_known(encoder: EncoderState, node: str) -> bool:
 
 def _bound(
     usual: Sequence[float],
-    middle: Callable[[Sequence[float]], float],
     at_hand: Sequence[float],
     multiple: float,
-    new: int,
+    *,
+    nodes: Sequence[str],
+    new: Set[str],
+    middle: Callable[[Sequence[float]], float],
 ) -> float | None:
-    """`multiple` × the middle of what is usual for each node, in order. Where that is known of too few, × the smallest
-    of it and of what is at hand and more than nothing, `new` nodes' among it; None if that is of one node alone."""
+    """`multiple` × the middle over nodes: of what is `usual` for those of which that is known, and of what is at hand
+    from the `new` ones, as far as it is more than nothing. None if that is of one node alone. `nodes`: whose each of
+    those at hand is."""
+    fresh: dict[str, list[float]] = {}
+    for node, value in zip(nodes, at_hand, strict=True):
+        if node in new and value > 0:
+            fresh.setdefault(node, []).append(value)
+    each = sorted([*usual, *(middle(sorted(values)) for values in fresh.values())])
+    return multiple * middle(each) if len(each) >= _ENOUGH else None
+
+
+def _bound_before(
+    usual: Sequence[float],
+    at_hand: Sequence[float],
+    multiple: float,
+    *,
+    nodes: Sequence[str],
+    new: Set[str],
+    middle: Callable[[Sequence[float]], float],
+) -> float | None:
+    """As `_bound`; where what is usual is known of too few, the smallest of it and of all at hand takes the place of
+    the middle."""
     if len(usual) >= _ENOUGH:
         return multiple * middle(usual)
-    if len(usual) + new < _ENOUGH:
+    if len(usual) + len(new) < _ENOUGH:
         return None
     return multiple * min((each for each in (*usual, *at_hand) if each > 0), default=math.inf)

@@ -13,9 +13,9 @@ from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule, check_nodes
 
 #: What is made of the numbers that members say of their updates (steps, samples, seconds, losses) and of the norms of
-#: these. checked: see `guarding` and `stopping`. taken: as masters before that decided, which is what their logs say;
-#: a master that goes on with such a log checks from there on.
-Claims = Literal["taken", "checked"]
+#: these. compared: see `guarding` and `stopping`. checked: so too, but for the norms and steps that are kept. taken: as
+#: facts. A log says how the masters decided that wrote it; one that goes on with it compares from there on.
+Claims = Literal["taken", "checked", "compared"]
 
 
 class LossPlateau(BaseModel):
@@ -126,7 +126,7 @@ def carried_over(settings: Settings, claims: Claims) -> Settings:
     """Logged settings as they are meant from here on. Where claims were taken as facts, `guards.norm_clip` was a
     multiple of something else: its default becomes today's, and another number stays."""
     guards = settings.rule.guards
-    if claims == "checked" or guards.norm_clip != _TAKEN_NORM_CLIP:
+    if claims != "taken" or guards.norm_clip != _TAKEN_NORM_CLIP:
         return settings
     guards = guards.model_copy(update={"norm_clip": GuardRule().norm_clip})
     return settings.model_copy(update={"rule": settings.rule.model_copy(update={"guards": guards})})

@@ -72,7 +72,7 @@ class Member(_State):
     that a rule has ever allowed it. `pending`: its updates that wait for a version, or are being made one, by
     `incarnation/sequence`, with their digests; `buffered` is how many of them wait. `held_out`: its newest measurement.
     `named`: its owner agrees that the name is published. `norms` and `made_of` are of its newest counted updates, as
-    `guarding` has them: the norm for a single step, after it was cut, and the steps; `usual_norm` and `usual_steps` are
+    `guarding` has them: the norm for a single step, and the steps; `usual_norm` and `usual_steps` are
     their medians. `claimed_loss`: the newest training loss that is one.
     """
 
@@ -131,7 +131,7 @@ class Buffered(_State):
 
 class Weighed(_State):
     """An update of the version that is being computed. `coefficient` is its share of the step, `weight` is for people:
-    the coefficient times the number of updates. `norm`: for a single step, after it was cut; `made_of`: the steps that
+    the coefficient times the number of updates. `norm`: for a single step; `made_of`: the steps that
     are believed of it; both 0 where claims are taken as facts."""
 
     item: Buffered

@@ -92,7 +92,7 @@ def observe_held_out(encoder: EncoderState, update: UpdateManifest, every: int, 
     loss, version = update.held_out, update.held_out_version
     if loss is None or version is None or not encoder.run_first_version <= version <= encoder.version:
         return
-    if claims == "checked" and not abs(loss) <= MAX_LOSS:
+    if claims != "taken" and not abs(loss) <= MAX_LOSS:
         return
     member = encoder.members[update.node]
     if member.held_out is None or version >= member.held_out.version:
@@ -110,7 +110,7 @@ def close_windows(encoder: EncoderState, rule: StopRule, every: int, claims: Cla
     margin = rule.plateau.min_change if rule.plateau else 0.0
     for window in sorted(encoder.measured):
         if ending or encoder.version >= window + 2 * every:
-            close = _close if claims == "checked" else _close_taken
+            close = _close if claims != "taken" else _close_taken
             close(encoder, encoder.measured.pop(window), margin)
 
 

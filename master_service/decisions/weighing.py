@@ -27,9 +27,9 @@ KEPT_NORMS = 64
 def weigh(encoder: EncoderState, items: list[Buffered], rule: AggregationRule, claims: Claims) -> list[Weighed]:
     """Each of the updates with its weight: samples × staleness × return count × norm cut."""
     compared = totals(encoder, items)
-    checked = claims == "checked"
+    checked = claims != "taken"
     if checked:
-        found = guarding.believed(encoder, items, rule.guards.norm_clip)
+        found = guarding.believed(encoder, items, rule.guards.norm_clip, claims)
     else:
         found = [_taken(encoder, item, rule) for item in items]
     samples = [guarding.own_samples(item, encoder.members[item.node]) if checked else item.samples for item in items]

@@ -26,7 +26,7 @@ DIGEST = hashlib.sha256(b"version").hexdigest()
 class Scenario:
     """A coordinator with a hand-written log. Steps are answered at once by a Versioned entry, as the shell does."""
 
-    def __init__(self, claims: Claims = "checked", **settings: Any) -> None:
+    def __init__(self, claims: Claims = "compared", **settings: Any) -> None:
         self.coordinator = Coordinator()
         self.log: list[Entry] = []
         self.effects: list[Effect] = []

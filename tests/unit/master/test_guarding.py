@@ -27,7 +27,7 @@ STEPS = 25
 class Run:
     """Members that have acked; every update is a version of its own once a second node is known."""
 
-    def __init__(self, *nodes: str, claims: Claims = "checked", **changes: object) -> None:
+    def __init__(self, *nodes: str, claims: Claims = "compared", **changes: object) -> None:
         self.scenario = Scenario(claims=claims, **{"rule": ARRIVAL, "stop": StopRule(versions=10**6), **changes})
         self.name = self.scenario.generate()
         for node in nodes:
@@ -133,6 +133,45 @@ def test_while_most_are_honest_nobody_moves_more_than_twice_an_honest_one_and_no
         statistics.median(member.norms) for member in run.encoder.members.values() if member.norms
     )
     assert all(len(member.norms) <= KEPT for member in run.encoder.members.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(3, 6), LIES, st.lists(NORMS, min_size=5, max_size=5), st.integers(1, MAX_COUNT))
+def test_a_liar_in_the_first_version_chokes_nobody_and_makes_no_room_for_itself(
+    nodes: int, lie: float, honest: list[float], steps: int
+) -> None:
+    """A robust rule waits for every node, so a liar of them is there by necessity."""
+    names = ["liar", *"abcde"[: nodes - 1]]
+    run = Run(*names, rule=aggregation_rule("fedavg"), update_rule=UpdateRule(when=ReturnWhen(seconds=10.0)))
+    for _ in range(3):
+        said = {name: honest[number] for number, name in enumerate(names[1:])}
+        for name, norm in said.items():
+            assert not run.update(name, norm=norm)
+        moved = run.update("liar", norm=lie, steps=steps)
+        for name, norm in said.items():
+            # four times: the honest ones differ by that, and the lower of two in the middle may be the least of them
+            assert moved[name] >= min(norm, 2 * min(said.values())) * (1 - 1e-9)
+        assert moved["liar"] <= 2 * max(said.values()) * STEPS_BOUND**0.5 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("claims", ["checked", "compared"])
+def test_after_a_tiny_one_in_the_first_version_the_others_move_as_far_as_they_trained(claims: Claims) -> None:
+    run = Run("rider", "a", "b", claims=claims, rule=aggregation_rule("fedavg"))
+    for version in range(3):
+        run.update("rider", norm=0.005), run.update("a")
+        moved = run.update("b")
+        held_back = {"a": 0.01 * (1 + version), "b": 0.01 * (1 + version)}  # as logs have it that masters before wrote
+        assert {**moved, "rider": 0} == pytest.approx(
+            {"rider": 0, **(held_back if claims == "checked" else {"a": 5.0, "b": 5.0})}
+        )
+
+
+def test_of_two_nodes_a_liar_never_makes_room_for_itself() -> None:
+    run = Run("liar", "a")
+    for _ in range(50):
+        run.update("liar", norm=1e6)
+        run.update("a")
+    assert run.update("liar", norm=1e6)["liar"] == pytest.approx(10.0)
 
 
 # --- steps, samples, seconds ------------------------------------------------------------------------------------------
@@ -257,7 +296,7 @@ def test_a_master_that_goes_on_with_it_checks_from_there_on_by_todays_multiple()
     assert carried_over(own, "taken") == own
     run = Run("noisy", "a", "b", claims="taken", rule=old.rule)
     run.update("a")
-    run.scenario.apply(Configured(settings=carried_over(old, "taken"), claims="checked"))
+    run.scenario.apply(Configured(settings=carried_over(old, "taken"), claims="compared"))
     run.update("noisy", norm=5000.0)
     assert run.update("b")["noisy"] == pytest.approx(10.0)
 
@@ -268,5 +307,5 @@ def test_of_an_update_alone_nothing_is_believed_beyond_its_claim() -> None:
         node="a", incarnation="first", sequence=0, digest="", payload="", encoding="int8", base_version=0, attempt=0,
         steps=100, samples=1, seconds=0.0, size=0, norm=30.0, loss=1.0,
     )  # fmt: skip
-    [found] = believed(run.encoder, [item], 2.0)
+    [found] = believed(run.encoder, [item], 2.0, "compared")
     assert (found.made_of, found.factor, found.norm) == (100, 1.0, 3.0)

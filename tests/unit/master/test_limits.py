@@ -133,7 +133,7 @@ def test_no_more_encoders_than_allowed_are_made_at_a_time() -> None:
 @pytest.mark.parametrize("kept", [None, KEPT_FAILED])
 def test_of_failed_encoders_the_newest_are_remembered_unless_the_log_is_of_before(kept: int | None) -> None:
     run = Scenario()
-    run.apply(Configured(settings=run.coordinator.state.settings, claims="checked", kept_failed=kept))
+    run.apply(Configured(settings=run.coordinator.state.settings, claims="compared", kept_failed=kept))
     for number in range(KEPT_FAILED + 5):
         run.apply(Get(sender="operator", encoder_type="text", architecture={"number": number}))
         name = next(reversed(run.coordinator.state.encoders))

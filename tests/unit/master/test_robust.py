@@ -248,7 +248,7 @@ class RobustFederation(Federation):
 
     def __init__(self, directory: Path, decided: AggregationRule) -> None:
         super().__init__(directory, "diloco")
-        self.record(Configured(settings=Settings(rule=decided), claims="checked"))
+        self.record(Configured(settings=Settings(rule=decided), claims="compared"))
         for node in "de":
             self.join(node)
 
