@@ -161,6 +161,7 @@ class Master:
         for node, present in self.live.transitions(now, self.config.presence_timeout_seconds):
             self.recorder.record(Todo(Presence(node=node, present=present)))
         self._end_in_vain()
+        self.recorder.record_made()
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)

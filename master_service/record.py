@@ -48,6 +48,7 @@ from master_service.decisions.records import (
 from master_service.decisions.settings import Settings, carried_over
 from master_service.decisions.state import State
 from master_service.history.state_directory import Journal
+from master_service.making import Making
 from master_service.narration import events
 from master_service.status import Live
 from master_service.wire.publisher import Publisher
@@ -91,6 +92,7 @@ class Recorder:
         self._publisher = publisher
         self._broker = broker
         self._clock = clock
+        self._making = Making(self._fold.arithmetic.generated, journal.making, journal.background)
         self._todo: deque[Todo] = deque()
         self._try_again_at = 0.0
 
@@ -128,10 +130,11 @@ class Recorder:
         journal.carried_out = fold.offset
         with journal.attempts.at(_row(fold.offset)):
             outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
-            for effect in self._coordinator.unmade():
-                outcomes += fold.arithmetic.generated(effect)
+        for effect in self._coordinator.unmade():
+            self._making.begin(effect)
         for outcome in outcomes:
             self.record(Todo(outcome.body, payload=outcome.payload))
+        self.record_made()
         # before the epoch: a first start that dies in between is a first start again
         if (state.settings, state.claims, state.kept_failed) != (settings, "compared", KEPT_FAILED):
             self.record(Todo(Configured(settings=settings, claims="compared", kept_failed=KEPT_FAILED)))
@@ -166,6 +169,11 @@ class Recorder:
         self._todo.append(todo)
         if not self.blocked:
             self._drain()
+
+    def record_made(self) -> None:
+        """Log what has come of encoders that were made beside this thread."""
+        for outcome in self._making.made():
+            self.record(Todo(outcome.body, payload=outcome.payload))
 
     def _drain(self) -> None:
         """Append, mark, fold, compute, send, carried out, ack: one entry after the other, each with what it leads to.
@@ -211,7 +219,8 @@ class Recorder:
                 if isinstance(effect, Step):
                     outcomes.append(Outcome(fold.compute(effect.encoder)))
                 elif isinstance(effect, Generate):
-                    outcomes += fold.arithmetic.generated(effect)
+                    self._making.begin(effect)
+            outcomes += self._making.made()
         self._send_out(effects)
         journal.carried_out = entry.offset
         for what, facts in events(entry, effects):

@@ -18,7 +18,7 @@ from master_service.config import MasterConfig
 from master_service.decisions.records import Entry, Loggable, UpdateFacts
 from master_service.history.retention import prune
 from master_service.history.snapshot import SnapshotDirectory, Snapshots
-from master_service.log.deadly import Attempts, FileMark, Mark
+from master_service.log.deadly import Attempts, FileMark, Mark, MemoryMark
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.room import Room, free_bytes, is_full
 from master_service.status import DiskReport, LogReport, SnapshotReport
@@ -57,19 +57,22 @@ class Journal:
         *,
         clock: Clock,
         new_id: Callable[[], str] = random_id,
+        making: Mark | None = None,
         background: Background = inline,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises Damaged if the log does not hold what the newest whole snapshot was made of."""
+        """`making`: for the encoder that is being made, which may be beside what `mark` is for; None where that is
+        inline. Raises Damaged if the log does not hold what the newest whole snapshot was made of."""
         self.log = log
         self.fold = snapshots.read()
         self.attempts = Attempts(mark, log)
+        self.making = Attempts(making or MemoryMark(), log)
         self._snapshots = snapshots
         self._room = room
         self._config = config
         self._clock = clock
         self._new_id = new_id
-        self._background = background
+        self.background = background
         self._on_close = on_close
         self._refused: list[str] = []
         self._pruned = threading.Event()
@@ -135,7 +138,7 @@ class Journal:
         happened("snapshot", offset=self._snapshot_offset)
         if self._config.retention != "all" and self._pruned.is_set():
             self._pruned.clear()
-            self._background("retention", self._prune)
+            self.background("retention", self._prune)
 
     def report(self, blocked: str) -> tuple[DiskReport, LogReport, SnapshotReport]:
         """What `status` shows; `blocked` is why nothing can be written, if so."""
@@ -148,6 +151,7 @@ class Journal:
         """Close it, so that another master can open it."""
         self._pruned.wait(_PRUNE_SECONDS)
         self.attempts.close()
+        self.making.close()
         self.log.close()
         self._on_close()
 
@@ -179,6 +183,7 @@ def open_journal(config: MasterConfig, *, clock: Clock, background: Background =
             Room(config.state_dir, free_bytes(config.state_dir), config.min_free),
             config,
             clock=clock,
+            making=FileMark(config.state_dir / "making"),
             background=background,
             on_close=lock.close,
         )

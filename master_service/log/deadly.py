@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,19 +30,26 @@ class Mark(Protocol):
 
 
 class FileMark:
-    """In a file, without a sync: it survives the death of the process, and a power cut is no message's fault."""
+    """In a file, without a sync: it survives the death of the process, and a power cut is no message's fault. It may be
+    closed while another thread still works."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = threading.Lock()
+        self._closed = False
 
     def read(self) -> str:
         return os.pread(self._handle, _SIZE, 0).decode(errors="replace").strip()
 
     def write(self, words: str) -> None:
-        os.pwrite(self._handle, words.encode()[:_SIZE].ljust(_SIZE), 0)
+        with self._lock:
+            if not self._closed:  # the number may be another file's by now
+                os.pwrite(self._handle, words.encode()[:_SIZE].ljust(_SIZE), 0)
 
     def close(self) -> None:
-        os.close(self._handle)
+        with self._lock:
+            self._closed = True
+            os.close(self._handle)
 
 
 class MemoryMark:
@@ -66,6 +74,7 @@ class Attempts:
     def __init__(self, mark: Mark, log: MessageLog) -> None:
         self._log = log
         self._mark = mark
+        self._working = False
         for what in mark.read().splitlines():
             log.count_death(what)
         mark.write("")
@@ -78,11 +87,14 @@ class Attempts:
         Do not wait inside: a process that is killed while it waits was not killed by a message.
         """
         self._mark.write("\n".join(what))
+        self._working = True
         try:
             yield
         except SharedEncoderError:
             self._mark.write("")  # raised on purpose
             raise
+        finally:
+            self._working = False
         self._mark.write("")
 
     def fatal(self, what: str) -> bool:
@@ -90,4 +102,7 @@ class Attempts:
         return self._log.deaths(what) >= _FATAL_DEATHS
 
     def close(self) -> None:
+        """What another thread still works on is left, and nobody's death."""
+        if self._working:
+            self._mark.write("")
         self._mark.close()
