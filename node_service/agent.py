@@ -24,6 +24,7 @@ from common.wire.messages import (
     Receipt,
     Resend,
     Rule,
+    Withdrawn,
     WordsWanted,
     verdict,
 )
@@ -186,6 +187,8 @@ class Agent:
             case Introduce():
                 self.unknown = True
                 return self.join()
+            case Withdrawn():
+                return self._withdrawn(message.encoder)
             case Receipt() if message.incarnation == self.incarnation:
                 return self._receipted(message)
             case Resend() if message.incarnation == self.incarnation:
@@ -388,6 +391,13 @@ class Agent:
             case "accepted" | "stale" | "early" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
                 return answered  # of this update alone
         assert_never(said)
+
+    def _withdrawn(self, encoder: str) -> list[Action]:
+        """Nothing comes of an instruction, and of what was trained by it."""
+        self.waiting.pop(encoder, None)
+        if not self._is_current(encoder):
+            return []
+        return [*([] if self.rule is None else [Drop(encoder)]), *self._turn()]
 
     def _finish(self, finish: Finish) -> list[Action]:
         self.waiting.pop(finish.encoder, None)

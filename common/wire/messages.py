@@ -435,6 +435,14 @@ class Introduce(Message):
     node: Id
 
 
+class Withdrawn(Message):
+    """The answer to a node that has accepted an instruction, or wants a version, of an encoder that the master does not
+    know or could not make: there is nothing to wait for."""
+
+    kind: Literal["withdrawn"] = "withdrawn"
+    encoder: Id
+
+
 class Answer(Message):
     """The answer to a request: the encoder it led to."""
 
@@ -538,6 +546,7 @@ ToNode = (
     | Notice
     | Finish
     | Introduce
+    | Withdrawn
     | Answer
     | Pulse
     | StatusReport

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.wire.messages import Fetch, FetchAssets, InstructionAck, Introduce, Join, Leave, Rule
+from common.wire.messages import Fetch, FetchAssets, InstructionAck, Introduce, Join, Leave, Rule, Withdrawn
 from master_service.decisions import gathering, streams
 from master_service.decisions.effects import Effect, Send
-from master_service.decisions.messages_out import instruction, notify, provide_again, publish, publish_again
+from master_service.decisions.messages_out import finish, instruction, notify, provide_again, publish, publish_again
 from master_service.decisions.records import Presence
 from master_service.decisions.settled import remember
 from master_service.decisions.state import EncoderState, Member, NodeState, State
@@ -33,7 +33,11 @@ def join(state: State, body: Join) -> list[Effect]:
 def ack(state: State, body: InstructionAck, at: float, advance: Advance) -> list[Effect]:
     """A node is in, or refuses. Its returns are kept when it comes back under a new incarnation."""
     encoder = state.encoders.get(body.encoder)
-    if encoder is None or encoder.status != "running":
+    if encoder is None or encoder.status == "failed":
+        return [Send(body.node, Withdrawn(encoder=body.encoder))] if body.accepted else []
+    if encoder.status == "finished":
+        return [Send(body.node, finish(encoder))] if body.accepted else []
+    if encoder.status != "running":
         return []
     known = state.nodes.get(body.node)
     if known is None or known.incarnation != body.incarnation:
@@ -94,7 +98,9 @@ def presence(state: State, body: Presence, at: float, advance: Advance) -> list[
 def fetch(state: State, body: Fetch, at: float) -> list[Effect]:
     """A node wants a newer version than it has: it is told of the newest, or as soon as there is one; or of the end."""
     encoder = state.encoders.get(body.encoder)
-    if encoder is None or not encoder.layout:
+    if encoder is None or encoder.status == "failed":
+        return [Send(body.node, Withdrawn(encoder=body.encoder))]
+    if not encoder.layout:
         return []
     if encoder.status == "finished":
         return streams.last_version(state.settings, encoder, body.node, at, body.sought)

@@ -25,12 +25,13 @@ from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.log.payloads import FilePayloads
-from node_service.agent import MAX_WAITING
 from tests.unit.stepped import ACCOUNTS, TOPOLOGY, SteppedMaster, SteppedNode, account, connection
 
 #: Time that passes between two batches, seconds, and messages of strangers in one.
 _TURN_SECONDS = 0.5
 _AT_ONCE = 40
+#: In which a federation has to be itself again.
+_MINUTES = 10
 
 MEMBERS = ("master", "a", "b")
 #: Whose account strangers write with, where they need one; and who asks for encoders.
@@ -117,12 +118,13 @@ class World:
         self._operator.publish(Publication(TOPOLOGY.request, key, encode(get), message_id=f"operator {self.rows}"))
 
     def goes_on(self) -> int | None:
-        """After how many minutes without strangers there is another version; None if there is none.
+        """After how many minutes without strangers there is another version; None if there is none in the first few.
 
-        Where accounts are open, nodes take anybody's instructions: each that waits has its turn of half a minute.
+        Where accounts are open, nodes take anybody's instructions, and the master anybody's requests: nodes may have to
+        put off an encoder or two, half a minute each, until they meet at one.
         """
         before = self.versions
-        for minute in range(1, MAX_WAITING):
+        for minute in range(1, _MINUTES + 1):
             if not self.is_training:
                 self.ask_for_another()
             self.together(60.0)

@@ -17,6 +17,7 @@ from common.wire.messages import (
     Finish,
     Get,
     Instruction,
+    InstructionAck,
     Introduce,
     Join,
     Leave,
@@ -25,6 +26,7 @@ from common.wire.messages import (
     Resend,
     Rule,
     Stop,
+    Withdrawn,
     receipt_hash,
 )
 from master_service.decisions.coordinator import Coordinator
@@ -466,14 +468,25 @@ def test_joining_never_needs_an_order() -> None:
         Presence(node="nobody", present=True),
         Fetch(node="x", incarnation="i", encoder=name, have_version=0),
         Fetch(node="x", incarnation="i", encoder="none", have_version=0),
+        InstructionAck(node="y", incarnation="i", encoder="none", accepted=True, samples=5),
+        InstructionAck(node="z", incarnation="i", encoder="none", accepted=False, reason="no samples"),
         Continue(sender="x", encoder="none"),
     ]
     random.Random(0).shuffle(messages)
     for message in messages:
         run.apply(message)
     assert sent(run.effects, Introduce, "x")
+    assert sent(run.effects, Withdrawn) == [Withdrawn(encoder="none")] * 2 and not sent(run.effects, Withdrawn, "z")
     assert not sent(run.effects, Answer, "x")[0].accepted
     assert LAYOUT.size == run.coordinator.state.encoders[name].size
+
+
+def test_who_accepts_the_instruction_of_an_encoder_that_has_ended_is_told_of_the_end_at_once() -> None:
+    run = Scenario()
+    name = run.generate()
+    run.apply(Stop(sender="operator", encoder=name))
+    run.apply(InstructionAck(node="late", incarnation="i", encoder=name, accepted=True, samples=5))
+    assert [each.encoder for each in sent(run.effects, Finish, "late")] == [name]
 
 
 def test_receipts_are_a_chain_per_encoder_in_the_order_in_which_they_were_issued() -> None:

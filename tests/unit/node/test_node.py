@@ -25,9 +25,10 @@ from common.wire.messages import (
     Receipt,
     Resend,
     Rule,
+    Withdrawn,
 )
 from common.wire.update_rule import ReturnWhen, UpdateRule
-from node_service.agent import Agent, Answered, CheckSamples, Read, Reincarnate, Republish, Say, Train
+from node_service.agent import Agent, Answered, CheckSamples, Drop, Read, Reincarnate, Republish, Say, Train
 from node_service.handover.local_state import open_local_state
 from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
@@ -170,6 +171,21 @@ def test_the_agent_follows_the_protocol() -> None:
     # F8: the master hears that the last version is here, so that it can let go of the stream
     had = Finished(node="n", incarnation="i", encoder="text-1", version=5)
     assert agent.version_read("text-1", 5) == [Say(had), CheckSamples(instruction("text-2"))]
+
+
+def test_an_instruction_that_is_nobodys_is_let_go_at_once_whether_it_waits_is_acked_or_is_trained() -> None:
+    agent = Agent("n", "i", ("text",))
+    for encoder in ("phantom", "another", "waits", "text-1"):
+        agent.receive(instruction(encoder))
+    assert agent.receive(Withdrawn(encoder="waits")) == [] and list(agent.waiting) == ["another", "text-1"]
+    agent.samples_checked(instruction("phantom"), 50)
+    assert agent.receive(Withdrawn(encoder="nobody")) == []
+    assert agent.receive(Withdrawn(encoder="phantom")) == [CheckSamples(instruction("another"))]
+    agent.samples_checked(instruction("another"), 50)
+    agent.receive(rule("another"))  # whoever makes up an instruction makes up a rule too
+    assert agent.receive(Withdrawn(encoder="another")) == [Drop("another"), CheckSamples(instruction())]
+    agent.samples_checked(instruction(), 50)
+    assert agent.receive(rule()) == [Train(instruction(), rule()), Read("text-1", 0, 9.0)]
 
 
 def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> None:
