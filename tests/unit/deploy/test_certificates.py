@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from pydantic import ValidationError
 from typer.testing import CliRunner
@@ -142,7 +143,9 @@ def test_the_command_makes_what_openssl_finds_good_and_keeps_the_keys_to_itself(
 
 def test_what_was_signed_signs_nothing_and_no_ca_signs_another(tmp_path: Path) -> None:
     """Else a party's certificate would make it the broker."""
-    Authority(tmp_path, days=9).client("a")
+    signed = Authority(tmp_path, days=9).client("a").certificate
+    # said twice, here and in the usage of its key: not everything that speaks TLS looks at both
+    assert not signed.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     extensions = "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign"
     given = [word for each in extensions for word in ("-addext", each)]
     below = ["req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=below", *given, "-CA", "ca.pem"]
