@@ -36,7 +36,7 @@ def http_proxy(password: str = "", *, answer: bytes = b"200 Connection establish
             request += client.recv(1)
         method, to, _ = request.split(b" ", 2)
         assert method == b"CONNECT"
-        allowed = not password or f"Basic {password}".encode() in request
+        allowed = not password or f"\r\nProxy-Authorization: Basic {password}\r\n".encode() in request
         said = answer if allowed else b"407 Proxy Authentication Required"
         client.sendall(b"HTTP/1.1 " + said + b"\r\n")
         client.sendall(b"Via: a test\r\n\r\n")  # apart: what follows the first line must not be taken for the broker's

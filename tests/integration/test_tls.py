@@ -444,7 +444,7 @@ def test_all_urls_that_are_refused_are_named_and_nothing_is_waited_for(secured: 
 def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
     secured: Secured, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here nobody knows `broker.example`, whom the certificate is for."""
+    """Here nobody knows `broker.example`, whom the certificate is for. It is not for `localhost`, the proxy."""
     greet = http_proxy("dTpwQHNz") if scheme == "http" else socks_proxy("u:p@ss")
 
     def looked_up(client: socket.socket) -> tuple[str, int] | None:
@@ -454,7 +454,7 @@ def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
 
     with between(looked_up) as proxy:
         access = secured.at(
-            f"amqps://broker.example:{secured.server.tls_port}/", proxy=f"{scheme}://u:p%40ss@127.0.0.1:{proxy.port}"
+            f"amqps://broker.example:{secured.server.tls_port}/", proxy=f"{scheme}://u:p%40ss@localhost:{proxy.port}"
         )
         broker = opened(access)
         check(broker)
