@@ -167,6 +167,8 @@ def _read(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate, ec.
         raise UserError(f"{certificate_file} and {key_file} are no CA of this command's") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise UserError(f"{key_file} is no key of this command's")
+    if key.public_key() != certificate.public_key():  # nobody would trust what it signs
+        raise UserError(f"{key_file} is not the key of {certificate_file}")
     return certificate, key
 
 

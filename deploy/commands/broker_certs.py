@@ -23,6 +23,7 @@ def broker_certs(
 ) -> None:
     """Make a CA, the broker's certificate and clients' certificates, for trials; print the settings that use them."""
     from common.errors import UserError
+    from common.wire.accounts import MASTER
     from common.wire.topology import Topology
     from deploy.broker.certificates import Authority, client_settings, server_settings
     from deploy.commands.run import check_node_id
@@ -31,7 +32,8 @@ def broker_certs(
     if not host and not client:
         raise UserError("nothing to make: give --host NAME for the broker, --client NAME for who logs in there")
     for name in client or ():
-        check_node_id(name)
+        if name != MASTER:
+            check_node_id(name)
     authority = Authority(directory, days=days)
     if host:
         server = authority.server(host)

@@ -36,7 +36,7 @@ def http_proxy(password: str = "", *, answer: bytes = b"200 Connection establish
             request += client.recv(1)
         method, to, _ = request.split(b" ", 2)
         assert method == b"CONNECT"
-        allowed = not password or f"Basic {password}".encode() in request
+        allowed = not password or f"\r\nProxy-Authorization: Basic {password}\r\n".encode() in request
         said = answer if allowed else b"407 Proxy Authentication Required"
         client.sendall(b"HTTP/1.1 " + said + b"\r\n")
         client.sendall(b"Via: a test\r\n\r\n")  # apart: what follows the first line must not be taken for the broker's
@@ -46,17 +46,34 @@ def http_proxy(password: str = "", *, answer: bytes = b"200 Connection establish
     return greet
 
 
-def socks_proxy(client: socket.socket) -> tuple[str, int] | None:
-    """SOCKS5 without a password, RFC 1928; names are looked up here."""
-    version, methods = client.recv(2)
-    client.recv(methods)
-    client.sendall(bytes((version, 0)))
-    _, command, _, kind = client.recv(4)
-    assert (version, command) == (5, 1)
-    host = client.recv(client.recv(1)[0]).decode() if kind == 3 else socket.inet_ntoa(client.recv(4))
-    port = int.from_bytes(client.recv(2), "big")
-    client.sendall(b"\x05\x00\x00\x01" + bytes(6))
-    return host, port
+def socks_proxy(password: str = "", *, answer: int = 0) -> Greet:
+    """SOCKS5, RFC 1928 and 1929; names are looked up here. `password`: `user:password`. `answer`: 0 is success."""
+
+    def greet(client: socket.socket) -> tuple[str, int] | None:
+        version, methods = client.recv(2)
+        method = 2 if password else 0
+        offered = client.recv(methods)
+        client.sendall(bytes((version, method if method in offered else 0xFF)))
+        if password:
+            _, length = client.recv(2)
+            user = client.recv(length).decode()
+            allowed = f"{user}:{client.recv(client.recv(1)[0]).decode()}" == password
+            client.sendall(bytes((1, not allowed)))
+            if not allowed:
+                return None
+        _, command, _, kind = client.recv(4)
+        assert (version, command) == (5, 1)
+        host = client.recv(client.recv(1)[0]).decode() if kind == 3 else socket.inet_ntoa(client.recv(4))
+        port = int.from_bytes(client.recv(2), "big")
+        client.sendall(bytes((5, answer, 0, 1)) + bytes(6))
+        return (host, port) if not answer else None
+
+    return greet
+
+
+def says_nothing(client: socket.socket) -> None:
+    while client.recv(100):
+        pass
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import datetime
 import queue
+import re
 import socket
 import ssl
+import subprocess
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 import structlog
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.broker_url import Access
 from common.brokers import open_broker
@@ -25,7 +29,7 @@ from common.wire.topology import Binding, Declarations, Exchange, Queue
 from deploy.broker.certificates import Authority, Pair, server_settings
 from deploy.local_rabbitmq import LocalRabbitMQ
 from tests.integration.harness import eventually
-from tests.integration.peers import between, http_proxy, socks_proxy, straight_to
+from tests.integration.peers import Greet, between, http_proxy, says_nothing, socks_proxy, straight_to
 from tests.integration.test_strangers import listening
 
 DECLARED = Declarations((Exchange("x"),), (Queue("q"),), (Binding("x", "q", "#"),))
@@ -97,6 +101,55 @@ def no_server(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict
     return trial.authority.client("somebody"), {}
 
 
+def not_signed_but_trusted_here(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    other = Authority(trial.directory / "other", days=9)
+    monkeypatch.setenv("SSL_CERT_FILE", str(other.certificate_file))
+    return trial.server(authority=other), {}
+
+
+def other_host_trusted_here(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    monkeypatch.setenv("SSL_CERT_FILE", str(trial.authority.certificate_file))
+    return trial.server("broker.example"), {"ca_file": None}
+
+
+def signed_by_itself(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    return made_otherwise(trial, "-addext subjectAltName=IP:127.0.0.1"), {}
+
+
+def signed_by_a_party(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    """Who has a client's certificate is not the broker."""
+    party = trial.authority.client("party")
+    extensions = "-addext basicConstraints=CA:FALSE -addext subjectAltName=IP:127.0.0.1"
+    pair = made_otherwise(trial, extensions, "-CA", party.certificate_file, "-CAkey", party.key_file)
+    with pair.certificate_file.open("ab") as chain:
+        chain.write(party.certificate_file.read_bytes())
+    return pair, {}
+
+
+def common_name_alone(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    ca = "-CA", trial.authority.certificate_file, "-CAkey", trial.directory / "ca" / "ca-key.pem"
+    return made_otherwise(trial, "-addext basicConstraints=CA:FALSE", *ca), {}
+
+
+def made_otherwise(trial: Trial, extensions: str, *signed_by: str | Path) -> Pair:
+    """A pair that no command of ours makes, for 127.0.0.1 by its common name."""
+    files = trial.directory / "otherwise.pem", trial.directory / "otherwise-key.pem"
+    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=127.0.0.1 {extensions}"
+    named = "-out", files[0], "-keyout", files[1]
+    subprocess.run([*command.split(), *signed_by, *named], check=True, capture_output=True)
+    key = serialization.load_pem_private_key(files[1].read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return Pair(x509.load_pem_x509_certificate(files[0].read_bytes()), key, *files)
+
+
+def old_ca(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> tuple[Pair, dict[str, Any]]:
+    """It is one of two in the file, the other of which is good: that is how a CA is replaced."""
+    old = Authority(trial.directory / "old", days=-3)
+    both = trial.directory / "both.pem"
+    both.write_bytes(old.certificate_file.read_bytes() + trial.authority.certificate_file.read_bytes())
+    return Authority(trial.directory / "old", days=9).server(["127.0.0.1"]), {"ca_file": both}
+
+
 def validity(pair: Pair) -> dict[str, str]:
     """The two days of its certificate, as the file says them: a test that runs at midnight has no day of its own."""
     certificate = x509.load_pem_x509_certificate(pair.certificate_file.read_bytes())
@@ -113,6 +166,15 @@ def validity(pair: Pair) -> dict[str, str]:
         (not_yet, "the certificate of the broker at {where} is not valid before {begin} UTC"),
         (other_host, "the certificate of the broker at {where} is for host broker.example, not 127.0.0.1"),
         (no_server, "the certificate of the broker at {where} is not one for a server"),
+        (not_signed_but_trusted_here, "the certificate of the broker at {where} is not signed by the CA in {ca}"),
+        (other_host_trusted_here, "the certificate of the broker at {where} is for host broker.example, not 127.0.0.1"),
+        (signed_by_itself, "the certificate of the broker at {where} is not signed by the CA in {ca}"),
+        (signed_by_a_party, "the certificate of the broker at {where} is not signed by the CA in {ca}"),
+        (
+            common_name_alone,
+            "the certificate of the broker at {where} is for host 127.0.0.1 (as its common name alone), not 127.0.0.1",
+        ),
+        (old_ca, "the certificate of the broker at {where} is one of a chain of which another has expired"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
@@ -141,9 +203,9 @@ def serving(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=lambda each: each.name)
-@pytest.mark.parametrize("given", [False, True], ids=["none", "of another CA"])
+@pytest.mark.parametrize("given", ["none", "of another CA", "a server's"])
 def test_a_broker_that_asks_for_another_certificate_of_ours_is_understood(
-    trial: Trial, version: ssl.TLSVersion, given: bool
+    trial: Trial, version: ssl.TLSVersion, given: str
 ) -> None:
     """In 1.3 it says so only after the handshake, when the driver has begun to speak and no longer listens."""
     pair, stranger = trial.server(), Authority(trial.directory / "other", days=9).client("somebody")
@@ -152,12 +214,43 @@ def test_a_broker_that_asks_for_another_certificate_of_ours_is_understood(
     context.verify_mode, context.minimum_version, context.maximum_version = ssl.CERT_REQUIRED, version, version
     with listening(serving(context)) as port:
         access = Access((f"amqps://127.0.0.1:{port}/",), ca_file=trial.authority.certificate_file)
-        if given:
+        words = "asks for a client certificate"
+        if given == "of another CA":
             access = replace(access, cert_file=stranger.certificate_file, key_file=stranger.key_file)
-        words = "does not know the CA that signed the cert.* somebody.pem" if given else "asks for a client certificate"
-        words = words.replace(" somebody", rf" {stranger.certificate_file.parent}/somebody")
+            words = f"does not know the CA that signed the cert.* {stranger.certificate_file}"
+        if given == "a server's":
+            access = replace(access, cert_file=pair.certificate_file, key_file=pair.key_file)
+            words = rf"does not take the certificate in broker\.cert_file {pair.certificate_file} \(.*certificate"
         with pytest.raises(UserError, match=words):
             opened(access)
+
+
+def speaks_1_1(client: socket.socket) -> None:
+    """As what knows nothing newer does: a ServerHello of that version, whatever it was offered."""
+    client.recv(4096)
+    hello = b"\x03\x02" + bytes(32) + b"\x00" + b"\xc0\x13" + b"\x00"
+    body = b"\x02" + len(hello).to_bytes(3, "big") + hello
+    client.sendall(b"\x16\x03\x02" + len(body).to_bytes(2, "big") + body)
+    client.recv(4096)
+
+
+def takes_nothing_new(client: socket.socket) -> None:
+    client.recv(4096)
+    client.sendall(b"\x15\x03\x03\x00\x02\x02\x46")  # a fatal alert: protocol_version
+
+
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        (speaks_1_1, r"speaks no version of TLS that is safe enough \(unsupported protocol\)$"),
+        (takes_nothing_new, r"takes no version of TLS that is spoken here \(.*protocol version\)$"),
+    ],
+)
+def test_a_broker_with_no_tls_of_today_is_no_broker_that_is_away(
+    trial: Trial, peer: Callable[[socket.socket], None], words: str
+) -> None:
+    with listening(peer) as port, pytest.raises(UserError, match=rf"^the broker at 127\.0\.0\.1:{port} {words}"):
+        opened(Access((f"amqps://127.0.0.1:{port}/",), ca_file=trial.authority.certificate_file))
 
 
 # --- RabbitMQ with certificates as logins -----------------------------------------------------------------------------
@@ -202,8 +295,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         yield Secured(server, authority, pair, **parties)
 
 
-def check(broker: Broker) -> None:
-    """What is published arrives, and bears the account of the certificate."""
+def check(broker: Broker, account: str = "f.member") -> None:
+    """What is published arrives, and bears the account: that of the certificate, unless another is given."""
     arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
     broker.declare(DECLARED)
     subscription = broker.consume("q", arrived.put, prefetch=1)
@@ -211,13 +304,16 @@ def check(broker: Broker) -> None:
     delivery = arrived.get(timeout=60.0)
     broker.ack(delivery)
     subscription.close()
-    assert (delivery.body, delivery.user_id) == (b"hello", "f.member")
+    assert (delivery.body, delivery.user_id) == (b"hello", account)
 
 
 def test_a_certificate_is_a_login_and_its_account_stands_in_what_is_published(secured: Secured) -> None:
     broker = opened(secured.member)
     check(broker)
     broker.lock("the-lock", lambda: None)  # and over the short connection that leaves its note
+    broker.close()
+    broker = opened(secured.at(f"amqps://guest:guest@127.0.0.1:{secured.server.tls_port}/", account=None))
+    check(broker, "guest")  # the user in a URL is the login, with a certificate too
     broker.close()
     broker = opened(replace(secured.member, account="f.other"))
     with pytest.raises(Unpublishable, match=r"'f\.member'; broker\.account must be the name that the broker knows"):
@@ -239,6 +335,19 @@ def test_a_certificate_is_a_login_and_its_account_stands_in_what_is_published(se
             UserError,
             "and the user in the broker's URL are not",
         ),
+        (
+            {"urls": ("amqps://127.0.0.1:TLS/?ssl_options={'capath': '/'}",)},
+            UserError,
+            "has ssl_options, and there is broker.ca_file or cert_file: keep these alone",
+        ),
+        (
+            {
+                "urls": ("amqps://127.0.0.1:TLS/?ssl_options={'cafile': 'FILE', 'server_hostname': 'other.example'}",),
+                **dict.fromkeys(("ca_file", "cert_file", "key_file")),
+            },
+            UserError,
+            "is for host .*broker.example.*, not other.example$",
+        ),
         ({"urls": ("amqps://127.0.0.1:TLS/a", "amqps://127.0.0.1:TLS/b")}, UserError, "different users or vhosts"),
         ({"account": None, "stranger": True}, AccessRefused, "does not let the certificate .* in .*check certificate"),
     ],
@@ -248,7 +357,8 @@ def test_what_a_rabbitmq_says_of_certificates_is_one_line_at_once(
 ) -> None:
     access = secured.stranger if changes.pop("stranger", False) else secured.member
     if "urls" in changes:
-        changes["urls"] = tuple(url.replace("TLS", str(secured.server.tls_port)) for url in changes["urls"])
+        real = {"TLS": str(secured.server.tls_port), "FILE": str(secured.authority.certificate_file)}
+        changes["urls"] = tuple(re.sub("TLS|FILE", lambda found: real[found[0]], url) for url in changes["urls"])
     with pytest.raises(kind, match=words):
         opened(replace(access, **changes))
 
@@ -334,8 +444,8 @@ def test_all_urls_that_are_refused_are_named_and_nothing_is_waited_for(secured: 
 def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
     secured: Secured, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here nobody knows `broker.example`, whom the certificate is for."""
-    greet = http_proxy("dTpwQHNz") if scheme == "http" else socks_proxy
+    """Here nobody knows `broker.example`, whom the certificate is for. It is not for `localhost`, the proxy."""
+    greet = http_proxy("dTpwQHNz") if scheme == "http" else socks_proxy("u:p@ss")
 
     def looked_up(client: socket.socket) -> tuple[str, int] | None:
         to = greet(client)
@@ -343,9 +453,8 @@ def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
         return ("127.0.0.1", to[1]) if to is not None else None
 
     with between(looked_up) as proxy:
-        user = "u:p%40ss@" if scheme == "http" else ""
         access = secured.at(
-            f"amqps://broker.example:{secured.server.tls_port}/", proxy=f"{scheme}://{user}127.0.0.1:{proxy.port}"
+            f"amqps://broker.example:{secured.server.tls_port}/", proxy=f"{scheme}://u:p%40ss@localhost:{proxy.port}"
         )
         broker = opened(access)
         check(broker)
@@ -360,26 +469,33 @@ def test_a_proxy_is_the_way_out_and_it_looks_the_name_up(
             opened(replace(access, ca_file=None))
 
 
+WANTS = "the proxy at {proxy} wants a user and a password, or others: .*"
+NOT_THROUGH = "the proxy at {proxy} does not get through to 127.0.0.1:9 .*"
+
+
 @pytest.mark.parametrize(
-    ("answer", "kind", "words"),
+    ("scheme", "greet", "kind", "words"),
     [
-        (
-            b"407 Proxy Authentication Required",
-            UserError,
-            "the proxy at {proxy} wants a user and a password, or others",
-        ),
-        (b"403 Forbidden", UserError, "the proxy at {proxy} lets nobody through to 127.0.0.1:9 "),
-        (b"502 Bad Gateway", BrokerUnavailable, "the proxy at {proxy} does not get through to 127.0.0.1:9 .*502"),
-        (b"", BrokerUnavailable, "the proxy at {proxy} does not get through to .*does not answer as a proxy does"),
-        (None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
+        ("http", http_proxy(answer=b"407 Who are you?"), UserError, WANTS + "407"),
+        ("http", http_proxy(answer=b"403 Forbidden"), UserError, "{proxy} lets nobody through to 127.0.0.1:9 .*403"),
+        ("http", http_proxy(answer=b"502 Bad Gateway"), BrokerUnavailable, NOT_THROUGH + "502"),
+        ("http", http_proxy(answer=b""), BrokerUnavailable, NOT_THROUGH + "does not answer as a proxy does"),
+        ("http", says_nothing, BrokerUnavailable, NOT_THROUGH + "timed out"),
+        ("http", None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
+        ("socks5", socks_proxy("me:other"), UserError, WANTS),
+        ("socks5", socks_proxy(answer=2), UserError, "{proxy} lets nobody through to 127.0.0.1:9 .*not allowed"),
+        ("socks5", socks_proxy(answer=5), BrokerUnavailable, NOT_THROUGH + "refused"),
+        ("socks5", http_proxy(), BrokerUnavailable, NOT_THROUGH),
+        ("socks5", says_nothing, BrokerUnavailable, NOT_THROUGH + "timed out"),
+        ("socks5", None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
     ],
 )
 def test_what_a_proxy_says_is_not_taken_for_the_brokers_words(
-    answer: bytes | None, kind: type[Exception], words: str
+    scheme: str, greet: Greet | None, kind: type[Exception], words: str
 ) -> None:
-    with between(http_proxy(answer=answer or b"")) as proxy:
-        where = "127.0.0.1:1" if answer is None else f"127.0.0.1:{proxy.port}"
-        access = Access(("amqp://u:broker-secret@127.0.0.1:9/",), proxy=f"http://me:proxy-secret@{where}")
-        with pytest.raises(kind, match=words.format(proxy=where)) as refused:
+    with between(greet or says_nothing) as proxy:
+        where = "[::1]:1" if greet is None else f"127.0.0.1:{proxy.port}"
+        access = Access(("amqp://u:broker-secret@127.0.0.1:9/",), proxy=f"{scheme}://me:proxy-secret@{where}")
+        with pytest.raises(kind, match=words.format(proxy=re.escape(where))) as refused:
             open_broker(access, client_name="t", dead_letters="dead", connect_timeout=0.1)
     assert "secret" not in str(refused.value) and "secret" not in repr(access)
