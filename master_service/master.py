@@ -238,7 +238,7 @@ class Master:
 
     def _hear_too_many(self, delivery: Delivery) -> None:
         """What one sender sends beyond its rate costs next to nothing, and takes nobody's place."""
-        if (sender := sender_of(delivery)) in self.state.nodes:
+        if (sender := self._pace.payer(delivery)) in self.state.nodes:
             self.live.seen(sender, self._clock.now())
         if (dropped := self._pace.too_many(delivery)) is not None:
             self._broker.ack(dropped)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import structlog
 
 from common.clock import Clock
+from common.wire.accounts import operator_of, party_of
 from common.wire.bounds import CONTROL
 from common.wire.broker import Delivery
 from common.wire.topology import Topology
@@ -27,7 +28,7 @@ _WAITING = 32
 
 
 class Pace:
-    """Told apart by the routing key, so that what is dropped costs no reading: the key names sender and kind."""
+    """Told apart without reading, so that what is dropped costs nothing: the routing key names sender and kind."""
 
     def __init__(self, rates: Rates, topology: Topology, clock: Clock) -> None:
         self._rates = rates
@@ -37,12 +38,12 @@ class Pace:
 
     def admits(self, delivery: Delivery) -> bool:
         """Whether a delivery may be looked at now. If not, it is for `too_many`."""
-        sender = sender_of(delivery)
+        sender = self.payer(delivery)
         return sender not in self._waiting and self._rates.allows(sender, self._clock.monotonic())
 
     def too_many(self, delivery: Delivery) -> Delivery | None:
         """What is to be acked and forgotten: this delivery, or an older one that it is the successor of, if any."""
-        sender, now = sender_of(delivery), self._clock.monotonic()
+        sender, now = self.payer(delivery), self._clock.monotonic()
         if self._rates.is_news(sender, now):
             log.warning(
                 "a sender sends more than it may: its requests and signs of life beyond that are dropped",
@@ -54,6 +55,15 @@ class Pace:
         waiting = self._waiting.setdefault(sender, deque())
         waiting.append(delivery)
         return waiting.popleft() if len(waiting) > _WAITING else None
+
+    def payer(self, delivery: Delivery) -> str:
+        """Whose rate a delivery uses up: that of the sender in its key; but where parties have accounts, and it came
+        from another's, that account's, by a name that no sender has."""
+        sender = sender_of(delivery)
+        if not self._topology.own_accounts:
+            return sender
+        party = party_of(self._topology, delivery.user_id)
+        return sender if party in (sender, operator_of(sender)) and party else f"account {delivery.user_id}"
 
     def ready(self) -> Iterator[Delivery]:
         """Those that waited and may be looked at now, in order."""

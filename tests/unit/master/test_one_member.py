@@ -27,7 +27,7 @@ from master_service.decisions.turns import LINE_UPDATES
 from master_service.wire.inbox import understood
 from master_service.wire.pace import Pace, bounded
 from tests.builders import update_manifest
-from tests.unit.stepped import LAYOUT, TOPOLOGY, SteppedMaster, chunk_bytes, connection
+from tests.unit.stepped import ACCOUNTS, LAYOUT, TOPOLOGY, SteppedMaster, chunk_bytes, connection
 
 #: An update of the small layout in float32.
 BODIES = [bytes(4 * LAYOUT.size)]
@@ -206,6 +206,25 @@ def test_an_answer_and_a_leave_wait_behind_a_flood_and_are_not_lost(server: Memo
     kinds = [entry.body.kind for entry in master.journal.log.entries() if getattr(entry.body, "node", "") == "evil"]
     assert kinds == ["request.join", "ack", "request.leave", "ack"] and member.accepted
     assert not server.queue(TOPOLOGY.master_inbox).ready
+
+
+def test_who_writes_under_anothers_name_uses_up_no_rate_but_its_own(clock: VirtualClock) -> None:
+    pace = Pace(Rates(1.0, 2.0), ACCOUNTS, clock)
+
+    def from_account(party: str, key: str) -> Delivery:
+        user = ACCOUNTS.account(party)
+        return Delivery("q", ACCOUNTS.request, key, b"", {}, None, user, False, None, None, None)
+
+    forged = [from_account("evil", "a.leave") for _ in range(100)]
+    admitted = [pace.admits(each) for each in forged]
+    assert admitted == [True] * 2 + [False] * 98
+    for each in forged[2:]:
+        pace.too_many(each)
+    assert pace.admits(from_account("a", "a.alive")) and pace.admits(from_account("a", "a.alive"))
+    assert not pace.admits(from_account("a", "a.alive")), "its own rate it has"
+    command = f"alice-{8 * 'f'}.get"
+    assert pace.payer(from_account("alice", command)) == command.removesuffix(".get")
+    assert pace.payer(from_account("", "a.get")) != "a"
 
 
 def test_what_a_sender_says_later_does_not_overtake_its_leave_that_waits(clock: VirtualClock) -> None:
