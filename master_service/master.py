@@ -15,22 +15,10 @@ from common.clock import Clock, Signal
 from common.encoders import encoder_type_names
 from common.errors import Poison, StorageBlocked
 from common.numbers.slicing import payload_size
+from common.wire.base import Message, NodeMessage
 from common.wire.broker import Broker, Delivery, OnDelivery
-from common.wire.messages import (
-    Alive,
-    Answer,
-    AskStatus,
-    Continue,
-    Get,
-    Introduce,
-    Join,
-    Message,
-    NodeMessage,
-    StatusReport,
-    Stop,
-    UpdateManifest,
-    Words,
-)
+from common.wire.to_master import Alive, AskStatus, Continue, Get, Join, Stop, UpdateManifest, Words
+from common.wire.to_node import Answer, Introduce, StatusReport
 from common.wire.topology import MIB, Topology
 from master_service.config import MasterConfig
 from master_service.decisions.limits import refused

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.wire.messages import Get, InstructionAck, Join, Leave, Receipt, Stop, UpdateManifest, Words, update_id
+from common.wire.base import update_id
+from common.wire.to_master import Get, InstructionAck, Join, Leave, Stop, UpdateManifest, Words
+from common.wire.to_node import Receipt
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Provide, Publish, Send
 from master_service.decisions.records import Entry, Gathering, Generated, GenerationFailed, Presence, Started, Versioned
 

@@ -17,7 +17,7 @@ from common.crash_points import reached
 from common.errors import Damaged, StorageBlocked, StorageFull, UserError
 from common.events import happened
 from common.wire.broker import Broker, Delivery
-from common.wire.messages import UpdateManifest
+from common.wire.to_master import UpdateManifest
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
 from master_service.config import MasterConfig
 from master_service.decisions.effects import (

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.wire.broker import BrokerStatus
-from common.wire.messages import Alive
+from common.wire.to_master import Alive
 from master_service.decisions.state import EncoderState, Measured, Member, State
 from master_service.decisions.stopping import progress
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from common.clock import minute_of_day
 from common.config import Section
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 
 _DAY = 24 * 60
 _HOURS = re.compile(r"(\d\d):(\d\d)-(\d\d):(\d\d)")

@@ -9,17 +9,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from common.wire.messages import (
-    Fetch,
-    FetchAssets,
+from common.wire.base import Message
+from common.wire.to_master import Fetch, FetchAssets, Finished, InstructionAck, Join, Leave
+from common.wire.to_node import (
     Finish,
-    Finished,
     Instruction,
-    InstructionAck,
     Introduce,
-    Join,
-    Leave,
-    Message,
     Notice,
     Receipt,
     Resend,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from common.wire.transfer import CompleteVersion
 from node_service.figures import NodeFigures
 from node_service.handover.local_state import LocalState

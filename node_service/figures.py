@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.wire.messages import Alive, Receipt
+from common.wire.to_master import Alive
+from common.wire.to_node import Receipt
 
 
 @dataclass

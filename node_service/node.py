@@ -15,10 +15,12 @@ from common.crash_points import reached
 from common.errors import Poison, UserError
 from common.events import BrokerWatch, happened
 from common.wire.accounts import Door
+from common.wire.base import Message, update_id
 from common.wire.broker import Broker, Delivery
 from common.wire.codec import received
-from common.wire.messages import Answer, Get, Instruction, Join, Message, Pulse, Receipt, Rule, update_id
 from common.wire.numbering import Hearing
+from common.wire.to_master import Get, Join
+from common.wire.to_node import Answer, Instruction, Pulse, Receipt, Rule
 from common.wire.topology import Topology
 from node_service.agent import (
     Action,

@@ -16,7 +16,7 @@ import torch
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable
 from common.wire.broker import Broker, Delivery
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from common.wire.topology import Topology
 from common.workers import Worker
 from node_service.config import NodeConfig

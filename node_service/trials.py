@@ -10,7 +10,7 @@ import structlog
 
 from common.errors import CannotBuild, SharedEncoderError, UserError
 from common.numbers.layout import Layout
-from common.wire.messages import Instruction, Rule
+from common.wire.to_node import Instruction, Rule
 from common.wire.update_rule import UpdateRule
 from node_service.corpus.corpus import Corpus
 from node_service.handover.deadly import name_of

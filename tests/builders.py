@@ -9,7 +9,7 @@ from typing import Any
 
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
-from common.wire.messages import UpdateChunk, UpdateManifest
+from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.transfer import payload_digest, update_chunk
 
 LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])

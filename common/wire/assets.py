@@ -16,7 +16,7 @@ from common.errors import BrokerUnavailable, Poison
 from common.wire.broker import Broker, Delivery, Publication, Subscription
 from common.wire.codec import encode, received
 from common.wire.fields import ASSET_CHUNK_BYTES, AssetEntry
-from common.wire.messages import AssetChunk
+from common.wire.to_node import AssetChunk
 from common.wire.topology import Topology
 from common.wire.transfer import checksum, verify
 

@@ -8,10 +8,11 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import Poison
+from common.wire.base import SCHEMA_VERSION, Message
 from common.wire.bounds import CONTROL, Limits, check
 from common.wire.broker import Delivery
 from common.wire.fields import DOOR
-from common.wire.messages import SCHEMA_VERSION, AnyMessage, Message
+from common.wire.messages import AnyMessage
 
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(AnyMessage)
 #: Characters of a stranger's value in a line of ours.

@@ -13,7 +13,8 @@ import xxhash
 
 from common.errors import Poison
 from common.numbers.slicing import encoded_size, payload_size, slice_bytes, slice_count, slice_length
-from common.wire.messages import AssetChunk, ParameterChunk, UpdateChunk, UpdateManifest
+from common.wire.to_master import UpdateChunk, UpdateManifest
+from common.wire.to_node import AssetChunk, ParameterChunk
 
 
 def checksum(data: bytes) -> str:

@@ -10,7 +10,7 @@ from common.errors import BrokerUnavailable, Poison
 from common.numbers.slicing import EncodingName
 from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Subscription, Timestamp
 from common.wire.codec import encode, received
-from common.wire.messages import ParameterChunk
+from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, payload_digest
 

@@ -16,7 +16,7 @@ from common.broker_url import split
 from common.errors import AccessRefused, BrokerUnavailable, SharedEncoderError, UserError
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import Join, Leave
+from common.wire.to_master import Join, Leave
 from common.wire.topology import Topology
 from deploy.broker import definitions as parts
 from deploy.broker.admin import Admin, Management, rabbitmqctl, removal_commands

@@ -18,10 +18,12 @@ from common.broker_url import split
 from common.errors import BrokerUnavailable, Poison, Unroutable, UserError
 from common.exports import check_export_directory, replacing
 from common.wire.accounts import LONGEST_OPERATOR, Door, command_name, party_of
+from common.wire.base import Message
 from common.wire.bounds import REPORT
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode, received
-from common.wire.messages import Answer, AskStatus, Continue, Get, Message, StatusReport, Stop
+from common.wire.to_master import AskStatus, Continue, Get, Stop
+from common.wire.to_node import Answer, StatusReport
 from common.wire.topology import Topology
 from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
 from deploy.commands.run import connect, topology_of

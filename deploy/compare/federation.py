@@ -13,7 +13,7 @@ from typing import Any
 from common.encoders.base import Architecture, PrivateSpec
 from common.errors import SharedEncoderError
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from deploy.compare.hostile import HostileSession
 from deploy.compare_settings import Attack
 from deploy.simulation.federation import SteppedFederation

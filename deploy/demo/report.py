@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from deploy.commands.display import console, number, size
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send

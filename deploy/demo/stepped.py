@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import UserError
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from deploy.config import Config
 from deploy.simulation.federation import SteppedFederation
 from deploy.simulation.master import SimulatedMaster

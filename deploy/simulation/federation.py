@@ -12,7 +12,7 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import VirtualClock
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import Stop
+from common.wire.to_master import Stop
 from common.wire.topology import Topology
 from deploy.simulation.master import SimulatedMaster
 from deploy.simulation.node import SimulatedNode

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from common.wire.broker import Delivery
-from common.wire.messages import Receipt
+from common.wire.to_node import Receipt
 from deploy.simulation.world import Connection, Ids, World
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus

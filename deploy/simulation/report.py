@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.numbers.slicing import slice_count
-from common.wire.messages import UpdateManifest
+from common.wire.to_master import UpdateManifest
 from deploy.commands.display import number, size
 from deploy.simulation.simulation import Simulation
 from master_service.log.message_log import MessageLog

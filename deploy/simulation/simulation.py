@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from deploy.simulation.federation import SteppedFederation
 from deploy.simulation.given import GivenSnapshots
 from deploy.simulation.master import SimulatedMaster

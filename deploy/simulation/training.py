@@ -16,7 +16,7 @@ from torch import Tensor
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Instruction, Receipt
+from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule
 from master_service.decisions.effects import Generate

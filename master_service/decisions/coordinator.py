@@ -6,21 +6,20 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 
 from __future__ import annotations
 
-from common.wire.messages import (
+from common.wire.to_master import (
     Continue,
     Fetch,
     FetchAssets,
     Finished,
     Get,
     InstructionAck,
-    Introduce,
     Join,
     Leave,
-    Reason,
     Stop,
     UpdateManifest,
     Words,
 )
+from common.wire.to_node import Introduce, Reason
 from master_service.decisions import gathering, guarding, membership, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.numbers.slicing import EncodingName
-from common.wire.messages import Message
+from common.wire.base import Message
 from master_service.decisions.rules.model import CombineRule, OuterOptimizer
 from master_service.decisions.settings import MAX_PARAMETERS
 

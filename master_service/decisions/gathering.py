@@ -7,7 +7,8 @@ The counts of nodes are added up, so their order makes no difference; of each no
 from __future__ import annotations
 
 from common.encoders.words import weighed
-from common.wire.messages import Introduce, Words, WordsWanted
+from common.wire.to_master import Words
+from common.wire.to_node import Introduce, WordsWanted
 from master_service.decisions.effects import Broadcast, Effect, Send
 from master_service.decisions.messages_out import answer
 from master_service.decisions.records import Gathering

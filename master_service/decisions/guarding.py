@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median, median_low
 
-from common.wire.messages import UpdateManifest
+from common.wire.to_master import UpdateManifest
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.weights import STEPS_BOUND, step_norm
 from master_service.decisions.settings import Claims

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from common.wire.messages import Continue, Get
+from common.wire.to_master import Continue, Get
 from master_service.decisions.requests import alike
 from master_service.decisions.state import State
 

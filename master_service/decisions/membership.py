@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.wire.messages import Fetch, FetchAssets, InstructionAck, Introduce, Join, Leave, Rule, Withdrawn
+from common.wire.to_master import Fetch, FetchAssets, InstructionAck, Join, Leave
+from common.wire.to_node import Introduce, Rule, Withdrawn
 from master_service.decisions import gathering, streams
 from master_service.decisions.effects import Effect, Send
 from master_service.decisions.messages_out import finish, instruction, notify, provide_again, publish, publish_again

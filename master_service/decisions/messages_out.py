@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common.wire.messages import Answer, Finish, Instruction, Notice, Resend, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Answer, Finish, Instruction, Notice, Resend
 from master_service.decisions.effects import Effect, Provide, Publish, Send
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import Buffered, EncoderState

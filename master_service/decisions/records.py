@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from common.wire.base import Message
 from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries
-from common.wire.messages import (
+from common.wire.to_master import (
     Continue,
     Fetch,
     FetchAssets,
@@ -20,7 +21,6 @@ from common.wire.messages import (
     InstructionAck,
     Join,
     Leave,
-    Message,
     Stop,
     UpdateManifest,
     Words,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from common.numbers.layout import Layout
-from common.wire.messages import Answer, Continue, Get
+from common.wire.to_master import Continue, Get
+from common.wire.to_node import Answer
 from master_service.decisions import stopping
 from master_service.decisions.effects import Broadcast, Effect, Generate, Send
 from master_service.decisions.messages_out import answer, instruction, provide, provide_again, publish

@@ -8,7 +8,8 @@ beginning, because a duplicate brings it whole.
 from __future__ import annotations
 
 from common.wire.fields import MAX_COUNT
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from master_service.decisions.state import Counted, EncoderState, Member, Settled, TurnedDown
 
 #: Answers that are kept beyond as many as the node may have unanswered (`UpdateRule.max_unanswered`).

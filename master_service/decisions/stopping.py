@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from statistics import median, median_high
 
-from common.wire.messages import UpdateManifest
+from common.wire.to_master import UpdateManifest
 from master_service.decisions.guarding import MAX_LOSS
 from master_service.decisions.settings import Claims, StopRule
 from master_service.decisions.state import EncoderState, Measured

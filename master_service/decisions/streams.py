@@ -6,7 +6,7 @@ For whoever comes later the last version is published again, over a new stream w
 
 from __future__ import annotations
 
-from common.wire.messages import Finished
+from common.wire.to_master import Finished
 from master_service.decisions.effects import DeleteStream, Effect, Send
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS, finish, publish, publish_again
 from master_service.decisions.settings import Settings

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.wire.messages import UpdateChunk, UpdateManifest
+from common.wire.to_master import UpdateChunk, UpdateManifest
 from master_service.decisions.rules.buffer import Turnout
 from master_service.decisions.rules.weights import Totals
 from master_service.decisions.state import Buffered, EncoderState, Member

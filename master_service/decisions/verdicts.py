@@ -7,7 +7,8 @@ from typing import Literal
 from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
 from common.wire.fields import MAX_COUNT
-from common.wire.messages import Reason, Receipt, UpdateManifest, receipt_hash
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Reason, Receipt, receipt_hash
 from master_service.decisions.records import UpdateFacts
 from master_service.decisions.state import Buffered, EncoderState
 from master_service.decisions.tally import changing

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common.clock import SYSTEM
 from common.errors import Damaged, UserError
-from common.wire.messages import Receipt
+from common.wire.to_node import Receipt
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Repaired, StepFailed, unpack

@@ -13,7 +13,8 @@ from typing import Any
 
 from common.errors import Damaged
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Message, NodeMessage, Stop, UpdateManifest
+from common.wire.base import Message, NodeMessage
+from common.wire.to_master import Stop, UpdateManifest
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import PayloadsLost
 from master_service.decisions.coordinator import Coordinator

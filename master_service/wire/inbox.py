@@ -7,9 +7,10 @@ import hashlib
 
 from common.errors import Poison
 from common.wire.accounts import expect, operator_of, party_of
+from common.wire.base import Message
 from common.wire.broker import Delivery
 from common.wire.codec import received
-from common.wire.messages import Continue, Get, Message, Stop, UpdateChunk
+from common.wire.to_master import Continue, Get, Stop, UpdateChunk
 from common.wire.topology import Topology
 from master_service.config import MasterConfig
 

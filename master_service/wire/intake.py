@@ -14,7 +14,7 @@ from common.errors import Poison
 from common.wire.accounts import expect
 from common.wire.broker import Broker, Delivery, OnDelivery, Subscription
 from common.wire.codec import received
-from common.wire.messages import UpdateChunk, UpdateManifest
+from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly
 

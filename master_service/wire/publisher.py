@@ -12,11 +12,12 @@ from common.crash_points import reached
 from common.errors import BrokerUnavailable, Poison, PublishRejected, Unroutable
 from common.numbers.slicing import EncodingName
 from common.wire.assets import publish_asset
+from common.wire.base import Message
 from common.wire.broker import Broker, Delivery, Publication, dead_letter
 from common.wire.codec import encode
 from common.wire.fields import AssetEntry
-from common.wire.messages import Answer, Finish, Message, Notice, Pulse, Rule, StatusReport
 from common.wire.numbering import Numbers
+from common.wire.to_node import Answer, Finish, Notice, Pulse, Rule, StatusReport
 from common.wire.topology import MIB, Topology
 from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version

@@ -13,7 +13,7 @@ from dataclasses import replace
 from common.clock import Clock
 from common.numbers.slicing import slice_bytes
 from common.wire.broker import Broker, Delivery, OnDelivery
-from common.wire.messages import UpdateManifest
+from common.wire.to_master import UpdateManifest
 from common.wire.topology import Topology
 from common.wire.versions import SLOW_LINE
 from master_service.decisions.turns import LINE_UPDATES, Turns, Waiting

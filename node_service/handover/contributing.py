@@ -10,7 +10,8 @@ import structlog
 
 from common.encoders.words import WordList, shown, word_list
 from common.errors import UserError
-from common.wire.messages import Words, WordsWanted
+from common.wire.to_master import Words
+from common.wire.to_node import WordsWanted
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 

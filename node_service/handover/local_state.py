@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from common.errors import UserError
 from common.locks import DirectoryLock
 from common.numbers.slicing import slice_bytes
-from common.wire.messages import Instruction, Receipt, Rule, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Instruction, Receipt, Rule
 from node_service.handover.asset_cache import AssetCache
 from node_service.handover.deadly import Guard
 from node_service.handover.receipt_book import Ledger, ReceiptBook

@@ -18,9 +18,10 @@ import structlog
 from common.crash_points import reached
 from common.errors import BrokerUnavailable, PublishRejected, Unroutable
 from common.numbers.slicing import slice_bytes
+from common.wire.base import Message
 from common.wire.broker import Broker, Publication
 from common.wire.codec import encode
-from common.wire.messages import InstructionAck, Message, UpdateManifest
+from common.wire.to_master import InstructionAck, UpdateManifest
 from common.wire.topology import MIB, Topology
 from common.wire.transfer import update_chunk
 

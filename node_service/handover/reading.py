@@ -16,7 +16,7 @@ from common.wire.accounts import Door
 from common.wire.assets import AssetReader
 from common.wire.broker import Broker
 from common.wire.fields import AssetEntry
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.versions import VersionReader

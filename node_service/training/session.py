@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.exports import replacing
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import Instruction, Receipt
+from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule
 from node_service.config import Precision

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from common.wire.messages import Instruction, Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion, payload_digest
 from common.wire.update_rule import UpdateRule
 from node_service.training.looks import HeldOut, Looks

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.brokers import open_broker
-from common.wire.messages import Alive, Fetch, Instruction, Receipt, Resend
+from common.wire.to_master import Alive, Fetch
+from common.wire.to_node import Instruction, Receipt, Resend
 from deploy.local_rabbitmq import LocalRabbitMQ
 from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from common.brokers.memory import MemoryServer
 from common.numbers.encodings import encode_vector
-from common.wire.messages import Instruction, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Instruction
 from master_service.decisions.records import Entry, UpdateFacts
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.history import state_directory

@@ -17,7 +17,7 @@ import pytest
 from common.brokers import open_broker
 from common.errors import Unroutable
 from common.wire.broker import Publication
-from common.wire.messages import Stop
+from common.wire.to_master import Stop
 from common.wire.topology import Topology
 from tests.e2e.test_processes import shared_encoder
 from tests.unit.master.test_fold import Federation

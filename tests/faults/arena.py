@@ -14,7 +14,7 @@ from typing import Literal
 
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, SharedEncoderError
-from common.wire.messages import Stop
+from common.wire.to_master import Stop
 from common.wire.topology import Topology
 from deploy.commands.observe import Observer
 from deploy.local_rabbitmq import LocalRabbitMQ

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.wire.messages import Receipt, UpdateManifest, receipt_hash
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt, receipt_hash
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send
 from master_service.decisions.records import Versioned

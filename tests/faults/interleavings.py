@@ -16,17 +16,8 @@ from common.brokers.memory import MemoryServer, MemorySubscription
 from common.errors import BrokerUnavailable, Unroutable
 from common.wire.broker import Publication
 from common.wire.codec import decode, encode
-from common.wire.messages import (
-    Answer,
-    AssetChunk,
-    Continue,
-    Get,
-    ParameterChunk,
-    Receipt,
-    Stop,
-    UpdateManifest,
-    receipt_hash,
-)
+from common.wire.to_master import Continue, Get, Stop, UpdateManifest
+from common.wire.to_node import Answer, AssetChunk, ParameterChunk, Receipt, receipt_hash
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Send

@@ -28,9 +28,11 @@ from common import crash_points
 from common.brokers.memory import MemoryBroker, MemorySubscription
 from common.clock import VirtualClock
 from common.errors import BrokerUnavailable
+from common.wire.base import update_id
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode
-from common.wire.messages import Instruction, ParameterChunk, Receipt, Resend, UpdateManifest, Words, update_id
+from common.wire.to_master import UpdateManifest, Words
+from common.wire.to_node import Instruction, ParameterChunk, Receipt, Resend
 from common.wire.topology import Declarations, Topology
 from master_service.config import MasterConfig
 from master_service.decisions.coordinator import Coordinator

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from common.wire.messages import UpdateManifest, Words
+from common.wire.to_master import UpdateManifest, Words
 from master_service.decisions import gathering
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect, Send, Step

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName, payload_size, slice_bytes
 from common.wire.assets import asset_entry
-from common.wire.messages import Instruction, Receipt
+from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped

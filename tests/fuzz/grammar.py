@@ -15,8 +15,11 @@ from typing import Any, get_args
 
 import msgpack
 
+from common.wire.base import Message
 from common.wire.broker import Delivery, Publication
-from common.wire.messages import Message, ParameterChunk, ToMaster, ToNode, UpdateChunk, UpdateManifest
+from common.wire.messages import ToMaster, ToNode
+from common.wire.to_master import UpdateChunk, UpdateManifest
+from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
 from tests.unit.common.test_every_field import good, leaves
 

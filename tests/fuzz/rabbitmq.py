@@ -12,7 +12,7 @@ from common.brokers import open_broker
 from common.errors import PublishRejected, Unpublishable
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Get
+from common.wire.to_master import Get
 from common.wire.topology import Topology
 from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from deploy.local_rabbitmq import LocalRabbitMQ

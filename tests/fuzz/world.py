@@ -19,7 +19,7 @@ from common.clock import VirtualClock
 from common.errors import AccessRefused, PoisonReason, PublishRejected, Unroutable
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Get
+from common.wire.to_master import Get
 from common.wire.topology import Binding, Declarations, Queue
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule

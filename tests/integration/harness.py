@@ -15,9 +15,11 @@ import torch
 
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.numbers.encodings import encode_vector
+from common.wire.base import Message
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import decode, encode
-from common.wire.messages import Instruction, InstructionAck, Join, Message, Rule, UpdateManifest
+from common.wire.to_master import InstructionAck, Join, UpdateManifest
+from common.wire.to_node import Instruction, Rule
 from common.wire.topology import Topology
 from common.wire.transfer import payload_digest
 from common.wire.update_rule import ReturnWhen, UpdateRule

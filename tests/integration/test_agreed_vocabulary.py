@@ -16,7 +16,7 @@ from common.encoders.vocabulary import Vocabulary
 from common.encoders.words import WordList, summed, training_text
 from common.errors import UserError
 from common.wire.codec import decode
-from common.wire.messages import Stop, Words
+from common.wire.to_master import Stop, Words
 from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule
 from deploy.commands.observe import Observer, request_encoder
 from master_service.arithmetic.generation import generated

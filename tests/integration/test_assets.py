@@ -18,7 +18,7 @@ from common.errors import BrokerUnavailable
 from common.wire.assets import AssetReader, asset_entry, read_assets
 from common.wire.broker import Broker
 from common.wire.fields import AssetEntry
-from common.wire.messages import Stop
+from common.wire.to_master import Stop
 from common.wire.topology import Topology
 from common.workers import Worker
 from deploy.commands.observe import Observer, request_encoder

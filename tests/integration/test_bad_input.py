@@ -13,7 +13,8 @@ from common.errors import LockHeld
 from common.numbers.layout import Layout
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import Instruction, Join, Receipt, Resend
+from common.wire.to_master import Join
+from common.wire.to_node import Instruction, Receipt, Resend
 from tests.builders import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from common.brokers.memory import MemoryServer
-from common.wire.messages import Receipt
+from common.wire.to_node import Receipt
 from deploy.cli import app, guarded
 from master_service.decisions.settings import StopRule
 from tests.integration.harness import decided, eventually, running_master

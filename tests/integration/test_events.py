@@ -14,7 +14,8 @@ import structlog
 from common.brokers.memory import MemoryServer
 from common.errors import AccessRefused
 from common.wire.broker import BrokerStatus
-from common.wire.messages import Alive, Receipt, Stop
+from common.wire.to_master import Alive, Stop
+from common.wire.to_node import Receipt
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from deploy.logging import configure_logging
 from tests.integration.harness import HandNode, Master, decided, eventually, numbers, running_master

@@ -18,7 +18,7 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.numbers.slicing import payload_size
 from common.wire.broker import Publication
 from common.wire.codec import decode
-from common.wire.messages import Stop, UpdateChunk, UpdateManifest
+from common.wire.to_master import Stop, UpdateChunk, UpdateManifest
 from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule
 from deploy.commands.observe import Observer
 from master_service.decisions.rules.model import aggregation_rule

@@ -11,9 +11,11 @@ import pytest
 
 from common.brokers.memory import MemoryServer
 from common.errors import UserError
+from common.wire.base import Message
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, Get, Message, Receipt, UpdateChunk
+from common.wire.to_master import Get, UpdateChunk
+from common.wire.to_node import Answer, Receipt
 from common.wire.topology import Topology
 from common.wire.transfer import checksum
 from master_service import master as master_module

@@ -14,7 +14,7 @@ from common.encoders import frozen_base, get_encoder_type
 from common.encoders.shared_vocabulary import TOKENIZER
 from common.numbers.slicing import payload_size
 from common.wire.codec import decode
-from common.wire.messages import InstructionAck, UpdateChunk, UpdateManifest
+from common.wire.to_master import InstructionAck, UpdateChunk, UpdateManifest
 from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.decisions.state import EncoderState

@@ -18,9 +18,11 @@ import pytest
 
 from common.brokers.memory import MemoryServer
 from common.errors import BrokerUnavailable, Damaged, LockHeld
+from common.wire.base import Message
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import decode, encode
-from common.wire.messages import AskStatus, Get, Join, Message, Receipt, Resend, StatusReport, receipt_hash
+from common.wire.to_master import AskStatus, Get, Join
+from common.wire.to_node import Receipt, Resend, StatusReport, receipt_hash
 from master_service import master as master_module
 from master_service.config import MasterConfig
 from master_service.decisions.coordinator import Coordinator

@@ -12,7 +12,7 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.errors import OwnersCodeError
 from common.wire.broker import Publication
 from common.wire.codec import decode
-from common.wire.messages import Alive, InstructionAck
+from common.wire.to_master import Alive, InstructionAck
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.service import NodeService

@@ -17,7 +17,7 @@ from common.brokers.amqp import rabbitmq
 from common.errors import Poison
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.codec import encode, received
-from common.wire.messages import Leave
+from common.wire.to_master import Leave
 from common.wire.topology import Binding, Declarations, Exchange, Queue
 from tests.builders import ODD_FIELDS, header_table
 from tests.integration.harness import eventually

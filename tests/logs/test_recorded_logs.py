@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.wire.messages import Leave, receipt_hash
+from common.wire.to_master import Leave
+from common.wire.to_node import receipt_hash
 from master_service.decisions.records import Configured, Started
 from master_service.history.audit import audit, examine, issued, read_receipts
 from master_service.history.replay import Refold, origin, verify

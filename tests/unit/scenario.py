@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from common.wire.messages import Get, InstructionAck, Join, Message, Receipt, UpdateManifest
+from common.wire.base import Message
+from common.wire.to_master import Get, InstructionAck, Join, UpdateManifest
+from common.wire.to_node import Receipt
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Effect, Send, Step
 from master_service.decisions.records import (

@@ -20,10 +20,12 @@ from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.assets import asset_entry
+from common.wire.base import Message
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode, encode
 from common.wire.fields import AssetEntry
-from common.wire.messages import Instruction, Message, Pulse, Receipt, Rule, UpdateChunk, UpdateManifest
+from common.wire.to_master import UpdateChunk, UpdateManifest
+from common.wire.to_node import Instruction, Pulse, Receipt, Rule
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion, payload_digest
 from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule

@@ -20,30 +20,32 @@ from common.errors import Poison, UserError
 from common.numbers.encodings import encode_vector
 from common.wire.accounts import command_name
 from common.wire.assets import asset_entry, publish_asset
+from common.wire.base import Message
 from common.wire.bounds import REPORT
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode, received
-from common.wire.messages import (
-    Answer,
+from common.wire.messages import ToMaster
+from common.wire.to_master import (
     AskStatus,
     Continue,
     FetchAssets,
-    Finish,
     Get,
     InstructionAck,
-    Introduce,
     Join,
-    Message,
+    Stop,
+    UpdateChunk,
+    UpdateManifest,
+)
+from common.wire.to_node import (
+    Answer,
+    Finish,
+    Introduce,
     Notice,
     Pulse,
     Receipt,
     Resend,
     Rule,
     StatusReport,
-    Stop,
-    ToMaster,
-    UpdateChunk,
-    UpdateManifest,
     WordsWanted,
 )
 from common.wire.topology import Topology

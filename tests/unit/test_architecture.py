@@ -19,7 +19,7 @@ import pytest
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import VirtualClock
 from common.wire.broker import Delivery
-from common.wire.messages import Instruction
+from common.wire.to_node import Instruction
 from common.wire.topology import Topology
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.config import MasterConfig

@@ -10,9 +10,11 @@ import torch
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.numbers.encodings import encode_vector
+from common.wire.base import Message
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import Fetch, InstructionAck, Introduce, Join, Message, Notice, Stop
+from common.wire.to_master import Fetch, InstructionAck, Join, Stop
+from common.wire.to_node import Introduce, Notice
 from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
 from tests.unit.stepped import DIGEST, LAYOUT, TOPOLOGY, HandMaster, SteppedMaster, SteppedNode, connection

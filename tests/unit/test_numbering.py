@@ -13,8 +13,9 @@ from common.clock import VirtualClock
 from common.wire.bounds import REPORT
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode, received
-from common.wire.messages import Alive, Answer, AskStatus, Get, Introduce, Join, StatusReport
 from common.wire.numbering import MISSED_SECONDS, Hearing, Numbers
+from common.wire.to_master import Alive, AskStatus, Get, Join
+from common.wire.to_node import Answer, Introduce, StatusReport
 from master_service.log.payloads import MemoryPayloads
 from tests.unit.stepped import TOPOLOGY, SteppedMaster, SteppedNode, connection, together
 

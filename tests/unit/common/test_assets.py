@@ -16,7 +16,7 @@ from common.wire.assets import AssetAssembly, AssetReader, asset_chunks, asset_e
 from common.wire.broker import Publication
 from common.wire.codec import encode
 from common.wire.fields import ASSET_CHUNK_BYTES, MAX_ASSET_BYTES, AssetEntry
-from common.wire.messages import AssetChunk
+from common.wire.to_node import AssetChunk
 from common.wire.topology import Topology
 from common.wire.transfer import checksum
 

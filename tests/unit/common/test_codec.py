@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import Poison
+from common.wire.base import Message
 from common.wire.bounds import MAX_FLOAT, MAX_WHOLE, REPORT
 from common.wire.codec import decode, encode
 from common.wire.fields import MAX_ASSET_BYTES
-from common.wire.messages import Alive, Join, Message, StatusReport, ToMaster, ToNode
+from common.wire.messages import ToMaster, ToNode
+from common.wire.to_master import Alive, Join
+from common.wire.to_node import StatusReport
 from common.wire.topology import MAX_BODY_BYTES
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]

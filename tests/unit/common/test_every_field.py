@@ -11,8 +11,10 @@ import msgpack
 import pytest
 
 from common.errors import Poison
+from common.wire.base import Message
 from common.wire.codec import decode, encode
-from common.wire.messages import Message, Rule, ToMaster, ToNode
+from common.wire.messages import ToMaster, ToNode
+from common.wire.to_node import Rule
 from common.wire.update_rule import UpdateRule
 
 KINDS = [*get_args(ToMaster), *get_args(ToNode)]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.wire.codec import decode, encode
-from common.wire.messages import Continue, Fetch, Finish, Get, InstructionAck, Join, Leave, Notice, Receipt, Stop
+from common.wire.to_master import Continue, Fetch, Get, InstructionAck, Join, Leave, Stop
+from common.wire.to_node import Finish, Notice, Receipt
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Conclude, Effect, Generate, Publish, Send, Step
 from master_service.decisions.records import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from common.wire.messages import Get
+from common.wire.to_master import Get
 from common.wire.topology import Declarations, Topology, note_of
 
 TOPOLOGY = Topology("ns")

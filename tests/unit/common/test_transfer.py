@@ -18,7 +18,8 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE
 from common.wire.broker import Delivery, Publication
 from common.wire.codec import encode
-from common.wire.messages import ParameterChunk, UpdateChunk
+from common.wire.to_master import UpdateChunk
+from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest
 from common.wire.versions import VersionReader, publish_version

@@ -16,7 +16,7 @@ from common.encoders.words import MOST_DOCUMENTS, WordList, shown, summed, train
 from common.errors import UserError, WordsNeeded
 from common.wire.codec import encode
 from common.wire.fields import MAX_COUNT, MAX_WORD_BYTES, MAX_WORD_LENGTH, MAX_WORDS
-from common.wire.messages import Words
+from common.wire.to_master import Words
 
 #: Texts of few different words, so that some are in many; and of anything at all.
 SOME = st.lists(st.sampled_from(["fever", "Fever", "the", "naïve", "x2", "2024", "a_b", "müde", "¼"]), max_size=6)

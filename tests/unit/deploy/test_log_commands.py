@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.locks import DirectoryLock
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from deploy.commands.replay import changed_rule, parse_changes
 from master_service.decisions.records import Loggable, Started, Versioned
 from master_service.decisions.rules.model import aggregation_rule

@@ -14,7 +14,8 @@ import structlog
 from pydantic import ByteSize
 
 from common.locks import DirectoryLock
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from common.wire.update_rule import UpdateRule
 from deploy.simulation.plan import Plan, fates
 from deploy.simulation.report import summary

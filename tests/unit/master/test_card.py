@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from common.cards import title
-from common.wire.messages import InstructionAck, Join, Stop
+from common.wire.to_master import InstructionAck, Join, Stop
 from master_service.arithmetic.export import card
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import Measured, Member

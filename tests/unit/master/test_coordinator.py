@@ -10,22 +10,16 @@ from hypothesis import strategies as st
 
 from common.numbers.layout import Layout
 from common.wire.fields import MAX_COUNT
-from common.wire.messages import (
+from common.wire.to_master import Continue, Fetch, Get, InstructionAck, Join, Leave, Stop
+from common.wire.to_node import (
     Answer,
-    Continue,
-    Fetch,
     Finish,
-    Get,
     Instruction,
-    InstructionAck,
     Introduce,
-    Join,
-    Leave,
     Notice,
     Receipt,
     Resend,
     Rule,
-    Stop,
     Withdrawn,
     receipt_hash,
 )

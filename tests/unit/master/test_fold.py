@@ -15,7 +15,7 @@ from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.assets import asset_entry
-from common.wire.messages import Get, InstructionAck, Join, UpdateManifest
+from common.wire.to_master import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
 from master_service.arithmetic.aggregator import Aggregator, Target, measure
 from master_service.arithmetic.arithmetic import PayloadsLost

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from common.encoders import words
 from common.wire.fields import MAX_COUNT
-from common.wire.messages import Answer, Get, Introduce, Join, Leave, Stop, Words, WordsWanted
+from common.wire.to_master import Get, Join, Leave, Stop, Words
+from common.wire.to_node import Answer, Introduce, WordsWanted
 from master_service.arithmetic.generation import generated
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Effect, Generate

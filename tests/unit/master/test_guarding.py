@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.wire.fields import MAX_COUNT
-from common.wire.messages import Continue, Stop
+from common.wire.to_master import Continue, Stop
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.effects import Step
 from master_service.decisions.guarding import KEPT, allowed_steps, believed

@@ -12,7 +12,7 @@ from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.errors import Poison
 from common.wire.codec import decode, encode
-from common.wire.messages import Continue, Leave, Stop, UpdateManifest
+from common.wire.to_master import Continue, Leave, Stop, UpdateManifest
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.arithmetic.export import card
 from master_service.decisions.rules.model import aggregation_rule

@@ -13,9 +13,11 @@ from common.clock import VirtualClock
 from common.encoders import get_encoder_type
 from common.encoders.image import ImageEncoderType
 from common.errors import UserError
+from common.wire.base import Message
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import Answer, Continue, Get, Message, Stop
+from common.wire.to_master import Continue, Get, Stop
+from common.wire.to_node import Answer
 from master_service.arithmetic import generation
 from master_service.arithmetic.generation import generate
 from master_service.decisions.effects import Generate

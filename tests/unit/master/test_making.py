@@ -13,7 +13,8 @@ import pytest
 
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
-from common.wire.messages import AskStatus, StatusReport, Stop
+from common.wire.to_master import AskStatus, Stop
+from common.wire.to_node import StatusReport
 from master_service.arithmetic import aggregator
 from master_service.arithmetic.arithmetic import Outcome
 from master_service.decisions.effects import Generate

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.wire.messages import Get, Message, UpdateManifest
+from common.wire.base import Message
+from common.wire.to_master import Get, UpdateManifest
 from master_service.decisions.records import (
     Configured,
     Entry,

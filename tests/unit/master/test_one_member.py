@@ -14,9 +14,11 @@ import structlog
 from common.brokers.memory import MemoryBroker, MemoryServer, MemorySubscription
 from common.clock import VirtualClock
 from common.errors import Poison
+from common.wire.base import Message
 from common.wire.broker import Delivery, OnDelivery, Publication
 from common.wire.codec import decode, encode, received
-from common.wire.messages import Alive, Fetch, InstructionAck, Join, Leave, Message, Receipt, Resend, UpdateManifest
+from common.wire.to_master import Alive, Fetch, InstructionAck, Join, Leave, UpdateManifest
+from common.wire.to_node import Receipt, Resend
 from common.wire.topology import Topology
 from common.wire.transfer import update_chunk
 from common.wire.update_rule import ReturnWhen, UpdateRule

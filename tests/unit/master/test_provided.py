@@ -10,7 +10,8 @@ import pytest
 from common.errors import UserError
 from common.wire.assets import asset_entry
 from common.wire.fields import MAX_ASSET_BYTES
-from common.wire.messages import Answer, Continue, FetchAssets, Finished, Get, Instruction, Introduce, Join
+from common.wire.to_master import Continue, FetchAssets, Finished, Get, Join
+from common.wire.to_node import Answer, Instruction, Introduce
 from master_service.arithmetic.export import assets_of, export_encoder
 from master_service.arithmetic.generation import check_assets, generated
 from master_service.decisions.effects import Broadcast, DeleteStream, Effect, Generate, Provide, Publish

@@ -12,7 +12,7 @@ import torch
 
 from common.clock import SYSTEM
 from common.errors import Damaged
-from common.wire.messages import Stop, UpdateManifest
+from common.wire.to_master import Stop, UpdateManifest
 from master_service.config import MasterConfig
 from master_service.decisions.records import (
     Configured,

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.numbers import slicing
 from common.numbers.encodings import encode_slice, encode_vector
 from common.numbers.slicing import BLOCK, EncodingName, encoded_size, part_ranges
-from common.wire.messages import Stop
+from common.wire.to_master import Stop
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.robust import combined, gradients, shares_of
 from master_service.decisions.effects import Contribution, Step

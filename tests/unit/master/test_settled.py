@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.numbers.layout import Layout
-from common.wire.messages import receipt_hash
+from common.wire.to_node import receipt_hash
 from common.wire.update_rule import UpdateRule
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.rules.model import aggregation_rule

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from common.brokers.memory import MemoryServer
 from common.wire.broker import BrokerStatus
 from common.wire.codec import decode, encode
-from common.wire.messages import Alive, Get, Leave, StatusReport
+from common.wire.to_master import Alive, Get, Leave
+from common.wire.to_node import StatusReport
 from deploy.commands.observe import Observer
 from master_service.status import (
     KEPT_ENCODERS,

@@ -13,20 +13,11 @@ from common.clock import VirtualClock
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE, slice_bytes
+from common.wire.base import Message
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import (
-    Answer,
-    Get,
-    InstructionAck,
-    Join,
-    Message,
-    Pulse,
-    Receipt,
-    Resend,
-    UpdateManifest,
-    Words,
-)
+from common.wire.to_master import Get, InstructionAck, Join, UpdateManifest, Words
+from common.wire.to_node import Answer, Pulse, Receipt, Resend
 from common.wire.topology import MIB
 from common.wire.transfer import payload_digest, update_chunk
 from common.wire.update_rule import ReturnWhen, UpdateRule

@@ -12,7 +12,7 @@ import pytest
 
 from common.clock import VirtualClock
 from common.errors import Damaged
-from common.wire.messages import Get, Join
+from common.wire.to_master import Get, Join
 from master_service.config import MasterConfig
 from master_service.decisions.records import Skipped, Started, Tick, UpdateFacts
 from master_service.history.snapshot import SnapshotDirectory

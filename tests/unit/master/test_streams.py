@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.wire.messages import Continue, Fetch, Finish, Finished, Get, Leave, Stop
+from common.wire.to_master import Continue, Fetch, Finished, Get, Leave, Stop
+from common.wire.to_node import Finish
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.wire.messages import Fetch
+from common.wire.to_master import Fetch
 from master_service.decisions.records import Tick
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from common.wire.codec import decode, encode
-from common.wire.messages import Receipt, UpdateManifest, receipt_hash, verdict
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt, receipt_hash, verdict
 from master_service.decisions.state import EncoderState, Member
 from master_service.decisions.verdicts import refusal, refused
 from node_service.agent import Agent, Answered

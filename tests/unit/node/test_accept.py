@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock, minute_of_day
 from common.errors import UserError
-from common.wire.messages import Alive, Instruction, InstructionAck, Join, Leave, UpdateManifest, Words, WordsWanted
+from common.wire.to_master import Alive, InstructionAck, Join, Leave, UpdateManifest, Words
+from common.wire.to_node import Instruction, WordsWanted
 from common.wire.update_rule import FinishRule, ReturnWhen, UpdateRule
 from deploy.config import load_config
 from node_service.accept import Accept

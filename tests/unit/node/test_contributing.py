@@ -16,7 +16,8 @@ from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.wire.broker import Publication
 from common.wire.codec import encode
-from common.wire.messages import Words, WordsWanted
+from common.wire.to_master import Words
+from common.wire.to_node import WordsWanted
 from node_service.agent import Agent, Contribute
 from node_service.corpus.corpus import Corpus
 from node_service.handover.contributing import Contributions, answer

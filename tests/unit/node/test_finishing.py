@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.numbers.encodings import encode_vector
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import Instruction, ParameterChunk
+from common.wire.to_node import Instruction, ParameterChunk
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import FinishRule, InnerOptimizer, UpdateRule
 from node_service.handover.receipt_book import Ledger

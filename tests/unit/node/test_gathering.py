@@ -9,7 +9,8 @@ import pytest
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.wire.assets import asset_entry, publish_asset
-from common.wire.messages import Alive, FetchAssets, Instruction, InstructionAck, Notice, Rule
+from common.wire.to_master import Alive, FetchAssets, InstructionAck
+from common.wire.to_node import Instruction, Notice, Rule
 from common.wire.update_rule import UpdateRule
 from node_service.agent import Agent, CheckSamples, Gather, Resume
 from node_service.handover.asset_cache import AssetCache

@@ -10,7 +10,8 @@ from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.errors import UserError
 from common.numbers.slicing import slice_bytes
-from common.wire.messages import Receipt, UpdateManifest
+from common.wire.to_master import UpdateManifest
+from common.wire.to_node import Receipt
 from node_service.handover.handover import Handover
 from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox

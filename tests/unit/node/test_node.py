@@ -13,20 +13,8 @@ from common.errors import UserError
 from common.numbers.encodings import decode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.wire.messages import (
-    Fetch,
-    Finish,
-    Finished,
-    Instruction,
-    InstructionAck,
-    Introduce,
-    Join,
-    Notice,
-    Receipt,
-    Resend,
-    Rule,
-    Withdrawn,
-)
+from common.wire.to_master import Fetch, Finished, InstructionAck, Join
+from common.wire.to_node import Finish, Instruction, Introduce, Notice, Receipt, Resend, Rule, Withdrawn
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from node_service.agent import Agent, Answered, CheckSamples, Drop, Read, Reincarnate, Republish, Say, Train
 from node_service.handover.local_state import open_local_state

@@ -21,17 +21,8 @@ from common.encoders.base import Batch, EncoderModel
 from common.errors import LockHeld, UserError
 from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
-from common.wire.messages import (
-    Fetch,
-    Finish,
-    Finished,
-    Instruction,
-    Notice,
-    ParameterChunk,
-    Receipt,
-    Rule,
-    UpdateManifest,
-)
+from common.wire.to_master import Fetch, Finished, UpdateManifest
+from common.wire.to_node import Finish, Instruction, Notice, ParameterChunk, Receipt, Rule
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule

@@ -13,7 +13,8 @@ import structlog
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.wire.broker import Publication
-from common.wire.messages import Instruction, InstructionAck, Rule, UpdateManifest
+from common.wire.to_master import InstructionAck, UpdateManifest
+from common.wire.to_node import Instruction, Rule
 from common.wire.update_rule import InnerOptimizer, ReturnWhen, UpdateRule
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState

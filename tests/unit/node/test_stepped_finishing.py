@@ -9,7 +9,8 @@ import structlog
 
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
-from common.wire.messages import Alive, Finish, Finished, InstructionAck, Join, Receipt, Rule
+from common.wire.to_master import Alive, Finished, InstructionAck, Join
+from common.wire.to_node import Finish, Receipt, Rule
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from node_service.handover.store import MemoryStore
 from node_service.training.looks import Looks

@@ -17,7 +17,8 @@ from common.brokers.memory_rules import Permissions
 from common.clock import VirtualClock
 from common.errors import AccessRefused, BrokerUnavailable
 from common.wire.broker import BrokerStatus, Publication
-from common.wire.messages import Alive, Finish, Instruction, InstructionAck, Join, Leave, Notice, Resend, UpdateManifest
+from common.wire.to_master import Alive, InstructionAck, Join, Leave, UpdateManifest
+from common.wire.to_node import Finish, Instruction, Notice, Resend
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
