@@ -202,17 +202,17 @@ class Agent:
 
     def samples_checked(self, instruction: Instruction, samples: int, refusal: str = "") -> list[Action]:
         """The answer to CheckSamples: how many samples match, or why this node does not take part."""
+        said: list[Action] = [self._acknowledge(instruction, samples, refusal)]
         if refusal and self._is_current(instruction.encoder):
-            self.current = None
-        return [self._acknowledge(instruction, samples, refusal), *([] if self.current else self._next())]
+            return [*said, *self._let_go()]
+        return [*said, *([] if self.current else self._next())]
 
     def rule_refused(self, encoder: str, why: str) -> list[Action]:
         """A rule has come that this node cannot train by. With one that it can it goes on; without one it lets go of
         the encoder, and the master is told why."""
         if not self._is_built(encoder) or self.rule is not None or self.current is None:
             return []
-        refused, self.current = self.current, None
-        return [self._acknowledge(refused, 0, why), *self._next()]
+        return [self._acknowledge(self.current, 0, why), *self._let_go()]
 
     def lacks_assets(self, instruction: Instruction) -> list[Action]:
         """The answer to CheckSamples, or to what is to be resumed, if assets are not here: they are read first."""
@@ -390,9 +390,7 @@ class Agent:
     def _withdrawn(self, encoder: str) -> list[Action]:
         """Nothing comes of an instruction, and of what was trained by it."""
         self.waiting.pop(encoder, None)
-        if not self._is_current(encoder):
-            return []
-        return [*([] if self.rule is None else [Drop(encoder)]), *self._turn()]
+        return self._let_go() if self._is_current(encoder) else []
 
     def _finish(self, finish: Finish) -> list[Action]:
         self.waiting.pop(finish.encoder, None)
@@ -414,6 +412,12 @@ class Agent:
         self.wanted = version
         exact = version <= self.lost
         return [Read(self.current.encoder, version, published_at, exact=exact, digest=digest)]
+
+    def _let_go(self) -> list[Action]:
+        """The current encoder is not trained here, or not any more."""
+        assert self.current is not None
+        dropped: list[Action] = [] if self.rule is None else [Drop(self.current.encoder)]
+        return [*dropped, *self._turn()]
 
     def _turn(self) -> list[Action]:
         """The current encoder is done with: turn to the next."""

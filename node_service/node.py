@@ -609,7 +609,11 @@ class Node:
         return Agent(self.name, identity, tuple(self._corpora), named=self.config.named)
 
     def _drop(self, encoder: str) -> None:
-        log.warning("the master does not know this encoder, letting go of it", node=self.name, encoder=encoder)
+        log.warning(
+            "letting go of the encoder: it is refused here, or the master does not know it",
+            node=self.name,
+            encoder=encoder,
+        )
         self._ending.end(self.training)
         self.training = None
         self.state.forget_current()

@@ -176,6 +176,23 @@ def test_an_instruction_that_is_nobodys_is_let_go_at_once_whether_it_waits_is_ac
     assert agent.receive(rule()) == [Train(instruction(), rule()), Read("text-1", 0, 9.0)]
 
 
+def test_of_an_encoder_that_is_refused_when_its_instruction_comes_again_nothing_stays() -> None:
+    """Its owner's hours are over, or somebody else made the second one up: the next encoder begins from nothing."""
+    agent = Agent("n", "i", ("text",))
+    agent.receive(instruction())
+    agent.receive(instruction("text-2"))
+    agent.samples_checked(instruction(), 50)
+    agent.receive(rule(version=3))
+    agent.version_read("text-1", 3)
+    agent.receive(finish())
+    agent.receive(instruction())
+    _, *then = agent.samples_checked(instruction(), 0, "not at this hour")
+    assert then == [Drop("text-1"), CheckSamples(instruction("text-2"))]
+    assert (agent.rule, agent.finishing, agent.version, agent.wanted) == (None, None, -1, -1) and not agent.training
+    agent.samples_checked(instruction("text-2"), 50)
+    assert agent.receive(rule("text-2")) == [Train(instruction("text-2"), rule("text-2")), Read("text-2", 0, 9.0)]
+
+
 def test_an_encoder_that_does_not_begin_does_not_keep_a_node_from_another() -> None:
     agent = Agent("n", "i", ("text",))
     agent.receive(instruction("text-1"))
