@@ -1,0 +1,206 @@
+"""A federation as users start it, master and nodes as processes over a RabbitMQ, with training replaced by a constant:
+how fast versions and updates come, and what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import Damaged, UserError
+from common.numbers.slicing import EncodingName, payload_size
+from master_service.log.message_log import open_log
+from tests.benchmarks.processes import cpu_seconds, family, peak_bytes
+
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parents[1]
+#: Between two looks at the processes, seconds.
+_LOOK_SECONDS = 0.2
+#: Versions at the beginning that are not counted: everybody is still starting.
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is run. `until`: limits of the section `stop`. `rule`: the section `rule`, with its preset."""
+
+    nodes: int
+    parameters: int
+    up: EncodingName = "int8"
+    down: EncodingName = "bfloat16"
+    rule: Mapping[str, Any] = field(default_factory=lambda: {"preset": "fedavg"})
+    update: Mapping[str, Any] = field(default_factory=lambda: {"when": {"steps": 1}})
+    until: Mapping[str, Any] = field(default_factory=lambda: {"versions": 8})
+
+    @property
+    def bytes_a_round(self) -> int:
+        """That cross the wire to the broker or from it in a synchronous round: up once in and once out, down once in
+        and once to every node."""
+        up, down = payload_size(self.parameters, self.up), payload_size(self.parameters, self.down)
+        return 2 * self.nodes * up + (1 + self.nodes) * down
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of it. `versions` and `updates`: when each was logged, seconds since 1970. Of each party: seconds of
+    the processor between the versions that are counted, and the most memory it had, bytes; the broker is one."""
+
+    shape: Shape
+    versions: list[float]
+    updates: list[float]
+    cpu: dict[str, float]
+    peak: dict[str, int]
+
+    @property
+    def round_seconds(self) -> float:
+        """The median time from one version to the next."""
+        counted = self.versions[_WARM_UP:]
+        return statistics.median(after - before for before, after in itertools.pairwise(counted))
+
+    @property
+    def updates_per_second(self) -> float:
+        """Of those logged between the first counted version and the last."""
+        begin, end = self.versions[_WARM_UP], self.versions[-1]
+        return sum(begin < at <= end for at in self.updates) / (end - begin)
+
+    def figures(self) -> dict[str, Any]:
+        """Plain, for JSON."""
+        rounds = len(self.versions) - 1 - _WARM_UP
+        return {
+            "nodes": self.shape.nodes,
+            "parameters": self.shape.parameters,
+            "up": self.shape.up,
+            "down": self.shape.down,
+            "rule": self.shape.rule["preset"],
+            "versions": len(self.versions),
+            "round_seconds": self.round_seconds,
+            "updates_per_second": self.updates_per_second,
+            "cpu_seconds_a_version": {party: seconds / max(1, rounds) for party, seconds in self.cpu.items()},
+            "peak_mib": {party: round(peak / 2**20) for party, peak in self.peak.items()},
+        }
+
+
+def run(shape: Shape, url: str, directory: Path, *, patience: float = 300.0) -> Run:
+    """Start the processes, wait until the encoder is finished, and read their log. Raises RuntimeError with the last
+    words of a process that failed, or after `patience` seconds."""
+    directory.mkdir(parents=True)
+    names = [f"n{number}" for number in range(shape.nodes)]
+    file = _configuration(shape, url, directory, names)
+    mine = set(family(os.getpid()))
+    parties = {"master": _start(file, directory, "master")}
+    parties |= {name: _start(file, directory, "node", name) for name in names}
+    broker = mine - {os.getpid()}
+    meter = _Meter({name: [process.pid] for name, process in parties.items()} | {"broker": sorted(broker)})
+    deadline = time.monotonic() + patience
+    try:
+        while any(process.poll() is None for process in parties.values()):
+            time.sleep(_LOOK_SECONDS)
+            meter.look(_count(directory))
+            failed = [name for name, process in parties.items() if process.poll()]
+            if failed or time.monotonic() > deadline:
+                name = failed[0] if failed else "master"
+                words = (directory / f"{name}.log").read_text(errors="replace")[-1500:]
+                raise RuntimeError(f"{name} {'failed' if failed else 'did not end'}: {words}")
+    finally:
+        for process in parties.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    log = open_log(directory / "master", read_only=True)
+    rows = [(row.kind, row.at) for row in log.rows() if row.kind == "versioned" or row.payload is not None]
+    log.close()
+    return Run(
+        shape,
+        [at for kind, at in rows if kind == "versioned"],
+        [at for kind, at in rows if kind == "update"],
+        meter.spent(),
+        meter.peak,
+    )
+
+
+class _Meter:
+    """Reads what the parties' processes use; `spent` between the first counted version and the last look."""
+
+    def __init__(self, parties: dict[str, list[int]]) -> None:
+        self._parties = parties
+        self._from: dict[str, float] | None = None
+        self._to: dict[str, float] = {}
+        self._seen = 0
+        self.peak = dict.fromkeys(parties, 0)
+
+    def look(self, versions: int) -> None:
+        now = {party: sum(map(cpu_seconds, pids)) for party, pids in self._parties.items()}
+        for party, pids in self._parties.items():
+            self.peak[party] = max(self.peak[party], sum(map(peak_bytes, pids)))
+        if versions > _WARM_UP and self._from is None:
+            self._from = now
+        if versions > self._seen:
+            self._seen, self._to = versions, now
+
+    def spent(self) -> dict[str, float]:
+        begun = self._from or {}
+        return {party: seconds - begun.get(party, 0.0) for party, seconds in self._to.items()}
+
+
+def _count(directory: Path) -> int:
+    """How many versions are logged."""
+    try:
+        log = open_log(directory / "master", read_only=True)
+    except (FileNotFoundError, Damaged, UserError):
+        return 0  # not yet
+    try:
+        return log.count("versioned")
+    finally:
+        log.close()
+
+
+def _configuration(shape: Shape, url: str, directory: Path, names: list[str]) -> Path:
+    update = {**shape.update, "encoding": shape.up, "evaluate_every": 0, "finish": {"what": "none"}}
+    lines = [
+        f'[broker]\nurl = "{url}"\nnamespace = "bench-{uuid.uuid4().hex[:8]}"',
+        f'[master]\nstate_dir = "{directory}/master"\nexport_dir = "{directory}/encoder"\nexit_when_finished = true',
+        f'encoding = "{shape.down}"',
+        f'[encoder]\nget = "constant"\nmin_nodes = {shape.nodes}\narchitecture = {{parameters = {shape.parameters}}}',
+        f"[rule]\n{_toml(shape.rule)}",
+        f"[stop]\n{_toml(shape.until)}",
+        f"[update]\n{_toml(update)}",
+    ]
+    lines += [
+        f'[nodes.{name}]\nstate_dir = "{directory}/{name}"\nexit_when_finished = true\n'
+        'corpus = {entry_point = "tests.benchmarks.constant:samples", type = "constant"}'
+        for name in names
+    ]
+    file = directory / "run.toml"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def _toml(table: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key} = {_value(value)}" for key, value in table.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + "}"
+    return json.dumps(value)
+
+
+def _start(file: Path, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(_HERE / "plugin"), str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    with (directory / f"{arguments[-1]}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", *arguments, "--config", str(file), "--json"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=directory,
+        )
