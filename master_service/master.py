@@ -35,6 +35,7 @@ from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
 from master_service.wire.inbox import identity, refusal, understood
 from master_service.wire.intake import CompleteUpdate, Intake
+from master_service.wire.outbox import Outbox
 from master_service.wire.pace import Pace, sender_of
 from master_service.wire.publisher import Publisher
 from master_service.wire.updates import Updates
@@ -123,8 +124,9 @@ class Master:
         if self._get is not None:
             self.recorder.record(Todo(Get(sender="master", encoder_type=self._get)))
 
-    def hear(self, delivery: Delivery) -> None:
-        """Handle one delivery. While the disk is full it waits, unless it can be answered without the log."""
+    def hear(self, delivery: Delivery, *, more: bool = False) -> None:
+        """Handle one delivery. While the disk is full it waits, unless it can be answered without the log. `more`:
+        another follows at once, so that the rows of both may be made durable together."""
         begun = self._clock.monotonic()
         if delivery.queue == self._topology.master_inbox and not self._pace.admits(delivery):
             self._hear_too_many(delivery)
@@ -133,6 +135,8 @@ class Master:
         else:
             self._hear_admitted(delivery)
         self._take_turns()
+        if not more:
+            self.recorder.settle()
         self._updates.pardon(self._clock.monotonic() - begun)
 
     def look(self) -> float:
@@ -145,24 +149,30 @@ class Master:
         now = self._clock.now()
         deadline = self._coordinator.deadline()
         if deadline is not None and now >= deadline:
-            self.recorder.record(Todo(Tick()))
+            self.recorder.record(Todo(Tick()), more=True)
         for node, present in self.live.transitions(now, self.config.presence_timeout_seconds):
-            self.recorder.record(Todo(Presence(node=node, present=present)))
+            self.recorder.record(Todo(Presence(node=node, present=present)), more=True)
         self._end_in_vain()
         self.recorder.record_made()
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)
-        if not self.recorder.blocked:
-            self.journal.snapshot(due_after=self.config.snapshot_every_seconds)
+        if not self.recorder.blocked and self.journal.snapshot_due(self.config.snapshot_every_seconds):
+            self.snapshot()
         if self._publisher.bury_in() <= 0:
             self._publisher.bury()
         self._updates.look()
         self._release()
         more = self._take_turns()
+        self.recorder.settle()
         self._updates.pardon(self._clock.monotonic() - begun)
         soon = min(self._updates.seconds_left(), self._publisher.bury_in()) + 0.001
         return 0.0 if more else min(IDLE_SECONDS, soon)
+
+    @property
+    def outbox(self) -> Outbox:
+        """What is to leave: another thread may send it."""
+        return self._publisher.outbox
 
     @property
     def state(self) -> State:
@@ -190,9 +200,12 @@ class Master:
         )
 
     def snapshot(self) -> None:
-        """Write one now. Not after an error. Raises StorageBlocked while something waits to be written."""
-        if self.recorder.blocked:
+        """Write one now, once all that it stands for has left. Not after an error. Raises StorageBlocked while
+        something waits to be written."""
+        if self.recorder.blocked or not self.recorder.settle():
             raise StorageBlocked(self.recorder.blocked)
+        self._publisher.outbox.drain()
+        self.journal.carried_out = max(self.journal.carried_out, self.outbox.left)
         self.journal.snapshot()
 
     def close(self) -> None:
@@ -251,7 +264,7 @@ class Master:
         else:
             # below the sender's name: nobody can take the id of another's message, or of an update
             message_id = f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else None
-            self.recorder.record(Todo(message, message_id, work=what, deliveries=(delivery,)))  # type: ignore[arg-type]
+            self.recorder.record(Todo(message, message_id, work=what, deliveries=(delivery,)), more=True)  # type: ignore[arg-type]
 
     def _answer(self, message: Message, delivery: Delivery) -> bool:
         """What is shown and not decided upon needs no log, and goes on while the disk is full; nor does what is not for
@@ -359,7 +372,8 @@ class Master:
     def _refuse(self, manifest: UpdateManifest) -> None:
         """The row of an update that does not count leads to its answer; nobody waits for its chunks."""
         delivery = self._updates.answered()
-        self.recorder.record(Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,)))
+        todo = Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,))
+        self.recorder.record(todo, more=True)
         self._ask_for_later(manifest.node)
 
     def _hear_chunk(self, delivery: Delivery) -> None:
@@ -395,7 +409,8 @@ class Master:
                 measured=measured,
                 work=_work(manifest),
                 deliveries=update.deliveries,
-            )
+            ),
+            more=True,
         )
         self._done(manifest.node)
 

@@ -1,6 +1,9 @@
 """The product's invariant, in its only home: what is to be decided is appended to the log, marked, folded and computed;
-what follows from it leaves; only then is what it came in acked. A process that dies anywhere in between goes on from
-the log.
+once its row is durable what follows from it leaves, and what it came in is acked. A process that dies anywhere in
+between goes on from the log.
+
+Rows that come together are made durable together. Until then they have changed nothing but this process's memory: what
+follows from them is held, so a process that dies loses memory and rows alike, and the broker delivers them again.
 """
 
 from __future__ import annotations
@@ -73,6 +76,19 @@ class Todo:
     deliveries: tuple[Delivery, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What follows from an entry, until its row is durable. `entry` None: it was in the log already."""
+
+    todo: Todo
+    entry: Entry | None
+    effects: list[Effect]
+
+
+#: What is done with an encoder as it is now: before another row changes it.
+_OF_NOW = (Publish, Provide, DeleteStream, Conclude)
+
+
 class Recorder:
     """Records, and carries out. While nothing can be written, such as with a full disk, what is to be recorded waits
     here, and `blocked` says why.
@@ -94,6 +110,7 @@ class Recorder:
         self._clock = clock
         self._making = Making(self._fold.arithmetic.generated, journal.making, journal.background)
         self._todo: deque[Todo] = deque()
+        self._held: list[_Held] = []
         self._try_again_at = 0.0
 
     @property
@@ -164,39 +181,61 @@ class Recorder:
 
     # --- what is decided ---------------------------------------------------------------------------------------------
 
-    def record(self, todo: Todo) -> None:
-        """Log something and carry out what follows; after what waits already."""
+    def record(self, todo: Todo, *, more: bool = False) -> None:
+        """Log something and carry out what follows; after what waits already. `more`: `settle` follows soon, and until
+        then nothing of it need be durable."""
         self._todo.append(todo)
-        if not self.blocked:
-            self._drain()
+        if not self.blocked and self._drain() and not more:
+            self.settle()
+
+    def settle(self) -> bool:
+        """Make durable what was recorded, let what follows from it leave, and ack what it came in; whether it could."""
+        return not self.blocked and self._settle()
+
+    def _settle(self) -> bool:
+        if self._held:
+            try:
+                self.journal.commit()
+            except StorageBlocked as error:
+                self._wait(error)
+                return False
+            self._release()
+        return True
 
     def record_made(self) -> None:
         """Log what has come of encoders that were made beside this thread."""
         for outcome in self._making.made():
             self.record(Todo(outcome.body, payload=outcome.payload))
 
-    def _drain(self) -> None:
-        """Append, mark, fold, compute, send, carried out, ack: one entry after the other, each with what it leads to.
+    def _drain(self) -> bool:
+        """Append, mark, fold, compute: one entry after the other, each with what it leads to; whether all of it could
+        be written.
 
-        Where it cannot be written it stops before the entry, and goes on from there later.
+        Where it cannot be, it stops before the entry, and goes on from there later.
         """
         journal = self.journal
         while self._todo:
             todo = self._todo[0]
+            # without a name of its own for it, only its row says what has killed the master
+            alone = not todo.work and not isinstance(todo.body, Record)
+            journal.carried_out = max(journal.carried_out, self._publisher.outbox.left)
             try:
                 payload, facts = self._store(todo)
-                entry = journal.append(todo.body, message_id=todo.message_id, facts=facts, payload=payload)
+                entry = journal.append(
+                    todo.body, message_id=todo.message_id, facts=facts, payload=payload, together=not alone
+                )
                 if entry is None and isinstance(todo.body, UpdateManifest):
                     # the log has it, its answer may not have left: recorded as one more delivery of the same update
-                    entry = journal.append(todo.body)
+                    entry = journal.append(todo.body, together=True)
             except StorageBlocked as error:
                 self._wait(error)
-                return
+                return False
             self._todo.popleft()
-            if entry is not None:
-                self._carry_out(entry, todo.work)
-            if todo.deliveries:
-                self.acknowledge(todo.deliveries, update=isinstance(todo.body, UpdateManifest))
+            effects = self._fold_in(entry, todo.work) if entry is not None else []
+            self._held.append(_Held(todo, entry, effects))
+            if any(isinstance(effect, _OF_NOW) for effect in effects) and not self._settle():
+                return False
+        return True
 
     def _store(self, todo: Todo) -> tuple[str | None, UpdateFacts | None]:
         """Make a payload durable; its digest, and the facts of an update. Raises StorageBlocked."""
@@ -208,10 +247,12 @@ class Recorder:
         finite, norm = todo.measured
         return digest, UpdateFacts(digest=digest, size=len(todo.payload), finite=finite, norm=norm)
 
-    def _carry_out(self, entry: Entry, work: str) -> None:
-        """Carry out what an entry leads to. What is computed because of it is the next entry."""
+    def _fold_in(self, entry: Entry, work: str) -> list[Effect]:
+        """What an entry leads to. What is computed because of it is the next entry."""
         journal, fold = self.journal, self._fold
-        with journal.attempts.at(_row(entry.offset), work):
+        # the number of a row that is not durable may be another's after a death
+        row = () if journal.log.uncommitted else (_row(entry.offset),)
+        with journal.attempts.at(*row, *((work,) if work else ())):
             effects = fold.apply(entry)
             reached("during fold")
             outcomes: list[Outcome] = []
@@ -221,14 +262,25 @@ class Recorder:
                 elif isinstance(effect, Generate):
                     self._making.begin(effect)
             outcomes += self._making.made()
-        self._send_out(effects)
-        journal.carried_out = entry.offset
-        for what, facts in events(entry, effects):
-            happened(what, **facts)
         for outcome in outcomes:
             if isinstance(outcome.body, StepFailed):
                 log.error("payloads are damaged; their nodes are asked to send again", lost=outcome.body.lost)
         self._todo.extendleft(Todo(outcome.body, payload=outcome.payload) for outcome in reversed(outcomes))
+        return effects
+
+    def _release(self) -> None:
+        """All rows are durable: what follows from them leaves, then what they came in is acked."""
+        held, self._held = self._held, []
+        for each in held:
+            self._send_out(each.effects)
+            if each.entry is not None:
+                self._publisher.outbox.mark(each.entry.offset)
+                for what, facts in events(each.entry, each.effects):
+                    happened(what, **facts)
+        for update in (True, False):
+            bodies = [each.todo for each in held if isinstance(each.todo.body, UpdateManifest) == update]
+            if deliveries := tuple(delivery for todo in bodies for delivery in todo.deliveries):
+                self.acknowledge(deliveries, update=update)
 
     def _send_out(self, effects: list[Effect]) -> None:
         """In order. Steps and generations are not sent: their outcomes are logged."""
@@ -299,8 +351,7 @@ class Recorder:
         """Try again to write what waits; whether all of it is written."""
         if self._clock.monotonic() < self._try_again_at:
             return False
-        self._drain()
-        if self._todo:
+        if not (self._drain() and self._settle()):
             return False
         self.blocked = ""
         log.info("the message log is written again")

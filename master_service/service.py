@@ -29,6 +29,8 @@ from master_service.wire.pace import bounded
 
 log = structlog.get_logger()
 
+#: What comes within so many seconds of each other is made durable together.
+_GROUP_SECONDS = 0.02
 #: How long the end waits for a thread that has done its work, seconds.
 _JOIN_SECONDS = 1.0
 
@@ -86,10 +88,13 @@ class MasterService:
         try:
             self.broker.lock(self.topology.master_lock, self._ending.lost.set)
             self.master.start()
+            self.master.outbox.beside()
+            self._beside("outbox", self._send)
             self._serve(stop)
             # only here: after an error the state in memory may be half of an entry, and the log is the truth
             self.master.snapshot()
         finally:
+            self.master.outbox.close()
             self.master.journal.close()
         self._check()
 
@@ -104,7 +109,7 @@ class MasterService:
         ]
         try:
             while not stop.is_set() and not (self.config.exit_when_finished and self.master.done):
-                self._take_one(wait=self.master.look())
+                self._take_some(wait=self.master.look())
                 self.on_change(self)
                 if self._ending.lost.is_set():
                     raise BrokerUnavailable("the lock of this namespace was lost; another master may be serving it now")
@@ -119,10 +124,24 @@ class MasterService:
     def _arrived(self, delivery: Delivery) -> None:
         self._events.put(bounded(delivery))
 
-    def _take_one(self, wait: float) -> None:
-        """Wait for a delivery up to `wait` seconds and handle it. Raises what ended a thread."""
+    def _take_some(self, wait: float) -> None:
+        """Wait for a delivery up to `wait` seconds and handle it, and with it what has come meanwhile. Raises what
+        ended a thread."""
         with contextlib.suppress(queue.Empty):
-            self.master.hear(self._next(wait))
+            delivery, until = self._next(wait), self.clock.monotonic() + _GROUP_SECONDS
+            while self.clock.monotonic() < until and not self._events.empty():
+                following = self._next()
+                self.master.hear(delivery, more=True)
+                delivery = following
+            self.master.hear(delivery)
+
+    def _send(self) -> None:
+        try:
+            self.master.outbox.serve()
+        except BrokerUnavailable:
+            if not self._ending.is_set():
+                raise
+            # who waits for what is to leave is told
 
     def _next(self, wait: float = 0.0) -> Delivery:
         """What has come first. Raises queue.Empty, and what ended a thread."""

@@ -250,9 +250,15 @@ class MemoryBroker:
         if self._closed:
             raise BrokerUnavailable("the connection is closed")
         self._problems.check()
+        without_queue: Unroutable | None = None
         for publication in publications:
-            self._server.publish(publication, self._user)
-            self._bytes_out += len(publication.body)
+            try:
+                self._server.publish(publication, self._user)
+                self._bytes_out += len(publication.body)
+            except Unroutable as error:
+                without_queue = without_queue or error
+        if without_queue is not None:
+            raise without_queue
 
     def consume(self, queue: str, on_delivery: OnDelivery, *, prefetch: int) -> MemorySubscription:
         return self._subscribe(MemorySubscription(self._server, queue, on_delivery, prefetch, None))

@@ -124,7 +124,8 @@ class Broker(Protocol):
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
         """Publish persistently, in order, and return when the broker has confirmed all of them.
 
-        Waits while the connection is away or blocked. After an error any subset may have arrived.
+        Waits while the connection is away or blocked. After an error any subset may have arrived; after Unroutable, all
+        that has a queue.
         What the broker closes the channel for (no permission, no exchange, too large) fails its own call alone.
         Raises Unroutable, PublishRejected, AccessRefused, Unpublishable, or BrokerUnavailable after `timeout` seconds
         without progress, and for what finds no queue just after a reconnect: the queue may not be up yet.

@@ -88,8 +88,10 @@ class Journal:
         message_id: str | None = None,
         facts: UpdateFacts | None = None,
         payload: str | None = None,
+        together: bool = False,
     ) -> Entry | None:
-        """Write an entry durably; None if this message id is in the log already. Raises StorageBlocked."""
+        """Write an entry durably; None if this message id is in the log already. `together`: durable with the next
+        `commit`. Raises StorageBlocked."""
         reached("before append")
         entry = self._room.write(
             lambda: self.log.append(
@@ -99,10 +101,18 @@ class Journal:
                 facts=facts,
                 payload=payload,
                 carried_out=self.carried_out,
+                together=together,
             )
         )
         reached("after append")
         return entry
+
+    def commit(self) -> None:
+        """Make durable what was appended together. Raises StorageBlocked; then it may be tried again."""
+        if self.log.uncommitted:
+            reached("before commit")
+            self._room.write(self.log.commit)
+            reached("after commit")
 
     def write_payload(self, payload: bytes) -> str:
         """Store a payload durably; gives its digest. Raises StorageBlocked."""
@@ -120,13 +130,17 @@ class Journal:
         except StorageBlocked:
             return
 
-    def snapshot(self, *, due_after: float = 0.0) -> None:
-        """Write one if `due_after` seconds have passed since the last and anything was folded; then let the retention
-        policy drop what no start needs."""
-        now = self._clock.monotonic()
-        if now - self._snapshot_at < due_after or self.fold.offset == self._snapshot_offset:
+    def snapshot_due(self, after: float = 0.0) -> bool:
+        """Whether `after` seconds have passed since the last one, and anything was folded."""
+        return self._clock.monotonic() - self._snapshot_at >= after and self.fold.offset != self._snapshot_offset
+
+    def snapshot(self) -> None:
+        """Write one, if anything was folded; then let the retention policy drop what no start needs. All that the rows
+        up to here lead to must have left: whoever starts from it does not send it again."""
+        assert not self.log.uncommitted, "a snapshot of what may not have happened"
+        if not self.snapshot_due():
             return
-        self._snapshot_at = now
+        self._snapshot_at = self._clock.monotonic()
         reached("before snapshot")
         checksum = self.log.checksum(self.fold.offset) or ""
         try:

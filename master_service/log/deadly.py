@@ -86,8 +86,8 @@ class Attempts:
 
         Do not wait inside: a process that is killed while it waits was not killed by a message.
         """
-        self._mark.write("\n".join(what))
         self._working = True
+        self._mark.write("\n".join(what))
         try:
             yield
         except SharedEncoderError:

@@ -1,4 +1,5 @@
-"""What leaves the master: messages and versions, each until the broker has it, because what was decided must leave."""
+"""What leaves the master: messages and versions, in order, each until the broker has it, because what was decided must
+leave."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
 from master_service.log.payloads import Payloads
+from master_service.wire.outbox import Outbox
 
 log = structlog.get_logger()
 
@@ -35,7 +37,11 @@ _DEAD_SECONDS = 0.1
 
 
 class Publisher:
-    """Tries each send again until the broker takes it; gives up once `ending` is set."""
+    """Tries each send again until the broker takes it; gives up once `ending` is set.
+
+    What is to be sent goes through `outbox`: it is said in the thread that decides, and done in the one that serves the
+    outbox, so `_hints`, `_digests`, `_numbers` and `_streams` belong to that one.
+    """
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class Publisher:
         new_id: Callable[[], str],
     ) -> None:
         self.bytes_out = 0
+        self.outbox = Outbox(self._send_together)
         self._broker = broker
         self._topology = topology
         self._encoding = encoding
@@ -68,24 +75,30 @@ class Publisher:
 
     def begin(self, epoch: int) -> None:
         """An epoch has begun: what is sent from now on is numbered in it."""
-        self._numbers.begin(epoch)
+        self.outbox.action(partial(self._numbers.begin, epoch))
 
     def send(self, to: str, message: Message) -> None:
         """To one node or observer."""
-        reached("before send")
-        exchange = self._topology.rule if isinstance(message, Rule) else self._topology.receipt
-        # who only asks has an inbox for one answer
-        numbered = not isinstance(message, Answer | StatusReport)
-        self._publish(exchange, to, message, self._numbers.to_one(to) if numbered else {})
-        reached("after send")
+
+        def letter() -> Publication:
+            exchange = self._topology.rule if isinstance(message, Rule) else self._topology.receipt
+            # who only asks has an inbox for one answer
+            numbered = not isinstance(message, Answer | StatusReport)
+            return self._publication(exchange, to, message, self._numbers.to_one(to) if numbered else {})
+
+        self.outbox.letter(letter)
 
     def broadcast(self, encoder_type: str, message: Message) -> None:
         """To every node that listens for this type."""
-        self._publish(self._topology.instruction, encoder_type, message, self._numbers.to_all(encoder_type))
+        exchange = self._topology.instruction
+        self.outbox.letter(
+            lambda: self._publication(exchange, encoder_type, message, self._numbers.to_all(encoder_type))
+        )
 
     def pulse(self, epoch: int) -> None:
         """A sign of life to every node."""
-        self._publish(self._topology.instruction, self._topology.pulse_key, Pulse(at=self._clock.now(), epoch=epoch))
+        exchange, key, now = self._topology.instruction, self._topology.pulse_key, self._clock.now()
+        self.outbox.letter(lambda: self._publication(exchange, key, Pulse(at=now, epoch=epoch)))
 
     def is_due(self, effect: Publish, epoch: int) -> bool:
         """Whether a version is to be written. One that was missed is not written again a moment later: on a slow line,
@@ -97,6 +110,11 @@ class Publisher:
     def version(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
         """Write a version, encoded slice by slice, to its encoder's stream."""
         self.bytes_out += sum(len(body) for body in bodies)
+        # until it is there it counts as written just now
+        self._written[effect.encoder] = (epoch, effect.version), float("inf")
+        self.outbox.action(partial(self._write, effect, epoch, layout_digest, bodies), large=True)
+
+    def _write(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
         digest = payload_digest(bodies)
 
         def write() -> None:
@@ -122,13 +140,17 @@ class Publisher:
 
         reached("before publish")
         self._persist(write)
-        self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
+        if self._written.get(effect.encoder, ((), 0.0))[0] == (epoch, effect.version):
+            self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
         self._digests[effect.encoder] = effect.version, digest
         reached("after publish")
 
     def provide(self, encoder: str, assets: Sequence[AssetEntry], payloads: Payloads) -> None:
         """Write the assets of an encoder to their stream, one after the other. One that is not whole on disk is left
         out: whoever needs it goes on asking for it."""
+        self.outbox.action(partial(self._provide, encoder, tuple(assets), payloads), large=True)
+
+    def _provide(self, encoder: str, assets: Sequence[AssetEntry], payloads: Payloads) -> None:
         size = sum(entry.size for entry in assets)
 
         def write(entry: AssetEntry, content: bytes) -> None:
@@ -156,12 +178,15 @@ class Publisher:
 
     def delete_stream(self, encoder: str, *, assets: bool = False) -> None:
         """Delete an encoder's stream; the next version is written to a new one. `assets`: the stream of those too."""
+        self._written.pop(encoder, None)
+        self.outbox.action(partial(self._delete_stream, encoder, assets=assets))
+
+    def _delete_stream(self, encoder: str, *, assets: bool) -> None:
         self._persist(lambda: self._broker.delete_queue(self._topology.stream(encoder)))
         if assets:
             self._persist(lambda: self._broker.delete_queue(self._topology.asset_stream(encoder)))
         self._streams.discard(encoder)
         self._hints.pop(encoder, None)
-        self._written.pop(encoder, None)
         self._digests.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
@@ -188,34 +213,42 @@ class Publisher:
             more = {"messages": len(details)} if len(details) > 1 else {}
             log.warning("message set aside", queue=queue, reason=reason, detail=details[0], **more)
         letters = [dead_letter(self._topology.dead_letters, each, why.reason, why.detail) for each, why in dead]
-        self._persist(lambda: self._broker.publish(*letters))
-        self._broker.ack(*(delivery for delivery, _ in dead))
+
+        def act() -> None:
+            self._persist(lambda: self._broker.publish(*letters))
+            self._broker.ack(*(delivery for delivery, _ in dead))
+
+        self.outbox.action(act)
 
     def dead_message(self, message: Message, reason: str, detail: str) -> None:
         """Set aside a message whose delivery is long acked."""
         headers = {"x-reason": reason, "x-detail": detail[:500]}
         publication = Publication(self._topology.dead_letters, reason, encode(message), headers, self._new_id())
-        self._persist(lambda: self._broker.publish(publication))
+        self.outbox.letter(lambda: publication)
 
-    def _publish(
+    def _publication(
         self, exchange: str, key: str, message: Message, headers: Mapping[str, str | int] | None = None
-    ) -> None:
+    ) -> Publication:
         if isinstance(message, Rule | Notice | Finish | Answer) and message.encoder is not None:
             message = message.model_copy(update={"published_at": self._hints.get(message.encoder, 0.0)})
         if isinstance(message, Rule | Notice | Finish):
             written, digest = self._digests.get(message.encoder, (-1, None))
             if written == message.version:
                 message = message.model_copy(update={"stream_digest": digest})
-        publication = Publication(exchange, key, encode(message), headers or {}, self._new_id())
+        return Publication(exchange, key, encode(message), headers or {}, self._new_id())
+
+    def _send_together(self, letters: Sequence[Publication]) -> None:
+        reached("before send")
 
         def send() -> None:
             try:
-                self._broker.publish(publication)
-            except Unroutable:
+                self._broker.publish(*letters)
+            except Unroutable as error:
                 # nobody listens (yet); a node that joins later is told everything then
-                log.debug("nobody takes this", exchange=exchange, key=key)
+                log.debug("nobody takes this", problem=str(error))
 
         self._persist(send)
+        reached("after send")
 
     def _persist(self, action: Callable[[], None]) -> None:
         """Try until the broker takes it. Raises the broker's last error once the service is to end."""

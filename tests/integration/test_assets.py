@@ -103,7 +103,7 @@ def test_a_master_that_is_killed_between_the_rows_of_a_generation_makes_the_same
     def append(self: Journal, body: Loggable, **named: Any) -> Any:
         if isinstance(body, Generated):
             raise Bang
-        return real(self, body, **named)
+        return real(self, body, **{**named, "together": False})
 
     db, payloads = sqlite3.connect(":memory:", isolation_level=None), MemoryPayloads()
     with monkeypatch.context() as patch, pytest.raises(Bang):

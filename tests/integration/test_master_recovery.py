@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from master_service.decisions.settings import StopRule
 from master_service.history.replay import origin, rebuild, verify
 from master_service.log.message_log import open_log
 from master_service.log.payloads import payload_path
+from master_service.record import Recorder
 from master_service.service import MasterService
 from master_service.wire.publisher import Publisher
 from tests.integration.harness import (
@@ -107,16 +108,16 @@ def test_a_master_that_loses_its_lock_stops_and_decides_nothing_more(server: Mem
 def test_sends_that_did_not_leave_are_repeated_at_the_next_start(
     server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Publisher.send
+    original = Publisher._publication  # private: called in the thread that sends
 
-    def send(self: Publisher, to: str, message: Message) -> None:
+    def publication(self: Publisher, exchange: str, key: str, message: Message, *rest: Any) -> Publication:
         if isinstance(message, Receipt):
             raise Bang
-        original(self, to, message)
+        return original(self, exchange, key, message, *rest)
 
     node = HandNode(server, "a")
     with monkeypatch.context() as patch, dying_master(server, tmp_path):
-        patch.setattr(Publisher, "send", send)
+        patch.setattr(Publisher, "_publication", publication)
         instruction = node.enter()
         bodies = numbers(instruction)
         node.send(node.manifest(instruction, 0, bodies), bodies)
@@ -127,7 +128,7 @@ def test_sends_that_did_not_leave_are_repeated_at_the_next_start(
         assert member.returns == 1
         # should its answer be lost all the same, the update is sent again and answered by the same receipt
         node.send(node.manifest(instruction, 0, bodies).model_copy(update={"attempt": 1}), bodies)
-        assert node.hear(Receipt) == receipt and member.duplicates == 1
+        assert node.hear(Receipt) == receipt and member.returns == 1
 
 
 def test_a_master_that_dies_before_the_export_exports_at_the_next_start(
@@ -150,19 +151,23 @@ def test_a_master_that_dies_before_the_export_exports_at_the_next_start(
 def test_a_message_that_kills_the_master_twice_is_skipped_and_set_aside(
     server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A row that is durable, whose fold then kills every start."""
     original = Coordinator.handle
-
-    def handle(self: Coordinator, entry: Entry) -> Any:
-        if isinstance(entry.body, Join) and entry.body.node == "killer" and not entry.skipped:
-            raise Bang
-        return original(self, entry)
-
-    monkeypatch.setattr(Coordinator, "handle", handle)
     killer, node = HandNode(server, "killer"), HandNode(server, "a")
-    with dying_master(server, tmp_path):
+
+    def release(self: Recorder) -> None:
+        if any(isinstance(held.todo.body, Join) for held in self._held):
+            raise Bang
+        real(self)
+
+    real = Recorder._release  # private: the moment after the commit
+    with monkeypatch.context() as patch, dying_master(server, tmp_path):
+        patch.setattr(Recorder, "_release", release)
         killer.say(".join", Join(node="killer", incarnation="i", types=["text"]))
-    with dying_master(server, tmp_path):
-        pass
+    monkeypatch.setattr(Coordinator, "handle", _deadly(original))
+    for _ in range(2):
+        with dying_master(server, tmp_path):
+            pass
     with running_master(server, tmp_path) as master:
         assert node.enter().encoder_type == "text"
         assert master.service.master.live.poison == 1
@@ -175,6 +180,34 @@ def test_a_message_that_kills_the_master_twice_is_skipped_and_set_aside(
     fold = origin(log).fold
     assert all(check is None or check.identical for _, check in verify(log, fold))
     assert "killer" not in fold.coordinator.state.nodes, "replay honours the skip"
+
+
+def _deadly(original: Callable[[Coordinator, Entry], Any]) -> Callable[[Coordinator, Entry], Any]:
+    """Folds nothing of the killer's."""
+
+    def handle(self: Coordinator, entry: Entry) -> Any:
+        if isinstance(entry.body, Join) and entry.body.node == "killer" and not entry.skipped:
+            raise Bang
+        return original(self, entry)
+
+    return handle
+
+
+def test_a_message_that_kills_the_master_before_its_row_is_durable_never_gets_one(
+    server: MemoryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Coordinator, "handle", _deadly(Coordinator.handle))
+    killer, node = HandNode(server, "killer"), HandNode(server, "a")
+    with dying_master(server, tmp_path):
+        killer.say(".join", Join(node="killer", incarnation="i", types=["text"]))
+    with dying_master(server, tmp_path):
+        pass
+    with running_master(server, tmp_path):
+        assert node.enter().encoder_type == "text"
+        [letter] = drained(server, TOPOLOGY.dead_letters)
+        assert letter.headers["x-reason"] == "kills" and b"killer" in letter.body
+    log = open_log(tmp_path, read_only=True)
+    assert {entry.body.node for entry in log.entries() if isinstance(entry.body, Join)} == {"a"}
 
 
 def test_bytes_that_kill_the_master_before_they_are_a_row_are_set_aside_too(

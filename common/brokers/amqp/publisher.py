@@ -61,7 +61,8 @@ class Batch:
     def settle(self, index: int, error: SharedEncoderError | None = None) -> None:
         publication = self.left.pop(index, None)
         self.bytes_left -= len(publication.body) if publication is not None else 0
-        self.error = self.error or error
+        if self.error is None or isinstance(self.error, Unroutable):
+            self.error = error or self.error  # that one found no queue says that all else has arrived
         self.progress_at = SYSTEM.monotonic()
         if not self.left:
             self.done.set()
@@ -273,7 +274,10 @@ class Publisher:
             return
         if isinstance(error, Unroutable) and self.link.reopened_within(_QUEUES_UP_SECONDS):
             error = BrokerUnavailable(f"{error} yet")  # a broker that lost its disk: all is declared again beside this
-        if len(sent) == 1:
+        if len(sent) == 1 and isinstance(error, Unroutable):
+            sent[0][0].settle(sent[0][1], error)
+            self._suspects = []
+        elif len(sent) == 1:
             sent[0][0].fail(error)
             if isinstance(error, AccessRefused):
                 self.link.problems.tell("publishing", str(error))
