@@ -26,6 +26,8 @@ from tests.faults.victim import Victim, live
 MASTER_STEPS = {
     "before append": 30,
     "after append": 30,
+    "before commit": 30,
+    "after commit": 30,
     "during fold": 30,
     "payload before rename": 12,
     "before send": 30,

@@ -231,10 +231,14 @@ class MasterDisk:
     def has(self, message_id: str) -> bool:
         return self.db.execute("SELECT 1 FROM entries WHERE message_id = ?", (message_id,)).fetchone() is not None
 
-    def newest(self) -> tuple[int, str]:
-        """Offset and kind of the last row."""
-        found = self.db.execute("SELECT offset, kind FROM entries ORDER BY offset DESC LIMIT 1").fetchone()
-        return (int(found[0]), str(found[1])) if found else (-1, "")
+    def newest(self) -> tuple[int, str, str]:
+        """Offset, kind and message id of the last row. An update that is refused for want of its payload has another
+        kind: it is not folded as the same."""
+        kind = "CASE WHEN kind = 'update' AND payload IS NULL THEN 'refused' ELSE kind END"
+        found = self.db.execute(
+            f"SELECT offset, {kind}, message_id FROM entries ORDER BY offset DESC LIMIT 1"
+        ).fetchone()
+        return (int(found[0]), str(found[1]), str(found[2])) if found else (-1, "", "")
 
     def has_version(self, encoder: str, version: int) -> bool:
         rows = "SELECT 1 FROM entries WHERE kind = 'versioned' AND json_extract(body, '$.encoder') = ? "
@@ -249,7 +253,8 @@ class LiveFold(Fold[Tokens]):
 
     def apply(self, entry: Entry) -> list[Effect]:
         world = self.world
-        if entry.offset in world.deadly and not entry.skipped:
+        without = isinstance(entry.body, UpdateManifest) and entry.payload is None
+        if entry.message_id in world.deadly and not entry.skipped and not without:
             world.seen["killed: deadly message"] += 1
             raise Killed
         return super().apply(entry)
@@ -329,12 +334,12 @@ class SimMaster:
         return delivery is not None
 
     def turn(self) -> None:
-        """As the service's loop does."""
-        if self.arrived:
-            delivery = self.arrived.popleft()
+        """As the service's loop does, which takes together what has come together."""
+        together = [self.arrived.popleft() for _ in range(min(2, len(self.arrived)))]
+        for number, delivery in enumerate(together, start=1):
             if delivery.routing_key.endswith(".words") and self._is_idle(delivery):
                 self.world.idle_words.add(f"{delivery.routing_key}:{delivery.message_id}")
-            self.master.hear(delivery)
+            self.master.hear(delivery, more=number < len(together))
         self.master.look()
 
     def _is_idle(self, delivery: Delivery) -> bool:

@@ -170,9 +170,9 @@ def test_what_was_found_once_stays_mended(plan: Plan) -> None:
 def ack_before_append(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Recorder.record
 
-    def record(self: Recorder, todo: Any) -> None:
+    def record(self: Recorder, todo: Any, **named: Any) -> None:
         self._broker.ack(*todo.deliveries)
-        real(self, todo)
+        real(self, todo, **named)
 
     monkeypatch.setattr(Recorder, "record", record)
 
