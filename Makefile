@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev rabbitmq
 # What is left out of `make test`, or has a short version in it. No limit of time for the many interleavings.
 test-slow: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m pytest -m slow $(ARGS)
-	FAULT_EXAMPLES=20000 $(BIN)/python -m pytest --timeout 0 tests/faults/test_interleavings.py
+	FAULT_EXAMPLES=5000 $(BIN)/python -m pytest --timeout 0 tests/faults/test_interleavings.py
 	$(MAKE) faults
 	$(MAKE) one-member
 	$(MAKE) fuzz MINUTES=4 ARGS="--rabbitmq 10000"

@@ -361,6 +361,8 @@ class Master:
         if last != offset or now >= at + _HELD_SECONDS:
             self._released = now, last
             self._updates.release()
+            for node in self._updates.idle():
+                self._ask_for_later(node)
 
     def _intake_bytes(self) -> int:
         """What may be fetched at the same time: two updates of the largest encoder that is being trained."""
@@ -427,9 +429,12 @@ class Master:
         self._ask_for_later(node)
 
     def _ask_for_later(self, node: str) -> None:
-        """A node that had announced too many at once is asked for one more, now that there is a place."""
+        """A node that had announced too many at once is asked for one more, now that there is a place. What of it was
+        dropped unread has no name: after the last of the others it is asked to join, which brings all that it owes."""
         if (manifest := self._updates.later(node)) is not None:
             self._publisher.send(node, resend(manifest.encoder, manifest, "too many updates at once"))
+        elif self._updates.owes_more(node):
+            self._publisher.send(node, Introduce(node=node))
 
     def _is_spent(self, delivery_id: str) -> bool:
         """Whether this very delivery is in the log to no effect: its node was not known then, or its payload was lost.

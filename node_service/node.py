@@ -184,6 +184,8 @@ class Node:
     def work(self) -> float:
         """Do what is to be done now: one training step at most. Gives the seconds until this is wanted again."""
         now = self._clock.monotonic()
+        if self._handover.numbers_used_up:
+            self._reincarnate("there are no numbers left for what it sends")
         training = self.training
         self._keep_to_the_hours()
         ready = self.ready
@@ -360,7 +362,7 @@ class Node:
                 case Republish():
                     self._republish(action)
                 case Reincarnate():
-                    self._reincarnate()
+                    self._reincarnate("the master knows other updates under this identity")
                 case _:
                     assert_never(action)
         self.figures.version = self.training.version if self.training is not None else -1
@@ -619,8 +621,8 @@ class Node:
         self.state.forget_current()
         self.figures.note = "waiting for an instruction"
 
-    def _reincarnate(self) -> None:
-        log.warning("the master knows other updates under this identity; joining under a new one", node=self.name)
+    def _reincarnate(self, why: str) -> None:
+        log.warning(f"{why}; joining under a new identity", node=self.name)
         self.state.reincarnate()
         self._handover.forget()
         self._agent = self._new_agent()

@@ -16,7 +16,7 @@ from hypothesis import settings
 from deploy.local_rabbitmq import LocalRabbitMQ
 from deploy.logging import configure_logging
 
-# The suite says the same of the same code; FAULT_EXAMPLES=20000 (see tests/faults/test_interleavings.py) looks further.
+# The suite says the same of the same code; FAULT_EXAMPLES=5000 (see tests/faults/test_interleavings.py) looks further.
 settings.register_profile("repeatable", derandomize=True)
 if "FAULT_EXAMPLES" not in os.environ:
     settings.load_profile("repeatable")

@@ -40,7 +40,8 @@ _WITH_POINT = AfterValidator(float)
 #: Ids become part of routing keys, queue names and file names: no dots, slashes or wildcards.
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 #: The highest number of an attempt; far below the end of `Count`, so that the next attempt still has a number.
-Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
+MAX_ATTEMPT = (1 << 31) - 1
+Attempt = Annotated[int, Field(ge=0, le=MAX_ATTEMPT)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=2000)]
 MAX_COUNT = (1 << 62) - 1

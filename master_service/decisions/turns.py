@@ -112,6 +112,10 @@ class Turns(Generic[T]):
         line = self._lines.get(node)
         return line is None or (len(line.waiting) < LINE_UPDATES and line.words < LINE_BYTES)
 
+    def is_idle(self, node: str) -> bool:
+        """Whether nothing of a node waits, and nothing is fetched."""
+        return node not in self._lines and node not in self._fetched
+
     def turn(self) -> Waiting[T] | None:
         """The update whose turn it is; None if nobody waits who could have one."""
         self._crowded = False

@@ -58,6 +58,8 @@ class Updates:
         self._intakes: dict[str, Intake] = {}
         #: By node: updates that are to be asked for again, each by its name.
         self._later: dict[str, OrderedDict[tuple[str, ...], UpdateManifest]] = {}
+        #: Nodes of which something was dropped that is not asked for by name.
+        self._dropped: set[str] = set()
         #: By node: the newest refused update, whose chunks are to be thrown away with those before.
         self._refused: OrderedDict[str, UpdateManifest] = OrderedDict()
         self._discard: Discard | None = None
@@ -90,12 +92,28 @@ class Updates:
             later[update] = manifest.model_copy(update={"layout": None})
             if len(later) > LINE_UPDATES:
                 later.popitem(last=False)
+                self._dropped.add(manifest.node)
         self._broker.ack(out.item[1])
 
     def is_beyond_all(self, node: str) -> bool:
         """Whether a node's line is full, and so many are asked for later that one more would push one out: then it is
         not worth reading what else it announces."""
-        return len(self._later.get(node, ())) >= LINE_UPDATES and not self._turns.has_place(node)
+        beyond = len(self._later.get(node, ())) >= LINE_UPDATES and not self._turns.has_place(node)
+        if beyond:
+            self._dropped.add(node)
+        return beyond
+
+    def idle(self) -> list[str]:
+        """Nodes of which all is dealt with but what found no place here."""
+        return [node for node in {*self._later, *self._dropped} if self._turns.is_idle(node)]
+
+    def owes_more(self, node: str) -> bool:
+        """Whether something of a node was dropped unread, and all else of it is dealt with: then it is to send again
+        what it owes. Said once."""
+        if node not in self._dropped or node in self._later or not self._turns.has_place(node):
+            return False
+        self._dropped.discard(node)
+        return True
 
     def turn(self) -> UpdateManifest | None:
         """The manifest whose turn it is; then it is for whoever asks to `fetch`, `answered`, or `hold` it."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from common.clock import Clock
 from common.crash_points import reached
+from common.wire.bounds import MAX_WHOLE
+from common.wire.fields import MAX_ATTEMPT
 from common.wire.to_master import UpdateManifest
 from common.wire.to_node import Receipt
 from node_service.handover.local_state import LocalState
@@ -78,6 +80,13 @@ class Handover:
         self._sent_at.pop(receipt.sequence, None)
         self._times.pop(receipt.sequence, None)
         return new
+
+    @property
+    def numbers_used_up(self) -> bool:
+        """Whether what is sent next would have a number that no master reads. Whoever counts alone does not live so
+        long, but a message may say which number to go on from."""
+        attempts = (manifest.attempt for manifest in self._state.owed.values())
+        return self._state.identity.next_order > MAX_WHOLE or max(attempts, default=0) >= MAX_ATTEMPT
 
     def forget(self) -> None:
         """What was sent belongs to another incarnation."""

@@ -1,6 +1,6 @@
 """Thousands of interleavings of master, nodes and broker, with every fault between them; and that the harness can fail.
 
-`FAULT_EXAMPLES=20000 pytest tests/faults/test_interleavings.py` looks further than the suite does.
+`FAULT_EXAMPLES=5000 pytest tests/faults/test_interleavings.py` looks further than the suite does.
 """
 
 from __future__ import annotations

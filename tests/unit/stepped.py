@@ -227,7 +227,9 @@ class SteppedNode:
         self.build: Build | None = None
         self._training = dict(training or {})
         self._came: deque[Delivery] = deque()
-        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: f"{name}-{incarnation}")
+        # the first by its name, those after it numbered
+        incarnations = (f"{name}-{incarnation}{f'-{number}' if number else ''}" for number in itertools.count())
+        state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: next(incarnations))
         ids = itertools.count()
         outbox = Outbox(self.broker, TOPOLOGY, name, state.chunk, new_id=lambda: f"{name}{next(ids)}")
         corpora = {"text": Corpus("text", ["one", "two"], None, [], None)}

@@ -18,7 +18,7 @@ from common.wire.base import Message
 from common.wire.broker import Delivery, OnDelivery, Publication
 from common.wire.codec import decode, encode, received
 from common.wire.to_master import Alive, Fetch, InstructionAck, Join, Leave, UpdateManifest
-from common.wire.to_node import Receipt, Resend
+from common.wire.to_node import Introduce, Receipt, Resend
 from common.wire.topology import Topology
 from common.wire.transfer import update_chunk
 from common.wire.update_rule import ReturnWhen, UpdateRule
@@ -280,6 +280,30 @@ def test_of_more_than_fits_the_rest_is_asked_for_later(server: MemoryServer, clo
                 evil.send(again)
     assert master.master.state.encoders[evil.encoder].members["evil"].returns == many
     assert not server.queue(TOPOLOGY.master_updates).ready
+
+
+def test_what_was_dropped_unread_under_a_full_line_is_asked_for_once_there_is_a_place(
+    server: MemoryServer, clock: VirtualClock
+) -> None:
+    """Where accounts are open, others fill a node's line under its name; what it owes must not wait for the time after
+    which it sends again by itself."""
+    master, [good] = federation(server, clock, "good")
+    for sequence in range(1000, 1000 + 5 * LINE_UPDATES):
+        good.send(good.manifest(sequence, encoder="made-up"), chunks=False)
+    owed = good.manifest(0)
+    good.send(owed)
+    while master.broker.deliver():
+        pass
+    asked = 0
+    for _ in range(30):
+        master.run(1.0)
+        for each in good.heard():
+            if isinstance(each, Introduce):
+                asked += 1
+                good.say("join", Join(node="good", incarnation="first", types=["text"]))
+                good.send(owed.model_copy(update={"attempt": asked, "order": good.orders + asked}))
+    assert master.master.state.encoders[good.encoder].members["good"].returns == 1
+    assert asked == 1, "once for all of them"
 
 
 def test_what_is_longer_than_any_message_waits_as_its_beginning_alone() -> None:

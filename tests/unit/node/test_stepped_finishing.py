@@ -178,5 +178,5 @@ def test_a_new_identity_does_not_end_the_phase_and_it_asks_for_more_to_do(
     with structlog.testing.capture_logs() as logs:
         master.say(conflict)
         node.run(5.0)
-    assert any("joining under a new one" in each["event"] for each in logs)
+    assert any("joining under a new identity" in each["event"] for each in logs)
     assert phase_of(node).steps > 70 and node.node.encoder == "text-1"

@@ -16,7 +16,9 @@ from common.brokers.memory import MemoryBroker, MemoryServer
 from common.brokers.memory_rules import Permissions
 from common.clock import VirtualClock
 from common.errors import AccessRefused, BrokerUnavailable
+from common.wire.bounds import MAX_WHOLE
 from common.wire.broker import BrokerStatus, Publication
+from common.wire.fields import MAX_ATTEMPT
 from common.wire.to_master import Alive, InstructionAck, Join, Leave, UpdateManifest
 from common.wire.to_node import Finish, Instruction, Notice, Resend
 from common.wire.update_rule import ReturnWhen, UpdateRule
@@ -205,6 +207,22 @@ def test_f6_a_slow_sender_is_told_how_much_of_its_update_came(server: MemoryServ
     [line] = [each for each in logs if each["log_level"] == "warning"]
     assert (line["update"], line["attempt"], line["detail"]) == (update.update_id, 1, again.detail)
     assert [each.attempt for each in master.heard(UpdateManifest)] == [0, 1]
+
+
+@pytest.mark.parametrize("highest", [{"beyond": MAX_WHOLE}, {"beyond": MAX_WHOLE - 1}, {"attempt": MAX_ATTEMPT}])
+def test_whom_a_message_takes_to_the_end_of_its_numbers_goes_on_as_another(
+    server: MemoryServer, clock: VirtualClock, highest: dict[str, int]
+) -> None:
+    """A number beyond what is read would set aside all that the node sends from then on."""
+    master, node = training_node(server, clock)
+    node.run(STEPS * 0.5 + 0.5)
+    [update] = master.heard(UpdateManifest)
+    about = {"node": "a", "encoder": update.encoder, "incarnation": update.incarnation, "sequence": update.sequence}
+    master.say(Resend(**{"attempt": 1, **about, **highest}))
+    node.run(2.0)
+    [*_, joined] = master.heard(Join)
+    assert joined.incarnation != update.incarnation and not node.node.state.owed
+    assert node.node.state.identity.next_order == 1
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
