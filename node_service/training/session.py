@@ -13,7 +13,7 @@ from common import cards
 from common.encoders import get_encoder_type
 from common.errors import UserError
 from common.exports import replacing
-from common.numbers.encodings import decode_vector
+from common.numbers.encodings import EncodedVector
 from common.numbers.layout import Layout
 from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
@@ -93,24 +93,27 @@ class Session:
         self.trainer.progress = max(self.trainer.progress, progress)
 
     def adopt(self, read: CompleteVersion) -> None:
-        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
-        local = self.trainer.shared().vector
+        target = self._decoded(read)
+        local = self.trainer.vector()
         every = self.rule.evaluate_every if self._validation is not None else 0
         measured = must_evaluate(every, self.held_out, read.version, self.steps)
-        if self._trajectory is None or measured:
-            self.trainer.set_shared(target)  # as it came: what this node is ahead of it by comes back below
+        if measured or self._trajectory is None:
+            ahead = local if self._trajectory is None else local.clone()
+            self.trainer.set_shared(
+                target.decode(local)
+            )  # as it came: what this node is ahead of it by comes back below
+            local = ahead
         if measured:
             self._measure(read.version)
         if self._trajectory is None:
-            self._trajectory = Trajectory(self.trainer.shared())
+            self._trajectory = Trajectory(target)
         else:
             self.trainer.set_shared(self._trajectory.adopt(target, local))
         self.version = read.version
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
     def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
-        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
-        self.trainer.set_shared(target)
+        self.trainer.set_shared(self._decoded(read).decode(self.trainer.vector()))
         self.version = read.version
         self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
         if self.rule.evaluate_every > 0:
@@ -155,13 +158,13 @@ class Session:
     def must_return(self) -> bool:
         drift = None
         if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._trajectory is not None:
-            drift = self._trajectory.drift(self.trainer.shared().vector)
+            drift = self._trajectory.drift(self.trainer.vector())
         return must_return(self.rule.when, self.since, drift)
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None
         since, self.since = self.since, self.since.returned()
-        bodies = self._trajectory.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
+        bodies = self._trajectory.hand_in(sequence, self.trainer.vector(), self.rule.encoding)
         return since, bodies
 
     def answered(self, receipt: Receipt) -> None:
@@ -195,6 +198,9 @@ class Session:
             )
         self._write(path)
 
+    def _decoded(self, read: CompleteVersion) -> EncodedVector:
+        return EncodedVector.of_payload(read.payload, self.trainer.layout.size, read.encoding)
+
     def _measure(self, version: int) -> None:
         """The loss of the validation samples, if there are any, with the shared parameters of a version."""
         if self._validation is not None:
@@ -211,7 +217,7 @@ class Session:
             path=path,
         )
         trajectory = self._trajectory
-        tensors = {} if trajectory is None else {"local": self.trainer.shared().vector, **trajectory.state()}
+        tensors = {} if trajectory is None else {"local": self.trainer.vector(), **trajectory.state()}
         private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
         write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
 
@@ -241,7 +247,8 @@ class Session:
         facts = saved.facts.path
         if facts is None or facts.incarnation != ledger.incarnation or facts.next_sequence < ledger.next_sequence:
             return
-        trajectory = Trajectory.restored(self.trainer.layout, saved.path, facts.last_settled)
+        local = self.trainer.vector()
+        trajectory = Trajectory.restored(self.trainer.layout, saved.path, facts.last_settled, str(local.device))
         if not trajectory.pending.keys() <= {*ledger.answered, *ledger.owed}:
             return  # the parts of a backup are of different moments
         self._trajectory = trajectory
