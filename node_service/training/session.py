@@ -18,9 +18,10 @@ from common.numbers.layout import Layout
 from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule
+from common.workers import Beside
 from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
-from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
+from node_service.training.checkpoint import AT_ONCE, Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.finishing import FinishingPhase, keep_finished
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
@@ -39,7 +40,7 @@ class Session:
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
     instruction's, by name; private parts are fitted with them. By the loss of the `validation` samples training is
-    steered; there may be none.
+    steered; there may be none. `beside` gets checkpoints onto the disk.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -56,9 +57,12 @@ class Session:
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
+        beside: Beside = AT_ONCE,
     ) -> None:
         self.instruction = instruction
         self.directory = directory
+        self._beside = beside
+        beside.wait()  # an earlier session may have written here
         encoder_type = get_encoder_type(instruction.encoder_type)
         spec = load_spec(directory)
         if spec is None:
@@ -119,6 +123,7 @@ class Session:
         if self.rule.evaluate_every > 0:
             self._measure(read.version)
         self._write(None)
+        self._beside.wait()
         self._phase = FinishingPhase.begin(self.trainer, self._validation, self.rule.finish, read.version)
         if self._phase is None:
             return self._export(export)
@@ -137,6 +142,7 @@ class Session:
 
     def conclude(self, export: Path | None) -> Path:
         assert self._phase is not None
+        self._beside.wait()  # a file that is being put in place would come back after it was forgotten
         phase, self._phase, self.since = self._phase, None, SinceReturn()
         phase.end()
         keep_finished(self.directory, self.model, phase.version)
@@ -183,7 +189,7 @@ class Session:
 
     def save(self, incarnation: str, next_sequence: int) -> None:
         if self._phase is not None:
-            self._phase.save(self.directory)
+            self._phase.save(self.directory, self._beside)
             return
         trajectory = self._trajectory
         path = None
@@ -219,7 +225,7 @@ class Session:
         trajectory = self._trajectory
         tensors = {} if trajectory is None else {"local": self.trainer.vector(), **trajectory.state()}
         private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
-        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
+        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors), self._beside)
 
     def _export(self, directory: Path | None, note: str = "") -> Path:
         """Stem + shared encoder + head for transformers' Auto classes, in the place of an earlier export. A failure

@@ -157,12 +157,13 @@ class Trainer:
         self._vector.write(vector)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only."""
+        """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only, and
+        not copied."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         found = {"generator": self.generator.get_state(), "steps": torch.tensor(self.steps)}
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
-                found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().clone()
+                found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach()
         return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
