@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file: written beside, synced, renamed, and the directory synced."""
+def write_durably(path: Path, *content: bytes) -> None:
+    """Replace a file, whose content may come in parts: written beside, synced, renamed, and the directory synced."""
     beside = path.with_name(path.name + ".part")
     with beside.open("wb") as file:
-        file.write(content)
+        file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
@@ -31,8 +31,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file and sync it. Raises OSError, also where the library says it in words of its own."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, synced: bool = True
+) -> None:
+    """Write a safetensors file and sync it. Raises OSError, also where the library says it in words of its own.
+
+    Without `synced` the operating system has all of it, and none of it need be on disk.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -43,4 +48,5 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             if f"os error {number}" in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from None
         raise
-    sync(path)
+    if synced:
+        sync(path)

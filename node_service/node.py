@@ -22,6 +22,7 @@ from common.wire.numbering import Hearing
 from common.wire.to_master import Get, Join
 from common.wire.to_node import Answer, Instruction, Pulse, Receipt, Rule
 from common.wire.topology import Topology
+from common.workers import AtOnce, Beside
 from node_service.agent import (
     Action,
     Agent,
@@ -57,6 +58,9 @@ log = structlog.get_logger()
 #: The longest time between two turns of a node that has nothing to do, seconds; what comes in wakes it earlier.
 IDLE_SECONDS = 0.2
 
+#: The most of a node's time that goes into checkpoints.
+_SAVING_SHARE = 0.02
+
 #: How many answers beyond `max_unanswered` the master keeps at least.
 _SPARE_ANSWERS = 8
 
@@ -80,7 +84,9 @@ class Node:
         outbox: Outbox,
         *,
         clock: Clock,
+        beside: Beside | None = None,
     ) -> None:
+        """`beside`: by what the trainings that `build` makes get their checkpoints onto the disk."""
         self.name = name
         self.config = config
         self.figures = NodeFigures()
@@ -102,6 +108,9 @@ class Node:
         #: When it last heard of anything to do, and when of the master at all.
         self._heard_at = self._master_at = clock.monotonic()
         self._alive_at = self._saved_at = clock.monotonic()
+        self._beside: Beside = beside or AtOnce()
+        #: Seconds that training has stood still for the newest checkpoint.
+        self._saving_took = 0.0
         self._spent = TimeSpent(name, self.figures, clock)
         #: A throttled node takes no step before, whatever wakes it.
         self._next_step_at = clock.monotonic()
@@ -200,7 +209,7 @@ class Node:
                 self._next_step_at = now + self._train(training)
             wait = max(0.0, self._next_step_at - self._clock.monotonic())
         self._keep_in_touch(now, ready)
-        if training is not None and now - self._saved_at >= self.config.checkpoint_every_seconds:
+        if training is not None and now - self._saved_at >= self._save_every and not self._beside.busy:
             self._saved_at = now
             self._save(training)
         return wait
@@ -212,6 +221,7 @@ class Node:
             self._hand_in(training, wants_version=False)
         if training is not None:
             self._save(training)
+            self._beside.wait()
         self._perform(self._agent.leave())
         happened("left", node=self.name, encoder=self.encoder)
 
@@ -301,8 +311,14 @@ class Node:
         )
 
     def _save(self, training: Training) -> None:
-        identity = self.state.identity
+        identity, begun = self.state.identity, self._clock.monotonic()
         training.save(identity.incarnation, identity.next_sequence)
+        self._saving_took = self._clock.monotonic() - begun
+
+    @property
+    def _save_every(self) -> float:
+        """Seconds from one checkpoint to the next: large models are saved less often, so that it costs little time."""
+        return max(self.config.checkpoint_every_seconds, self._saving_took / _SAVING_SHARE)
 
     # --- what it says of itself --------------------------------------------------------------------------------------
 
@@ -582,6 +598,7 @@ class Node:
                 if self._may_hand_in(training):
                     self._hand_in(training, wants_version=False)
                 self._save(training)
+                self._beside.wait()
             self._alive(self._clock.monotonic())
             self._perform(self._agent.leave())
         elif before and not self._paused_until:

@@ -1,5 +1,5 @@
 """A node as a process: the broker's deliveries and what was read of versions wait in a queue for the main thread, which
-trains in between; one thread sends and one reads. Nothing is decided here."""
+trains in between; one thread sends, one reads, and one puts a checkpoint in place. Nothing is decided here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.errors import BrokerUnavailable
 from common.wire.broker import Broker, Delivery
 from common.wire.to_node import Instruction
 from common.wire.topology import Topology
-from common.workers import Worker
+from common.workers import OneBeside, Worker
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.figures import NodeFigures
@@ -70,6 +70,7 @@ class NodeService:
         self._events: queue.SimpleQueue[Delivery | VersionRead | AssetRead | BaseException] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._closing = threading.Event()
+        self._beside = OneBeside(f"checkpoint-{node}", self._events.put)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set. A clean end hands in what was trained and saves it; an error does neither.
@@ -87,7 +88,16 @@ class NodeService:
     def _serve(self, stop: threading.Event, state: LocalState, build: Build) -> None:
         outbox = Outbox(self.broker, self.topology, self.name, state.chunk)
         node = Node(
-            self.name, self.config, self._corpora, self.broker, self.topology, state, build, outbox, clock=self._clock
+            self.name,
+            self.config,
+            self._corpora,
+            self.broker,
+            self.topology,
+            state,
+            build,
+            outbox,
+            clock=self._clock,
+            beside=self._beside,
         )
         self.node, self.figures = node, node.figures
         node.start()
@@ -109,6 +119,7 @@ class NodeService:
             for worker in workers:
                 worker.join(_RETRY_SECONDS)
             node.reading.close()
+            self._beside.join()  # the next process in this directory may write a checkpoint of its own
 
     def _loop(self, node: Node, stop: threading.Event) -> None:
         while not stop.is_set() and not (node.finished and self.config.exit_when_finished):
@@ -191,4 +202,5 @@ class NodeService:
             ledger=ledger,
             assets=assets,
             validation=corpus.validation,
+            beside=self._beside,
         )

@@ -29,7 +29,7 @@ class Handover:
         """A new update. Once this returns, or was killed after the first half of it, the update will be answered."""
         reached("node before owe")
         numbered = manifest.model_copy(update={"order": self._state.next_order()})
-        self._state.owe(numbered, b"".join(bodies))
+        self._state.owe(numbered, *bodies)
         reached("node after owe")
         self._send(numbered)
 

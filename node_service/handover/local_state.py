@@ -174,9 +174,10 @@ class LocalState:
         """The updates of this incarnation that no receipt has answered yet, by number, oldest first."""
         return self._owed
 
-    def owe(self, manifest: UpdateManifest, payload: bytes) -> None:
-        """Keep a new update until it is answered. Its manifest is written last: it says that the payload is whole."""
-        self._store.write(_payload(manifest.sequence), payload)
+    def owe(self, manifest: UpdateManifest, *payload: bytes) -> None:
+        """Keep a new update, whose payload may come in parts, until it is answered. Its manifest is written last: it
+        says that the payload is whole."""
+        self._store.write(_payload(manifest.sequence), *payload)
         self.sent_as(manifest)
 
     def sent_as(self, manifest: UpdateManifest) -> None:

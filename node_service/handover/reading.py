@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from common.clock import Clock
 from common.errors import BrokerUnavailable
-from common.numbers.encodings import decode_vector
+from common.numbers.encodings import is_finite
 from common.numbers.layout import Layout
 from common.numbers.slicing import encoded_size, slice_length
 from common.wire.accounts import Door
@@ -184,8 +184,7 @@ class Reading:
         self._wanted = None
         if found is None:
             return None
-        layout = Layout(wanted.instruction.layout)
-        if not bool(decode_vector(found.payload, layout.size, found.encoding).isfinite().all()):
+        if not is_finite(found.payload, Layout(wanted.instruction.layout).size, found.encoding):
             problem = f"version {found.version} of {wanted.encoder} holds numbers that are not finite"
             return VersionRead(wanted.encoder, wanted.at_least, wanted.exact, None, problem)
         return VersionRead(wanted.encoder, wanted.at_least, wanted.exact, found)

@@ -17,8 +17,8 @@ class Store(Protocol):
     def read(self, name: str, start: int = 0, length: int = -1) -> bytes | None:
         """The content, or `length` bytes of it from `start`; None if there is no such file."""
 
-    def write(self, name: str, content: bytes) -> None:
-        """Replace a file durably: after a crash it is the old one or the new one, whole."""
+    def write(self, name: str, *content: bytes) -> None:
+        """Replace a file durably: after a crash it is the old one or the new one, whole. It may come in parts."""
 
     def append(self, name: str, line: bytes) -> None:
         """Add to the end of a file durably; a crash may leave a part of the line."""
@@ -48,10 +48,10 @@ class DirectoryStore:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, *content: bytes) -> None:
         path = self.place / name
         path.parent.mkdir(exist_ok=True)
-        write_durably(path, content)
+        write_durably(path, *content)
 
     def append(self, name: str, line: bytes) -> None:
         path = self.place / name
@@ -89,8 +89,8 @@ class MemoryStore:
             return content
         return content[start:] if length < 0 else content[start : start + length]
 
-    def write(self, name: str, content: bytes) -> None:
-        self.files[name] = content
+    def write(self, name: str, *content: bytes) -> None:
+        self.files[name] = b"".join(content)
 
     def append(self, name: str, line: bytes) -> None:
         self.files[name] = self.files.get(name, b"") + line

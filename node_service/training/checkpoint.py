@@ -1,5 +1,8 @@
 """One moment of a node's training on disk, in one file: the new one whole, or the one before.
 
+The moment is that of the call: until it returns, all numbers are handed to the operating system, in a file beside. To
+get them onto the disk, and the file into its place, takes as long again, and may be done beside training.
+
 `checkpoint.safetensors` holds the private tensors, the optimiser and data position, and while an encoder is being
 trained the path of its shared parameters, so that steps that were not handed in yet outlive the process. `pinned.json`
 says for people what the private parts fit; it is a copy, and written last.
@@ -8,7 +11,7 @@ says for people what the private parts fit; it is a copy, and written last.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +23,14 @@ from torch import Tensor
 from common.crash_points import reached
 from common.durable import save_tensors, sync, write_durably
 from common.errors import UserError
+from common.workers import AtOnce, Beside
 from node_service.training.looks import HeldOut
 from node_service.training.update_rule import SinceReturn
 
 F = TypeVar("F", bound=BaseModel)
 
 _FILE = "checkpoint.safetensors"
+AT_ONCE = AtOnce()
 #: Where the facts stand in the file's own metadata, so that they cannot disagree with its tensors.
 _FACTS = "facts"
 
@@ -67,13 +72,18 @@ class Checkpoint:
     path: dict[str, Tensor] = field(default_factory=dict)
 
 
-def write_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint: written beside, synced, renamed."""
+def write_checkpoint(directory: Path, checkpoint: Checkpoint, beside: Beside = AT_ONCE) -> None:
+    """Replace the checkpoint as `write_tensors` does."""
     directory.mkdir(parents=True, exist_ok=True)
     groups = {"private": checkpoint.private, "trainer": checkpoint.trainer, "path": checkpoint.path}
-    write_tensors(directory / _FILE, groups, checkpoint.facts)
-    pinned = checkpoint.facts.model_dump(exclude={"path"})
-    write_durably(directory / "pinned.json", json.dumps(pinned, indent=1).encode())
+    pinned = json.dumps(checkpoint.facts.model_dump(exclude={"path"}), indent=1).encode()
+    write_tensors(
+        directory / _FILE,
+        groups,
+        checkpoint.facts,
+        beside,
+        then=lambda: write_durably(directory / "pinned.json", pinned),
+    )
 
 
 def read_checkpoint(directory: Path) -> Checkpoint | None:
@@ -85,20 +95,37 @@ def read_checkpoint(directory: Path) -> Checkpoint | None:
     return Checkpoint(facts, groups["private"], groups["trainer"], groups["path"])
 
 
-def write_tensors(place: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: BaseModel) -> None:
-    """Replace a file of tensors, in groups, and what they are: written beside, synced, renamed. Raises OSError."""
+def write_tensors(
+    place: Path,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    facts: BaseModel,
+    beside: Beside = AT_ONCE,
+    then: Callable[[], None] = lambda: None,
+) -> None:
+    """Replace a file of tensors, in groups, and what they are: written to a file of another name, synced, renamed.
+
+    The tensors may change once this returns. `beside` syncs and renames, and calls `then` after that. Raises OSError,
+    and what has ended the work that `beside` was given before.
+    """
+    beside.wait()  # what it does is about a file of the same name
     tensors = {
         f"{group}/{name}": tensor.detach().cpu().contiguous()
         for group, named in groups.items()
         for name, tensor in named.items()
     }
-    beside = place.with_suffix(".part")
+    part = place.with_suffix(".part")
     reached("node before checkpoint")
-    save_tensors(beside, tensors, {_FACTS: facts.model_dump_json()})
-    reached("node during checkpoint")
-    beside.replace(place)
-    sync(place.parent)
-    reached("node after checkpoint")
+    save_tensors(part, tensors, {_FACTS: facts.model_dump_json()}, synced=False)
+
+    def put_in_place() -> None:
+        sync(part)
+        reached("node during checkpoint")
+        part.replace(place)
+        sync(place.parent)
+        reached("node after checkpoint")
+        then()
+
+    beside.run(put_in_place)
 
 
 def read_tensors(place: Path, kind: type[F], names: Sequence[str]) -> tuple[F, dict[str, dict[str, Tensor]]] | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from common.encoders.base import EncoderModel
 from common.errors import UserError
 from common.wire.update_rule import FinishRule, InnerOptimizer
-from node_service.training.checkpoint import read_tensors, write_tensors
+from common.workers import Beside
+from node_service.training.checkpoint import AT_ONCE, read_tensors, write_tensors
 from node_service.training.looks import Looks
 from node_service.training.trainer import Trainer
 
@@ -109,11 +110,11 @@ class FinishingPhase:
             self._keep()
         return loss
 
-    def save(self, directory: Path) -> None:
-        """Write the file: after a crash it is the old one or the new one, whole. Raises OSError."""
+    def save(self, directory: Path, beside: Beside = AT_ONCE) -> None:
+        """Write the file: after a crash it is the old one or the new one, whole. Raises as `write_tensors` does."""
         facts = _Facts(version=self.version, rule=self._rule, inner=self._trainer.inner, looks=self.looks)
         groups = {"model": _data(self._model), "trainer": self._trainer.state(), "best": self._best or {}}
-        write_tensors(directory / _FILE, groups, facts)
+        write_tensors(directory / _FILE, groups, facts, beside)
 
     def end(self) -> None:
         """Put the best moment into the model; without a validation part it stays as it is now."""

@@ -13,14 +13,15 @@ from common import cards
 from common.encoders import get_encoder_type
 from common.errors import UserError
 from common.exports import replacing
-from common.numbers.encodings import decode_vector
+from common.numbers.encodings import EncodedVector
 from common.numbers.layout import Layout
 from common.wire.to_node import Instruction, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import UpdateRule
+from common.workers import Beside
 from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
-from node_service.training.checkpoint import Checkpoint, Facts, PathFacts, write_checkpoint
+from node_service.training.checkpoint import AT_ONCE, Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.finishing import FinishingPhase, keep_finished
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
@@ -39,7 +40,7 @@ class Session:
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
     instruction's, by name; private parts are fitted with them. By the loss of the `validation` samples training is
-    steered; there may be none.
+    steered; there may be none. `beside` gets checkpoints onto the disk.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -56,9 +57,12 @@ class Session:
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
+        beside: Beside = AT_ONCE,
     ) -> None:
         self.instruction = instruction
         self.directory = directory
+        self._beside = beside
+        beside.wait()  # an earlier session may have written here
         encoder_type = get_encoder_type(instruction.encoder_type)
         spec = load_spec(directory)
         if spec is None:
@@ -93,29 +97,33 @@ class Session:
         self.trainer.progress = max(self.trainer.progress, progress)
 
     def adopt(self, read: CompleteVersion) -> None:
-        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
-        local = self.trainer.shared().vector
+        target = self._decoded(read)
+        local = self.trainer.vector()
         every = self.rule.evaluate_every if self._validation is not None else 0
         measured = must_evaluate(every, self.held_out, read.version, self.steps)
-        if self._trajectory is None or measured:
-            self.trainer.set_shared(target)  # as it came: what this node is ahead of it by comes back below
+        if measured or self._trajectory is None:
+            ahead = local if self._trajectory is None else local.clone()
+            self.trainer.set_shared(
+                target.decode(local)
+            )  # as it came: what this node is ahead of it by comes back below
+            local = ahead
         if measured:
             self._measure(read.version)
         if self._trajectory is None:
-            self._trajectory = Trajectory(self.trainer.shared())
+            self._trajectory = Trajectory(target)
         else:
             self.trainer.set_shared(self._trajectory.adopt(target, local))
         self.version = read.version
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
     def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
-        target = decode_vector(read.payload, self.trainer.layout.size, read.encoding)
-        self.trainer.set_shared(target)
+        self.trainer.set_shared(self._decoded(read).decode(self.trainer.vector()))
         self.version = read.version
         self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
         if self.rule.evaluate_every > 0:
             self._measure(read.version)
         self._write(None)
+        self._beside.wait()
         self._phase = FinishingPhase.begin(self.trainer, self._validation, self.rule.finish, read.version)
         if self._phase is None:
             return self._export(export)
@@ -134,6 +142,7 @@ class Session:
 
     def conclude(self, export: Path | None) -> Path:
         assert self._phase is not None
+        self._beside.wait()  # a file that is being put in place would come back after it was forgotten
         phase, self._phase, self.since = self._phase, None, SinceReturn()
         phase.end()
         keep_finished(self.directory, self.model, phase.version)
@@ -155,13 +164,13 @@ class Session:
     def must_return(self) -> bool:
         drift = None
         if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._trajectory is not None:
-            drift = self._trajectory.drift(self.trainer.shared().vector)
+            drift = self._trajectory.drift(self.trainer.vector())
         return must_return(self.rule.when, self.since, drift)
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None
         since, self.since = self.since, self.since.returned()
-        bodies = self._trajectory.hand_in(sequence, self.trainer.shared().vector, self.rule.encoding)
+        bodies = self._trajectory.hand_in(sequence, self.trainer.vector(), self.rule.encoding)
         return since, bodies
 
     def answered(self, receipt: Receipt) -> None:
@@ -180,7 +189,7 @@ class Session:
 
     def save(self, incarnation: str, next_sequence: int) -> None:
         if self._phase is not None:
-            self._phase.save(self.directory)
+            self._phase.save(self.directory, self._beside)
             return
         trajectory = self._trajectory
         path = None
@@ -194,6 +203,9 @@ class Session:
                 held_out=self.held_out,
             )
         self._write(path)
+
+    def _decoded(self, read: CompleteVersion) -> EncodedVector:
+        return EncodedVector.of_payload(read.payload, self.trainer.layout.size, read.encoding)
 
     def _measure(self, version: int) -> None:
         """The loss of the validation samples, if there are any, with the shared parameters of a version."""
@@ -211,9 +223,9 @@ class Session:
             path=path,
         )
         trajectory = self._trajectory
-        tensors = {} if trajectory is None else {"local": self.trainer.shared().vector, **trajectory.state()}
+        tensors = {} if trajectory is None else {"local": self.trainer.vector(), **trajectory.state()}
         private = {name: parameter.data for name, parameter in self.model.private_parameters().items()}
-        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors))
+        write_checkpoint(self.directory, Checkpoint(facts, private, self.trainer.state(), tensors), self._beside)
 
     def _export(self, directory: Path | None, note: str = "") -> Path:
         """Stem + shared encoder + head for transformers' Auto classes, in the place of an earlier export. A failure
@@ -241,7 +253,8 @@ class Session:
         facts = saved.facts.path
         if facts is None or facts.incarnation != ledger.incarnation or facts.next_sequence < ledger.next_sequence:
             return
-        trajectory = Trajectory.restored(self.trainer.layout, saved.path, facts.last_settled)
+        local = self.trainer.vector()
+        trajectory = Trajectory.restored(self.trainer.layout, saved.path, facts.last_settled, str(local.device))
         if not trajectory.pending.keys() <= {*ledger.answered, *ledger.owed}:
             return  # the parts of a backup are of different moments
         self._trajectory = trajectory

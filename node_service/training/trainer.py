@@ -13,11 +13,11 @@ from torch import Tensor
 
 from common.encoders.base import EncoderModel
 from common.errors import UserError
-from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.training.held_out import masked_loss
+from node_service.training.shared_vector import SharedVector
 
 #: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
 _MEASURED_BATCHES = 15
@@ -47,8 +47,8 @@ class Trainer:
         self.steps = 0
         self.progress = 0.0
         self.generator = torch.Generator().manual_seed(seed)
-        self._shared = {name: parameter.data for name, parameter in model.shared_parameters().items()}
-        self.layout = Layout((name, tensor.shape) for name, tensor in self._shared.items())
+        self._vector = SharedVector(self.model)
+        self.layout = self._vector.layout
         named = dict(model.named_parameters())
         self._all = [parameter for name, parameter in named.items() if trained is None or name in trained]
         self._frozen = [named[name] for name in named if trained is not None and name not in trained]
@@ -143,21 +143,27 @@ class Trainer:
             for parameter in kept:
                 parameter.requires_grad_(True)
 
+    def vector(self) -> Tensor:
+        """The shared parameters, float32 of shape (layout.size,), on the model's device. What is written to it counts
+        once it was given to `set_shared`; it may be the model's own memory, or a copy that the next call replaces."""
+        return self._vector.read()
+
     def shared(self) -> ParameterSet:
         """A copy of the shared parameters, on the CPU."""
-        return ParameterSet.from_tensors(self._shared)
+        return ParameterSet(self.layout, self.vector().to("cpu", copy=True))
 
     def set_shared(self, vector: Tensor) -> None:
         """Replace the shared parameters; private ones and the optimiser's state stay."""
-        ParameterSet(self.layout, vector).scatter(self._shared)
+        self._vector.write(vector)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only."""
+        """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only, and
+        not copied."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         found = {"generator": self.generator.get_state(), "steps": torch.tensor(self.steps)}
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
-                found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().clone()
+                found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach()
         return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:

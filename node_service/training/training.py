@@ -56,7 +56,8 @@ class Training(Protocol):
         """An update was counted, or is refused for good."""
 
     def save(self, incarnation: str, next_sequence: int) -> None:
-        """Write a checkpoint. `next_sequence`: what was not handed in before that update is in it."""
+        """Write a checkpoint, of this moment. `next_sequence`: what was not handed in before that update is in it. It
+        may get onto the disk later, by the Beside that the node waits for."""
 
     def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
         """Take the final version as it is and save the private parts pinned to it; the path ends here. Then begin the

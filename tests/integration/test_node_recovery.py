@@ -37,9 +37,11 @@ class Killed(BaseException):
 def kill_at(patch: pytest.MonkeyPatch, node: Node, label: str, occurrence: int) -> None:
     """Let the node die at a labelled step; nodes that are started later have the same name and live."""
     seen: list[str] = []
+    # its main thread, and the one that puts checkpoints in place
+    names = (node.party.name, f"checkpoint-{node.service.name}")
 
     def reached(step: str) -> None:
-        if threading.current_thread().name == node.party.name and step == label:
+        if threading.current_thread().name in names and step == label:
             seen.append(step)
             if len(seen) == occurrence:
                 raise Killed

@@ -25,8 +25,9 @@ from common.wire.to_master import Fetch, Finished, UpdateManifest
 from common.wire.to_node import Finish, Instruction, Notice, ParameterChunk, Receipt, Rule
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
-from common.wire.update_rule import UpdateRule
+from common.wire.update_rule import FinishRule, UpdateRule
 from common.wire.versions import VersionReader, publish_version
+from common.workers import Beside
 from node_service.agent import Agent, Answered, CheckSamples, Drop, Look, Read, Say, Train
 from node_service.handover import handover
 from node_service.handover.handover import Handover
@@ -102,7 +103,9 @@ def opened(directory: Path) -> LocalState:
     return state
 
 
-def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Session:
+def training_of(
+    state: LocalState, instruction: Instruction = INSTRUCTION, beside: Beside = checkpoint.AT_ONCE
+) -> Session:
     training = Session(
         instruction,
         ["sample"],
@@ -112,6 +115,7 @@ def training_of(state: LocalState, instruction: Instruction = INSTRUCTION) -> Se
         device="cpu",
         ledger=state.ledger(instruction.encoder),
         assets={},
+        beside=beside,
     )
     training.retune(RULE.update_rule, 0.0)
     return training
@@ -410,6 +414,59 @@ def test_a_checkpoint_is_the_new_one_or_the_one_before(
     assert training_of(state).trainer.steps == 2
     pinned = json.loads((private_of(state) / "pinned.json").read_text())
     assert pinned == {"encoder": "fake-1", "version": 0, "steps": 2, "type": "fake", "architecture": {}}
+    state.close()
+
+
+class Held:
+    """A Beside whose work is done when its test says so."""
+
+    def __init__(self) -> None:
+        self.works: list[Callable[[], None]] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.works)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.wait()
+        self.works.append(work)
+
+    def wait(self) -> None:
+        while self.works:
+            self.works.pop()()
+
+
+def test_a_checkpoint_that_is_put_in_place_later_is_of_the_moment_at_which_it_was_made(tmp_path: Path) -> None:
+    state, beside = opened(tmp_path), Held()
+    training = training_of(state, beside=beside)
+    training.adopt(version(0, torch.zeros(SIZE)))
+    for _ in range(2):
+        training.step()
+        save(training, state)
+    local = training.trainer.shared().vector
+    moments = {name: each.clone() for name, each in training.trainer.state().items()}
+    training.step()
+    made, bodies = handed_in(training, state, 0)
+    assert training_of(state).steps == 1, "the second is not in place yet, and the first is, whole"
+    beside.wait()
+    again = training_of(state)
+    assert again.steps == again.since.steps == 2 and torch.equal(again.trainer.shared().vector, local)
+    assert all(torch.equal(each, moments[name]) for name, each in again.trainer.state().items())
+    # what was handed in after that moment is in no path that is gone on with
+    number = state.next_sequence()
+    state.owe(made, *bodies)
+    assert number == 0 and training_of(state).version == -1
+
+    save(training, state)
+    training.retune(UpdateRule(finish=FinishRule(steps=3)), 0.0)
+    training.finish(version(1, torch.ones(SIZE)), None)
+    assert not beside.busy
+    found = load_private(private_of(state), FakeModel())
+    assert found is not None and found.facts.path is None and found.facts.version == 1, "pinned before it is tuned"
+    save(training, state)
+    training.conclude(None)
+    beside.wait()
+    assert not list(private_of(state).glob("finishing*")), "what is over does not come back"
     state.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,6 +136,24 @@ def test_f13_a_node_trains_on_while_the_master_is_away_and_hands_it_in_as_one_up
     assert third.steps == trained and third.sequence == 2, "all of it, and as one update"
     assert first.steps + second.steps + third.steps + node.training.since.steps == node.training.steps
     assert node.node.figures.waiting_since is None
+
+
+def test_checkpoints_cost_a_fiftieth_of_the_time_at_most(server: MemoryServer, clock: VirtualClock) -> None:
+    saved_at: list[float] = []
+
+    class SlowToSave(CountingTraining):
+        def save(self, incarnation: str, next_sequence: int) -> None:
+            saved_at.append(clock.time)
+            clock.wait(3.0 if len(saved_at) > 1 else 0.5)
+
+    rule = UpdateRule(when=ReturnWhen(steps=10**6), encoding="float32")
+    master, node = HandMaster(server, clock), SteppedNode(server, clock, checkpoint_every_seconds=60.0).start()
+    node.build = lambda instruction, corpus, ledger, assets: SlowToSave(instruction, saved=[])
+    node.turn()
+    master.let_in(rule)
+    node.run(500.0)
+    apart = [later - sooner for sooner, later in itertools.pairwise(saved_at)]
+    assert apart[:3] == pytest.approx([60.0, 150.0, 150.0], abs=1.0)
 
 
 def test_f13_a_pulse_is_a_sign_of_life(server: MemoryServer, clock: VirtualClock) -> None:
