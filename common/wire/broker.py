@@ -32,7 +32,9 @@ StreamPosition = Literal["first", "last", "next"] | int | Timestamp
 @dataclass(frozen=True, slots=True)
 class Publication:
     """One message to publish. `mandatory`: an exchange that finds no queue for it raises `Unroutable`. `user_id`: the
-    account that it is said to be from, by default the connection's own; the broker takes it from no other."""
+    account that it is said to be from, by default the connection's own; the broker takes it from no other.
+    `persistent`: it outlives a restart of the broker. Quorum queues and streams keep what is not, too; a classic queue
+    loses it, and moves it with half the work."""
 
     exchange: str
     routing_key: str
@@ -41,6 +43,7 @@ class Publication:
     message_id: str | None = None
     mandatory: bool = True
     user_id: str | None = None
+    persistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class Broker(Protocol):
         """Delete a queue or stream with what is in it; nothing happens if there is none. Raises BrokerUnavailable."""
 
     def publish(self, *publications: Publication, timeout: float = 60.0) -> None:
-        """Publish persistently, in order, and return when the broker has confirmed all of them.
+        """Publish in order, and return when the broker has confirmed all of them.
 
         Waits while the connection is away or blocked. After an error any subset may have arrived; after Unroutable, all
         that has a queue.

@@ -359,7 +359,7 @@ def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
     before = bench.broker.status()
     for body in contents:
         headers = {"x-a": "text", "x-b": 7}
-        bench.broker.publish(Publication(bench.topic.name, "k", body, headers, message_id="the-id"))
+        bench.broker.publish(Publication(bench.topic.name, "k", body, headers, "the-id", persistent=bool(body)))
         delivery = inbox.next(20.0)
         bench.broker.ack(delivery)
         assert delivery.body == body and isinstance(delivery.body, bytes)

@@ -19,12 +19,14 @@ from master_service.log.message_log import MessageLog, open_log
 
 @dataclass
 class Findings:
-    """`problems` says in words what is wrong; everything is well if it is empty."""
+    """`problems` says in words what is wrong; everything is well if it is empty. `again`: updates in the log that had
+    to be sent more than once, as attempts of them tell."""
 
     sent: int = 0
     accepted: int = 0
     refused: int = 0
     duplicates: int = 0
+    again: int = 0
     skipped: int = 0
     lost: int = 0
     doubled: int = 0
@@ -42,6 +44,8 @@ def examine(master: Path, nodes: Iterable[Path]) -> Findings:
     found.sent = len(held.keys() | owed)
     found.accepted = sum(any(receipt.accepted for receipt in receipts) for receipts in held.values())
     found.refused = len(held) - found.accepted
+
+    found.again = sum(isinstance(body, UpdateManifest) and body.attempt > 0 for body in log.bodies("update"))
 
     counted, issued, coordinator = _decided(log)
     doubled = [update for update, times in Counter(update for update, *_ in counted).items() if times > 1]

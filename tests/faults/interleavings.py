@@ -233,7 +233,8 @@ class World:
 
     def do_kill_broker(self, late: int) -> None:
         """It is back at once, and every channel is new. RabbitMQ promises no order then: what was unacked may come
-        after up to `late` others, and what was acked last may come again. A stream may have lost its end."""
+        after up to `late` others, and what was acked last may come again. A stream may have lost its end, and what is
+        transient is gone from classic queues."""
         self.seen["killed: broker"] += 1
         for wire in self._wires():
             wire.reopen()
@@ -250,7 +251,13 @@ class World:
                         case AssetChunk() as part:
                             self.lost_assets.add(part.encoder)
                 continue
-            again = [*acked.get(name, ())] if late % 2 else []
+            if found.declared.kind == "classic":
+                before = len(found.ready)
+                found.ready = deque(message for message in found.ready if message.publication.persistent)
+                found.bytes = sum(message.size for message in found.ready)
+                self.seen["transient: gone"] += before - len(found.ready)
+            last = acked.get(name, ()) if late % 2 else ()
+            again = [each for each in last if each.publication.persistent or found.declared.kind != "classic"]
             found.bytes += sum(message.size for message in again)
             while found.ready and found.ready[0].redelivered:
                 again.append(found.ready.popleft())

@@ -23,8 +23,9 @@ def test_nothing_is_lost_and_nothing_counted_twice_whoever_dies(tmp_path: Path, 
 
 
 @pytest.mark.timeout(300)
-def test_a_broker_that_loses_its_disk_costs_time_and_no_update(tmp_path: Path) -> None:
-    """Under a rule whose nodes wait: a notice, a receipt or a version that is gone would stop them for ever."""
+def test_a_broker_that_restarts_or_loses_its_disk_costs_time_and_no_update(tmp_path: Path) -> None:
+    """Under a rule whose nodes wait: a notice, a receipt or a version that is gone would stop them for ever. A restart
+    empties the nodes' chunk queues."""
     with Arena(tmp_path, seed=1, nodes=2, preset="fedavg") as arena:
         for role in ("master", *arena.nodes):
             arena.start(role)
@@ -34,6 +35,9 @@ def test_a_broker_that_loses_its_disk_costs_time_and_no_update(tmp_path: Path) -
             return arena.logged("versioned")
 
         eventually(lambda: versions() >= 3, 60.0, "a training")
+        arena.restart_broker("stop")
+        before = versions()
+        eventually(lambda: versions() >= before + 3, 120.0, "a version after the restart")
         arena.restart_broker("kill", forget=True)
         before = versions()
         eventually(lambda: versions() >= before + 3, 120.0, "a version over the new disk")

@@ -147,6 +147,15 @@ def test_a_node_is_killed_at_every_step() -> None:
     assert killed == reached and len(killed) == 9, reached - killed
 
 
+def test_chunks_that_a_broker_lost_when_it_restarted_are_sent_again() -> None:
+    """They are transient; the manifests that announce them are not."""
+    sent = (("run", 20), ("train", 0), ("train", 1), *[("send", 0), ("send", 1)] * 3)
+    world = weather(Plan("return-count", 2, 2, warm=False, actions=(*sent, ("kill_broker", 0))))
+    assert world.seen["transient: gone"] >= 2
+    again = [body for body in world.disk.log().bodies("update") if isinstance(body, UpdateManifest) and body.attempt]
+    assert {body.node for body in again} == {node.name for node in world.nodes.values()}
+
+
 # --- what was found ---------------------------------------------------------------------------------------------------
 
 

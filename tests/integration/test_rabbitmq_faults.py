@@ -72,6 +72,10 @@ def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: Local
     for worker in workers:
         worker.start()
     eventually(lambda: len(confirmed) > 50)
+    chunks = Declarations(queues=(Queue("chunks", "classic"),), bindings=(Binding("other", "chunks", "#"),))
+    publisher.declare(Declarations((Exchange("other"),)) + chunks)
+    for persistent in (True, False):
+        publisher.publish(Publication("other", "k", b"%d" % persistent, persistent=persistent))
     # RabbitMQ 3 writes a fresh queue's declaration to disk a moment later; killed within it, the queue is broken
     time.sleep(3.0)
     private_rabbitmq.kill()
@@ -85,6 +89,10 @@ def test_a_broker_that_is_killed_loses_nothing_confirmed(private_rabbitmq: Local
     # in whatever order: what was unacked may come again after others
     assert sorted(set(confirmed) - set(seen)) == []
     assert publisher.status().reconnects >= 1 and not lost.is_set()
+    consumer.consume("chunks", arrived.put, prefetch=2)
+    assert arrived.get(timeout=20).body == b"1"
+    with pytest.raises(queue.Empty):
+        arrived.get(timeout=0.5)  # what was transient is gone
     publisher.close()
     consumer.close()
 

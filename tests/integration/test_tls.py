@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.broker_url import Access
 from common.brokers import open_broker
+from common.brokers.amqp.rabbitmq import READ_BYTES
 from common.errors import AccessRefused, BrokerUnavailable, Unpublishable, UserError
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import Binding, Declarations, Exchange, Queue
@@ -435,6 +436,21 @@ def test_all_urls_that_are_refused_are_named_and_nothing_is_waited_for(secured: 
         urls = [f"amqps://localhost:{each}/" for each in (port, other.port)]
         with pytest.raises(UserError, match=rf"localhost:{port} is for host .*; .*localhost:{other.port} is for host"):
             opened(secured.at(*urls))
+
+
+def test_a_secured_line_is_read_in_large_pieces_too(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of TLS holds 16 KiB; asked for less, it is read in parts."""
+    asked, recv = set[int](), ssl.SSLSocket.recv
+
+    def read(self: ssl.SSLSocket, size: int = 0, flags: int = 0) -> bytes:
+        asked.add(size)
+        return recv(self, size, flags)
+
+    monkeypatch.setattr(ssl.SSLSocket, "recv", read)
+    broker = opened(secured.member)
+    check(broker)
+    broker.close()
+    assert asked == {READ_BYTES}
 
 
 # --- a proxy ----------------------------------------------------------------------------------------------------------

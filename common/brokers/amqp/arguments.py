@@ -1,12 +1,25 @@
-"""A declared queue as RabbitMQ's arguments; a routing of client errors to ours. Knows AMQP's words, not the driver."""
+"""What goes to the broker as AMQP has it: a declared queue as arguments, a body as frames. Knows no driver."""
 
 from __future__ import annotations
 
+import struct
 from datetime import UTC, datetime
 from typing import Any
 
 from common.wire.broker import StreamPosition, Timestamp
 from common.wire.topology import Queue
+
+#: A frame (AMQP 0-9-1, 2.3.5): type, channel and length of the payload, then the payload, then the octet that ends it.
+_FRAME_HEAD = struct.Struct(">BHI")
+_BODY_FRAME = 3
+_FRAME_END = b"\xce"
+
+
+def body_frames(channel: int, body: bytes, most: int) -> list[bytes]:
+    """A message's body as frames of at most `most` bytes of it each; none for an empty one."""
+    view = memoryview(body)
+    parts = (view[start : start + most] for start in range(0, len(view), most))
+    return [b"".join((_FRAME_HEAD.pack(_BODY_FRAME, channel, len(part)), part, _FRAME_END)) for part in parts]
 
 
 def queue_arguments(queue: Queue, server_version: tuple[int, ...]) -> dict[str, Any]:

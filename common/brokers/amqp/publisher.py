@@ -219,6 +219,7 @@ class Publisher:
                 headers=dict(publication.headers),
                 timestamp=int(SYSTEM.now()),
                 correlation_id=str(self._tag + 1),
+                delivery_mode=2 if publication.persistent else 1,
                 **({} if publication.user_id is None else {"user_id": publication.user_id}),
             )
             self._channel.basic_publish(
