@@ -11,7 +11,7 @@ SEED ?=
 # of `make soak` and `make fuzz`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow faults soak fuzz one-member lint clean rabbitmq
+.PHONY: demo test test-slow faults soak fuzz one-member bench lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
@@ -33,6 +33,10 @@ faults: $(VENV)/.installed-dev rabbitmq
 # Receipts of honest nodes beside one that means ill; below 80 % of the undisturbed rate this fails.
 one-member: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.benchmarks.one_member $(ARGS)
+
+# What communication costs, beside raw pika; tables here, JSON in bench.json.
+bench: $(VENV)/.installed-dev rabbitmq
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 soak: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
