@@ -78,7 +78,9 @@ def _said(given: Any, parties: list[Any]) -> tuple[list[float], float]:
 
 def _open(url: str, lean: bool) -> Any:
     if lean:
+        # private: the driver has no setting for it
         io_services_utils._AsyncTransportBase._MAX_RECV_BYTES = _LEAN_READ
+        # private: as above
         io_services_utils._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * _LEAN_READ
     return pika.BlockingConnection(pika.URLParameters(url))
 

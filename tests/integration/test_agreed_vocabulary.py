@@ -148,7 +148,7 @@ def test_a_master_that_is_killed_between_the_rows_goes_on_and_counts_every_node_
             mine = isinstance(body, kind) and seen == number
             if mine and not after:
                 raise Bang
-            entry = real(self, body, **named)
+            entry = real(self, body, **{**named, "together": False})  # each row durable, to die between two
             if mine:
                 raise Bang
             return entry

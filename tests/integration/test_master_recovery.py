@@ -117,7 +117,7 @@ def test_sends_that_did_not_leave_are_repeated_at_the_next_start(
 
     node = HandNode(server, "a")
     with monkeypatch.context() as patch, dying_master(server, tmp_path):
-        patch.setattr(Publisher, "_publication", publication)
+        patch.setattr(Publisher, "_publication", publication)  # private: as above
         instruction = node.enter()
         bodies = numbers(instruction)
         node.send(node.manifest(instruction, 0, bodies), bodies)
@@ -162,7 +162,7 @@ def test_a_message_that_kills_the_master_twice_is_skipped_and_set_aside(
 
     real = Recorder._release  # private: the moment after the commit
     with monkeypatch.context() as patch, dying_master(server, tmp_path):
-        patch.setattr(Recorder, "_release", release)
+        patch.setattr(Recorder, "_release", release)  # private: as above
         killer.say(".join", Join(node="killer", incarnation="i", types=["text"]))
     monkeypatch.setattr(Coordinator, "handle", _deadly(original))
     for _ in range(2):

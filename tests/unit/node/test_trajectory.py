@@ -150,6 +150,7 @@ def text_trainer(seed: int = 0) -> Trainer:
 def test_training_has_the_same_bits_whether_parameters_are_views_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     views = text_trainer()
     with monkeypatch.context() as patch:
+        # private: there is no model that is all it is but may not be views
         patch.setattr(shared_vector, "_may_be_views", lambda model, parameters: False)
         copies = text_trainer()
         assert views.vector() is views.vector() and views.vector().data_ptr() == _first(views).data_ptr()
