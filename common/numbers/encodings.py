@@ -49,7 +49,7 @@ def encode_vector(vector: Tensor, encoding: EncodingName) -> list[bytes]:
     return [encode_slice(vector[start:stop], encoding) for start, stop in slices(vector.numel())]
 
 
-def decode_vector(payload: bytes, size: int, encoding: EncodingName) -> Tensor:
+def decode_vector(payload: bytes | bytearray | memoryview, size: int, encoding: EncodingName) -> Tensor:
     """The float32 vector of shape (size,) of the concatenated slices. Raises ValueError if the length does not fit."""
     vector, position, view = torch.empty(size), 0, memoryview(payload)
     for start, stop in slices(size):

@@ -24,6 +24,7 @@ from common.wire.versions import publish_version
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
 from master_service.log.payloads import Payloads
+from master_service.wire.stream_ends import StreamEnds
 
 log = structlog.get_logger()
 
@@ -60,6 +61,9 @@ class Publisher:
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
         #: By encoder: the version that was written last, and the digest of its bytes.
         self._digests: dict[str, tuple[int, str]] = {}
+        #: Where streams end. By encoder: the version that was written last, and where it begins, if that is known.
+        self._ends = StreamEnds(broker)
+        self._offsets: dict[str, tuple[int, int | None]] = {}
         #: What is set aside and not published yet, and when the first of it came.
         self._dead: list[tuple[Delivery, Poison]] = []
         self._dead_since = 0.0
@@ -98,8 +102,10 @@ class Publisher:
         """Write a version, encoded slice by slice, to its encoder's stream."""
         self.bytes_out += sum(len(body) for body in bodies)
         digest = payload_digest(bodies)
+        stream = self._topology.stream(effect.encoder)
 
         def write() -> None:
+            begins = self._ends.of(stream)
             try:
                 self._hints[effect.encoder] = publish_version(
                     self._broker,
@@ -116,8 +122,11 @@ class Publisher:
                     clock=self._clock,
                 )
                 self._streams.add(effect.encoder)
+                holds = self._ends.wrote(stream, len(bodies), sum(map(len, bodies)))
+                self._offsets[effect.encoder] = effect.version, begins if holds else None
             except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
                 self._streams.discard(effect.encoder)
+                self._ends.forget(stream)
                 raise BrokerUnavailable(str(error)) from None
 
         reached("before publish")
@@ -163,6 +172,8 @@ class Publisher:
         self._hints.pop(encoder, None)
         self._written.pop(encoder, None)
         self._digests.pop(encoder, None)
+        self._ends.forget(self._topology.stream(encoder))
+        self._offsets.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         """Set a delivery aside with its reason, soon and together with others; it is acked after the confirm."""
@@ -206,6 +217,9 @@ class Publisher:
             written, digest = self._digests.get(message.encoder, (-1, None))
             if written == message.version:
                 message = message.model_copy(update={"stream_digest": digest})
+            written, offset = self._offsets.get(message.encoder, (-1, None))
+            if written == message.version:
+                message = message.model_copy(update={"stream_offset": offset})
         publication = Publication(exchange, key, encode(message), headers or {}, self._new_id())
 
         def send() -> None:

@@ -133,7 +133,7 @@ class Outbox:
             if body is None:
                 return True  # answered meanwhile: an attempt before this one has arrived
             chunk = update_chunk(manifest, index, body)
-            # the node has it on disk until the receipt: should a restart of the broker empty the queue, it is sent again
+            # it is on our disk until the receipt: should a restart of the broker empty the queue, it is sent again
             publications.append(Publication(exchange, f"{self._node}.chunk", encode(chunk), persistent=False))
         self._broker.publish(*publications)
         update.sent = until

@@ -42,6 +42,7 @@ def test_sockets_are_read_in_large_pieces_and_bodies_are_written_by_us(
     amqp_url: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, sent = set[int](), list[int]()
+    # private: what the driver calls for a body, and no public verb does
     recv, send = socket.socket.recv, rabbitmq.Connection._send_message
 
     def read(self: socket.socket, size: int, *flags: int) -> bytes:
@@ -55,6 +56,7 @@ def test_sockets_are_read_in_large_pieces_and_bodies_are_written_by_us(
         send(self, channel, method, content)
 
     monkeypatch.setattr(socket.socket, "recv", read)
+    # private: as above
     monkeypatch.setattr(rabbitmq.Connection, "_send_message", written)
     with between(http_proxy()) as proxy:
         # read here with the relay's own size too, which is why only what the broker's connection asks for is looked at

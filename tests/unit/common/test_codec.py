@@ -67,7 +67,7 @@ def instances(kind: type[Message]) -> st.SearchStrategy[Message]:
         if name in BY_NAME and (field.is_required() or name in ALSO):
             fields[name] = BY_NAME[name]
         elif field.is_required():
-            fields[name] = {bool: st.booleans(), str: st.text(max_size=8)}.get(field.annotation, st.integers(0, 2**40))
+            fields[name] = {bool: st.booleans(), str: st.text(max_size=8)}.get(field.annotation, st.integers(0, 10**12))
     return st.fixed_dictionaries(fields).map(kind.model_validate)
 
 
