@@ -74,14 +74,15 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Read the newest version ≥ `at_least` from the stream (`exact`: that very one). `digest`: that of `at_least`, if
-    the master has said it."""
+    """Read the newest version ≥ `at_least` from the stream (`exact`: that very one). `digest`, `offset`: that of
+    `at_least`, and where on the stream it begins, if the master has said so."""
 
     encoder: str
     at_least: int
     published_at: float
     exact: bool = False
     digest: str | None = None
+    offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class Agent:
         The master's answer to `join` is then one more instruction for the encoder that is trained already.
         """
         self.current, self.rule, self.version = instruction, rule, version
-        return [Train(instruction, rule), *self._read(rule.version, rule.published_at, rule.stream_digest)]
+        return [Train(instruction, rule), *self._read(rule)]
 
     def leave(self) -> list[Action]:
         """Say goodbye; what is owed stays owed."""
@@ -193,7 +194,7 @@ class Agent:
             case Rule() if self._is_built(message.encoder):
                 return self._ruled(message)
             case Notice() if self._is_built(message.encoder):
-                return self._read(message.version, message.published_at, message.stream_digest)
+                return self._read(message)
         return []
 
     def mistaken(self) -> list[Action]:
@@ -364,7 +365,7 @@ class Agent:
         # what came while the master did not know this node was not looked at
         again = [Republish()] if self.unknown else []
         self.unknown = False
-        return [Train(self.current, rule), *self._read(rule.version, rule.published_at, rule.stream_digest), *again]
+        return [Train(self.current, rule), *self._read(rule), *again]
 
     def _receipted(self, receipt: Receipt) -> list[Action]:
         current = self._is_current(receipt.encoder)
@@ -402,16 +403,15 @@ class Agent:
             return []  # it is on its way: an update refused as finished brings a Finish of its own
         self.finishing, self.wanted = finish, finish.version
         exact = finish.version <= self.lost
-        return [Read(finish.encoder, finish.version, finish.published_at, exact=exact, digest=finish.stream_digest)]
+        return [_reading(finish, exact=exact)]
 
-    def _read(self, version: int, published_at: float, digest: str | None) -> list[Action]:
+    def _read(self, told: Rule | Notice) -> list[Action]:
         """Read each version once, and only if it is newer than what is here or on its way."""
         assert self.current is not None
-        if version <= max(self.version, self.wanted):
+        if told.version <= max(self.version, self.wanted):
             return []
-        self.wanted = version
-        exact = version <= self.lost
-        return [Read(self.current.encoder, version, published_at, exact=exact, digest=digest)]
+        self.wanted = told.version
+        return [_reading(told, exact=told.version <= self.lost)]
 
     def _let_go(self) -> list[Action]:
         """The current encoder is not trained here, or not any more."""
@@ -431,3 +431,8 @@ class Agent:
             return []
         self.current = self.waiting.pop(next(iter(self.waiting)))
         return [CheckSamples(self.current)]
+
+
+def _reading(told: Rule | Notice | Finish, *, exact: bool) -> Read:
+    """What reading the version leads to that a message tells of."""
+    return Read(told.encoder, told.version, told.published_at, exact, told.stream_digest, told.stream_offset)

@@ -368,6 +368,7 @@ class Node:
                         action.published_at,
                         exact=action.exact,
                         digest=action.digest,
+                        offset=action.offset,
                     )
                 case Look():
                     self.reading.look(self._trained().instruction, action.at_least)

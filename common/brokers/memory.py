@@ -270,6 +270,11 @@ class MemoryBroker:
             position = self._server.stream_index(stream, start)
             return self._subscribe(MemorySubscription(self._server, stream, on_delivery, prefetch, position))
 
+    def stream_end(self, stream: str) -> int | None:
+        with self._server.changed:
+            found = self._server.find(stream)
+            return found.next_offset if found is not None and found.ready else None
+
     def ack(self, *deliveries: Delivery) -> None:
         with self._server.changed:
             for delivery in deliveries:

@@ -148,6 +148,10 @@ class Broker(Protocol):
         After a reconnect it goes on behind the last delivery; if there was none yet, from `start` as it is then.
         """
 
+    def stream_end(self, stream: str) -> int | None:
+        """An offset below which nothing lies that is published from now on; where the last message was confirmed before
+        the next was published, that of the next one. None for an empty stream, or if the broker does not say soon."""
+
     def ack(self, *deliveries: Delivery) -> None:
         """Remove deliveries from their queue. Those of an earlier connection or a closed consumer have no effect."""
 

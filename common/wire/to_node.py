@@ -66,7 +66,8 @@ class WordsWanted(Message):
 
 
 class Rule(Message):
-    """The update rule of one node, and where the current parameter set is to be read; `stream_digest` as of a Notice.
+    """The update rule of one node, and where the current parameter set is to be read; `stream_digest` and
+    `stream_offset` as of a Notice.
 
     A rule in a file may have no field that is not known, because it would be a misspelt one. In a message it is a newer
     master's: like any other of a message it is left out, and `unknown`, which does not travel, names it. An older node
@@ -79,6 +80,7 @@ class Rule(Message):
     update_rule: UpdateRule
     version: Count
     stream_digest: Digest | None = None
+    stream_offset: Count | None = None
     published_at: Seconds
     progress: Fraction = 0.0
     unknown: list[str] = Field(default_factory=list, exclude=True)
@@ -183,19 +185,22 @@ class Notice(Message):
     """A version is on the stream; read it from `published_at` (broker seconds, a margin already subtracted).
 
     `digest`: of the target parameter set. `stream_digest`: of the version's bytes as they were written to the stream,
-    in its encoding; None where this master has not written it itself."""
+    in its encoding; None where this master has not written it itself. `stream_offset`: of its first message on the
+    stream, or a few before; None where that is not known."""
 
     kind: Literal["notice"] = "notice"
     encoder: Id
     version: Count
     digest: Digest
     stream_digest: Digest | None = None
+    stream_offset: Count | None = None
     published_at: Seconds
     progress: Fraction = 0.0
 
 
 class Finish(Message):
-    """The training of this encoder has ended with this version, which is on the stream. Digests as of a Notice."""
+    """The training of this encoder has ended with this version, which is on the stream. Digests and offset as of a
+    Notice."""
 
     kind: Literal["finish"] = "finish"
     encoder: Id
@@ -203,6 +208,7 @@ class Finish(Message):
     version: Count
     digest: Digest
     stream_digest: Digest | None = None
+    stream_offset: Count | None = None
     published_at: Seconds
     reason: Text = ""
 

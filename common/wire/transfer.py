@@ -91,6 +91,46 @@ class UpdateAssembly:
 _UNFINISHED = 3
 
 
+class _Begun:
+    """A version of which chunks have come: as soon as all before it are there, a chunk is put behind them and hashed,
+    while it is in the processor's cache; what comes before its turn waits."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+        self._payload = bytearray()
+        self._digest = hashlib.sha256()
+        self._next = 0
+        self._early: dict[int, bytes] = {}
+
+    def add(self, chunk: ParameterChunk) -> None:
+        """Take a chunk, once, however often it comes. Raises Poison if the chunks do not agree on how many they are."""
+        if chunk.chunks != self._chunks:
+            raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
+        if chunk.index < self._next:
+            return
+        self._early.setdefault(chunk.index, chunk.data)
+        while (data := self._early.pop(self._next, None)) is not None:
+            self._payload += data
+            self._digest.update(data)
+            self._next += 1
+
+    @property
+    def came(self) -> int:
+        """How many of its chunks are here."""
+        return self._next + len(self._early)
+
+    @property
+    def lacks(self) -> int:
+        """How many are not."""
+        return self._chunks - self.came
+
+    def complete(self, last: ParameterChunk) -> CompleteVersion:
+        """The version, if it is what the chunk that came last says. Raises Poison."""
+        if len(self._payload) != last.size or self._digest.hexdigest() != last.digest:
+            raise Poison("digest", f"version {last.version} of {last.encoder} does not match its digest")
+        return CompleteVersion(last, self._payload)
+
+
 class VersionAssembly:
     """Puts versions together from a stream in which masters may have written twice, or died in between.
 
@@ -113,7 +153,7 @@ class VersionAssembly:
         self._elements = elements
         self._counts = counts
         #: By epoch, version and digest: two that claim one number do not mix.
-        self._parts: dict[tuple[int, int, str], dict[int, ParameterChunk]] = {}
+        self._begun: dict[tuple[int, int, str], _Begun] = {}
 
     def add(self, chunk: ParameterChunk) -> CompleteVersion | None:
         """The version that this chunk completes, if any. Raises Poison for a damaged chunk or a foreign layout."""
@@ -126,21 +166,29 @@ class VersionAssembly:
             _check_length(chunk, elements)
         if not self._counts(chunk):
             return None
-        key = (chunk.epoch, chunk.version, chunk.digest)
-        parts = self._parts.setdefault(key, {})
-        parts[chunk.index] = chunk
-        while len(self._parts) > _UNFINISHED:
-            others = [other for other in reversed(self._parts) if other != key]  # what was begun last goes first
-            del self._parts[min(others, key=lambda other: len(self._parts[other]))]
-        if len(parts) < chunk.chunks:
+        key = _key(chunk)
+        begun = self._begun.setdefault(key, _Begun(chunk.chunks))
+        try:
+            begun.add(chunk)
+        except Poison:
+            del self._begun[key]
+            raise
+        while len(self._begun) > _UNFINISHED:
+            others = [other for other in reversed(self._begun) if other != key]  # what was begun last goes first
+            del self._begun[min(others, key=lambda other: self._begun[other].came)]
+        if begun.lacks:
             return None
-        del self._parts[key]
-        if any(index not in parts for index in range(chunk.chunks)):
-            raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
-        payload = b"".join(parts[index].data for index in range(chunk.chunks))
-        if len(payload) != chunk.size or payload_digest([payload]) != chunk.digest:
-            raise Poison("digest", f"version {chunk.version} of {chunk.encoder} does not match its digest")
-        return CompleteVersion(chunk, payload)
+        del self._begun[key]
+        return begun.complete(chunk)
+
+    def lacks(self, chunk: ParameterChunk) -> int:
+        """How many chunks the version of this one still lacks, if it is one that is being put together; else 0."""
+        begun = self._begun.get(_key(chunk))
+        return begun.lacks if begun is not None else 0
+
+
+def _key(chunk: ParameterChunk) -> tuple[int, int, str]:
+    return chunk.epoch, chunk.version, chunk.digest
 
 
 def _check_length(chunk: ParameterChunk, elements: int) -> None:
@@ -157,7 +205,7 @@ def _check_length(chunk: ParameterChunk, elements: int) -> None:
 class CompleteVersion:
     """An encoded target parameter set as it was read from the stream; `head` is any of its chunks."""
 
-    def __init__(self, head: ParameterChunk, payload: bytes) -> None:
+    def __init__(self, head: ParameterChunk, payload: bytes | bytearray) -> None:
         self.encoder = head.encoder
         self.epoch = head.epoch
         self.version = head.version

@@ -1,25 +1,46 @@
-"""Writing a target parameter set to its stream, and reading one from it: only when needed, only the newest."""
+"""Writing a target parameter set to its stream, and reading one from it: only when needed, only the newest, and never a
+byte twice.
+
+Where a reader begins, in this order:
+
+- What it has read it does not take again: it goes on behind the last version that it read.
+- If the notice says from which offset on the version lies, it begins there, and so skips versions that it was too busy
+  for. The offset may be too low, by a few messages: those come for nothing. It is never too high as long as the stream
+  is what it was; a broker that was killed may have lost a stream's end, and one with a new disk begins at 0.
+- A new reader, told no offset, begins at the notice's timestamp, which is some seconds early.
+- When nothing comes, whatever it was told was wrong: it begins again at the first message that the stream holds.
+
+What the broker may send ahead is bounded by what is not acked, and that by what the version still lacks: with its last
+chunk nothing more is on its way but what the broker stores in one piece with that.
+"""
 
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from common.clock import SYSTEM, Clock
 from common.errors import BrokerUnavailable, Poison
-from common.numbers.slicing import EncodingName
+from common.numbers.slicing import EncodingName, encoded_size, slice_count, slice_length
 from common.wire.broker import Broker, Delivery, Publication, StreamPosition, Subscription, Timestamp
 from common.wire.codec import encode, received
 from common.wire.to_node import ParameterChunk
-from common.wire.topology import Topology
+from common.wire.topology import MIB, Topology
 from common.wire.transfer import CompleteVersion, VersionAssembly, checksum, payload_digest
 
 #: Stream timestamps are exact to a second, and broker and master clocks differ a little.
 HINT_MARGIN_SECONDS = 5.0
 #: The slowest line on which a version still arrives, bytes a second; one chunk of 4 MiB takes it 43 s.
 SLOW_LINE = 96 * 1024
-#: How long to wait for a newer version once the wanted one is whole, seconds.
+#: How long to wait for a newer version once the wanted one is whole, seconds; one that the master has named is not.
 _NEWER_SECONDS = 0.02
+#: Payload that is encoded and unconfirmed at a time while a version is written.
+_WINDOW_BYTES = 16 * MIB
+#: What the broker may send ahead of what was looked at, in messages, where the length of a version is not known; else
+#: in bytes of float32, so that a distant broker is not asked for each chunk by itself.
+_AHEAD = 16
+_AHEAD_BYTES = 16 * MIB
 
 
 def publish_version(
@@ -39,38 +60,38 @@ def publish_version(
 ) -> float:
     """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds).
 
-    `digest`: `payload_digest(bodies)`, where it is known. `declare`: the stream may not be there yet. Raises Unroutable
-    if it is not and was not declared.
+    Chunks are encoded a window at a time. The last one is confirmed by itself, so that the broker stores it apart:
+    `stream_end` is exact then. `digest`: `payload_digest(bodies)`, where it is known. `declare`: the stream may not be
+    there yet. Raises Unroutable if it is not and was not declared.
     """
     hint = max(0.0, clock.now() - HINT_MARGIN_SECONDS)
     size, digest = sum(len(body) for body in bodies), digest or payload_digest(bodies)
     if declare:
         broker.declare(topology.parameters(encoder, size))
-    broker.publish(
-        *(
-            Publication(
-                topology.parameter,
-                encoder,
-                encode(
-                    ParameterChunk(
-                        encoder=encoder,
-                        epoch=epoch,
-                        version=version,
-                        index=index,
-                        chunks=len(bodies),
-                        encoding=encoding,
-                        layout_digest=layout_digest,
-                        size=size,
-                        digest=digest,
-                        progress=progress,
-                        checksum=checksum(body),
-                        data=body,
-                    )
-                ),
-            )
-            for index, body in enumerate(bodies)
+
+    def publication(index: int) -> Publication:
+        body = bodies[index]
+        chunk = ParameterChunk(
+            encoder=encoder,
+            epoch=epoch,
+            version=version,
+            index=index,
+            chunks=len(bodies),
+            encoding=encoding,
+            layout_digest=layout_digest,
+            size=size,
+            digest=digest,
+            progress=progress,
+            checksum=checksum(body),
+            data=body,
         )
-    )
+        return Publication(topology.parameter, encoder, encode(chunk))
+
+    last = len(bodies) - 1
+    window = max(1, _WINDOW_BYTES // max(1, len(bodies[0])))
+    for start in range(0, last, window):
+        broker.publish(*map(publication, range(start, min(start + window, last))))
+    broker.publish(publication(last))
     return hint
 
 
@@ -150,13 +171,15 @@ class VersionReader:
         self._layout_digest = layout_digest
         self._chunk_seconds = slice_bytes / SLOW_LINE
         self._clock = clock
+        #: Behind the last version that was read, and the highest number of one.
         self._unseen: StreamPosition = "first"
-        #: The broker's time at which the last version before `_unseen` was written, and the highest number seen.
-        self._seen_at, self._highest = 0.0, -1
+        self._highest = -1
         self._search: _Search | None = None
         self._subscription: Subscription | None = None
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._elements = elements
+        #: How many messages the broker may send ahead in this search, and what has come of it and is not acked.
+        self._ahead, self._held = _AHEAD, deque[Delivery]()
         self._named = {} if named is None else named
         self._takes = takes
         self._newest: CompleteVersion | None = None
@@ -167,18 +190,24 @@ class VersionReader:
         at_least: int,
         published_at: float = 0.0,
         *,
+        offset: int | None = None,
         exact: bool = False,
         timeout: float = 60.0,
         patience: float = 3.0,
     ) -> None:
         """Begin to read the newest complete version ≥ `at_least` (`exact`: that very one, as written last).
 
-        `timeout`: `step` raises after so many seconds without a new chunk. Raises BrokerUnavailable.
+        `published_at`, `offset`: the hints of a notice of `at_least`. `timeout`: `step` raises after so many seconds
+        without a new chunk. Raises BrokerUnavailable.
         """
-        start: StreamPosition = Timestamp(published_at) if published_at > 0 else "first"
-        if self._seen_at >= published_at > 0 and at_least > self._highest:
-            # the hint's margin holds versions that were read already: where many are made, most of what it points at
-            start = self._unseen
+        start: StreamPosition
+        is_there = offset is not None or at_least == self._highest + 1
+        if isinstance(self._unseen, int) and at_least > self._highest:
+            start = max(self._unseen, offset or 0)
+        elif offset is not None:
+            start = offset
+        else:
+            start = Timestamp(published_at) if published_at > 0 else "first"
         search = _Search(
             at_least,
             exact=exact,
@@ -186,7 +215,7 @@ class VersionReader:
             patience=patience + self._chunk_seconds,
             clock=self._clock,
         )
-        self._begin(search, start)
+        self._begin(search, start, is_there=is_there)
 
     def look(self, at_least: int, *, patience: float = 1.0) -> None:
         """Begin to see whether there is a version ≥ `at_least` among those that this reader has not seen yet. Finding
@@ -210,23 +239,29 @@ class VersionReader:
                 delivery = self._arrived.get(timeout=wait) if wait > 0 else self._arrived.get_nowait()
             except queue.Empty:
                 return self._nothing_came(search)
-            self._broker.ack(delivery)
-            if self._takes(delivery):
-                self._take(search, delivery)
+            self._held.append(delivery)
+            wanted = self._take(search, delivery) if self._takes(delivery) else self._ahead
             # what is there already counts before any time that is over; what comes steadily must not keep us here
-            wait = min(wait, _NEWER_SECONDS) if self._newest is not None else 0.0
+            if self._newest is None:
+                wait = 0.0
+            elif self._named.get(self._newest.version) == self._newest.digest:
+                wait, wanted = 0.0, 0  # of what nobody has named, a newer one may be from an older master
+            else:
+                wait = min(wait, _NEWER_SECONDS)
+            self._let_come(wanted)
 
     def read(
         self,
         at_least: int,
         published_at: float = 0.0,
         *,
+        offset: int | None = None,
         exact: bool = False,
         timeout: float = 60.0,
         patience: float = 3.0,
     ) -> CompleteVersion:
         """Seek, and step until the version is here. Raises BrokerUnavailable as `step` does."""
-        self.seek(at_least, published_at, exact=exact, timeout=timeout, patience=patience)
+        self.seek(at_least, published_at, offset=offset, exact=exact, timeout=timeout, patience=patience)
         while True:
             found = self.step(wait=min(0.25, timeout, patience))
             if found is not None:
@@ -235,16 +270,25 @@ class VersionReader:
     def close(self) -> None:
         """Stop reading, and end the search."""
         self._search = self._newest = None
+        self._held.clear()
         if self._subscription is not None:
             self._subscription.close()
             self._subscription = None
 
-    def _begin(self, search: _Search, start: StreamPosition) -> None:
+    def _begin(self, search: _Search, start: StreamPosition, *, is_there: bool = False) -> None:
+        """`is_there`: the version is said to begin there, so that nothing need be sent ahead but the version."""
         self.close()
+        self._ahead = _AHEAD
+        if (elements := self._elements) is not None:
+            longest = encoded_size(slice_length(elements, 0), "float32")
+            self._ahead = min(_AHEAD, max(2, _AHEAD_BYTES // max(1, longest)))
+            self._ahead = min(self._ahead, slice_count(elements)) if is_there else self._ahead
         # of this search alone: what a closed subscription still delivers goes into a queue that nobody reads
         self._arrived = queue.SimpleQueue()
         self._assembly = self._new_assembly()
-        self._subscription = self._broker.read_stream(self._stream, self._arrived.put, start=start)
+        self._subscription = self._broker.read_stream(
+            self._stream, self._arrived.put, start=start, prefetch=self._ahead
+        )
         self._search = search
 
     def _new_assembly(self) -> VersionAssembly:
@@ -257,24 +301,33 @@ class VersionReader:
             return chunk.digest == digest
         return self._search is None or self._search.at_least not in self._named
 
-    def _take(self, search: _Search, delivery: Delivery) -> None:
+    def _let_come(self, wanted: int) -> None:
+        """Ack so many that the broker may send `wanted` messages from now on, or as many as it may at most."""
+        free = self._ahead - len(self._held)
+        acked = [self._held.popleft() for _ in range(min(max(0, min(wanted, self._ahead) - free), len(self._held)))]
+        if acked:
+            self._broker.ack(*acked)
+
+    def _take(self, search: _Search, delivery: Delivery) -> int:
+        """Take a message; how many more are wanted, as far as it tells."""
         try:
             chunk = received(delivery)
             if not isinstance(chunk, ParameterChunk):
-                return
+                return self._ahead
             done = self._assembly.add(chunk)
             if done is not None or self._counts(chunk):
                 search.met(chunk)
         except Poison:
-            return  # a damaged version is not on the stream for this reader; the next one will be
+            return self._ahead  # a damaged version is not on the stream for this reader; the next one will be
         if done is None:
-            return
+            return (search.wants(chunk.version) and self._assembly.lacks(chunk)) or self._ahead
         if delivery.offset is not None:
-            self._unseen, self._seen_at = delivery.offset + 1, delivery.timestamp or 0.0
+            self._unseen = max(int(delivery.offset) + 1, self._unseen if isinstance(self._unseen, int) else 0)
             self._highest = max(self._highest, done.version)
         newer = self._newest is None or (done.epoch, done.version) >= (self._newest.epoch, self._newest.version)
         if newer and search.wants(done.version):
             self._newest = done
+        return self._ahead
 
     def _nothing_came(self, search: _Search) -> CompleteVersion | None:
         if (found := self._newest) is not None:
@@ -286,6 +339,7 @@ class VersionReader:
         elif not search.from_first and (search.silent or search.over):
             # the hint was wrong, or the stream has lost what it pointed at
             search.begin_again()
+            self._unseen, self._highest = "first", -1
             self._begin(search, "first")
         elif search.over:
             self.close()

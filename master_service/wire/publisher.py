@@ -26,6 +26,7 @@ from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
 from master_service.log.payloads import Payloads
 from master_service.wire.outbox import Outbox
+from master_service.wire.stream_ends import StreamEnds
 
 log = structlog.get_logger()
 
@@ -67,6 +68,9 @@ class Publisher:
         self._written: dict[str, tuple[tuple[int, int], float]] = {}
         #: By encoder: the version that was written last, and the digest of its bytes.
         self._digests: dict[str, tuple[int, str]] = {}
+        #: Where streams end. By encoder: the version that was written last, and where it begins, if that is known.
+        self._ends = StreamEnds(broker)
+        self._offsets: dict[str, tuple[int, int | None]] = {}
         #: What is set aside and not published yet, and when the first of it came.
         self._dead: list[tuple[Delivery, Poison]] = []
         self._dead_since = 0.0
@@ -116,8 +120,10 @@ class Publisher:
 
     def _write(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
         digest = payload_digest(bodies)
+        stream = self._topology.stream(effect.encoder)
 
         def write() -> None:
+            begins = self._ends.of(stream)
             try:
                 self._hints[effect.encoder] = publish_version(
                     self._broker,
@@ -134,8 +140,11 @@ class Publisher:
                     clock=self._clock,
                 )
                 self._streams.add(effect.encoder)
+                holds = self._ends.wrote(stream, len(bodies), sum(map(len, bodies)))
+                self._offsets[effect.encoder] = effect.version, begins if holds else None
             except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
                 self._streams.discard(effect.encoder)
+                self._ends.forget(stream)
                 raise BrokerUnavailable(str(error)) from None
 
         reached("before publish")
@@ -188,6 +197,8 @@ class Publisher:
         self._streams.discard(encoder)
         self._hints.pop(encoder, None)
         self._digests.pop(encoder, None)
+        self._ends.forget(self._topology.stream(encoder))
+        self._offsets.pop(encoder, None)
 
     def dead_letter(self, delivery: Delivery, poison: Poison) -> None:
         """Set a delivery aside with its reason, soon and together with others; it is acked after the confirm."""
@@ -235,6 +246,9 @@ class Publisher:
             written, digest = self._digests.get(message.encoder, (-1, None))
             if written == message.version:
                 message = message.model_copy(update={"stream_digest": digest})
+            written, offset = self._offsets.get(message.encoder, (-1, None))
+            if written == message.version:
+                message = message.model_copy(update={"stream_offset": offset})
         return Publication(exchange, key, encode(message), headers or {}, self._new_id())
 
     def _send_together(self, letters: Sequence[Publication]) -> None:

@@ -61,6 +61,7 @@ class _Wanted:
     instruction: Instruction
     at_least: int
     published_at: float = 0.0
+    offset: int | None = None
     exact: bool = False
     look: bool = False
 
@@ -90,9 +91,17 @@ class Reading:
         self._wanted: _Wanted | _Gather | None = None
 
     def read(
-        self, instruction: Instruction, at_least: int, published_at: float, *, exact: bool, digest: str | None = None
+        self,
+        instruction: Instruction,
+        at_least: int,
+        published_at: float,
+        *,
+        exact: bool,
+        digest: str | None = None,
+        offset: int | None = None,
     ) -> None:
-        """Read the newest version ≥ `at_least` (`exact`: that one), which has this digest, if the master said so."""
+        """Read the newest version ≥ `at_least` (`exact`: that one), which has this digest and begins at this offset of
+        the stream, if the master said so."""
         named = self._named.setdefault(instruction.encoder, {})
         # where nothing was said of it, what was said of another of this number does not hold for it
         named.pop(at_least, None)
@@ -100,7 +109,7 @@ class Reading:
             named[at_least] = digest
         for old in list(named)[:-_NAMED]:
             named.pop(old, None)
-        self._asked.put(_Wanted(instruction, at_least, published_at, exact))
+        self._asked.put(_Wanted(instruction, at_least, published_at, offset, exact))
 
     def look(self, instruction: Instruction, at_least: int) -> None:
         """See whether the stream holds a version ≥ `at_least`; if not, `read_one` gives nothing."""
@@ -163,7 +172,9 @@ class Reading:
         if asked.look:
             reader.look(asked.at_least)
         else:
-            reader.seek(asked.at_least, asked.published_at, exact=asked.exact, timeout=PATIENCE_SECONDS)
+            reader.seek(
+                asked.at_least, asked.published_at, offset=asked.offset, exact=asked.exact, timeout=PATIENCE_SECONDS
+            )
         return True
 
     def _newest(self, wait: float) -> _Wanted | _Gather | None:

@@ -352,6 +352,21 @@ def test_a_stream_is_read_from_anywhere_by_anybody_again_and_again(bench: Bench)
     assert (delivery := inbox.next()).body == b"8" and delivery.offset == 8
 
 
+def test_where_a_stream_ends_is_never_said_too_high(bench: Bench) -> None:
+    stream = bench.queue("stream", kind="stream", max_bytes=1 << 24, segment_bytes=1 << 20)
+    assert bench.broker.stream_end(stream) is None
+    bench.publish(*(b"%d" % number for number in range(5)))
+    bench.publish(b"by itself")
+    assert bench.connect().stream_end(stream) == bench.broker.stream_end(stream) == 6
+    bench.publish(*(bytes(300_000) for _ in range(12)))  # in segments, and in pieces that hold several
+    end = bench.broker.stream_end(stream)
+    bench.publish(b"next")
+    inbox = Inbox()
+    bench.broker.read_stream(stream, inbox, start="first", prefetch=100)
+    last = inbox.take(19)[-1]
+    assert last.body == b"next" and end is not None and 6 < end <= int(last.offset or 0)
+
+
 def test_bytes_and_properties_arrive_as_they_were(bench: Bench) -> None:
     name, inbox = bench.queue(kind="classic"), Inbox()
     bench.broker.consume(name, inbox, prefetch=10)

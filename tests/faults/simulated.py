@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from common.brokers.memory import MemoryBroker, MemorySubscription
 from common.clock import VirtualClock
 from common.errors import BrokerUnavailable
 from common.wire.base import update_id
-from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition
+from common.wire.broker import BrokerStatus, Delivery, OnDelivery, Publication, StreamPosition
 from common.wire.codec import decode
 from common.wire.to_master import UpdateManifest, Words
 from common.wire.to_node import Instruction, ParameterChunk, Receipt, Resend
@@ -115,6 +115,7 @@ class Wire(MemoryBroker):
         self.faults: deque[str] = deque()
         self.consumers: list[MemorySubscription] = []
         self.readers: list[MemorySubscription] = []
+        self.reopened = 0
         self._declared: list[Declarations] = []
 
     def declare(self, declarations: Declarations) -> None:
@@ -166,6 +167,9 @@ class Wire(MemoryBroker):
         self.readers.append(super().read_stream(stream, on_delivery, start=start, prefetch=1 << 30))
         return self.readers[-1]
 
+    def status(self) -> BrokerStatus:
+        return replace(super().status(), reconnects=self.reopened)
+
     def pump(self) -> None:
         """Hand over all that streams hold for their readers."""
         for reader in self.readers:
@@ -186,11 +190,13 @@ class Wire(MemoryBroker):
 
     def reopen(self) -> None:
         """The channels break: what was not acked goes back to its queues."""
+        self.reopened += 1
         for each in (*self.consumers, *self.readers):
             each.reopen()
 
     def move(self) -> None:
         """To a broker with an empty disk: what was unacked is gone, and what is ours is declared again."""
+        self.reopened += 1
         self._server = self.world.server
         for declarations in self._declared:
             super().declare(declarations)

@@ -42,7 +42,8 @@ def test_sockets_are_read_in_large_pieces_and_bodies_are_written_by_us(
     amqp_url: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, sent = set[int](), list[int]()
-    recv, send = socket.socket.recv, rabbitmq.Connection._send_message  # private: what the driver calls for a body
+    # private: what the driver calls for a body, and no public verb does
+    recv, send = socket.socket.recv, rabbitmq.Connection._send_message
 
     def read(self: socket.socket, size: int, *flags: int) -> bytes:
         data = recv(self, size, *flags)
@@ -55,7 +56,8 @@ def test_sockets_are_read_in_large_pieces_and_bodies_are_written_by_us(
         send(self, channel, method, content)
 
     monkeypatch.setattr(socket.socket, "recv", read)
-    monkeypatch.setattr(rabbitmq.Connection, "_send_message", written)  # private: as above
+    # private: as above
+    monkeypatch.setattr(rabbitmq.Connection, "_send_message", written)
     with between(http_proxy()) as proxy:
         # read here with the relay's own size too, which is why only what the broker's connection asks for is looked at
         access = Access((amqp_url,), proxy=f"http://127.0.0.1:{proxy.port}" if proxied else None)

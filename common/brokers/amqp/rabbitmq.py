@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import pika
@@ -55,6 +56,8 @@ FAILURES = (AMQPError, OSError)
 LOCK_PATIENCE_SECONDS = 3.5 * _HEARTBEAT_SECONDS
 #: To make quorum queues and streams takes the broker longer than other answers.
 _DECLARE_SECONDS = 30.0
+#: How long to wait for the last message of a stream, which may hold none.
+_END_SECONDS = 2.0
 #: An alarm may keep a note from being written; nobody waits for it longer than this.
 _NOTE_BLOCKED_SECONDS = 3.0
 
@@ -165,6 +168,18 @@ class RabbitMQBroker:
         self, stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16
     ) -> LinkSubscription:
         return self._subscribe(stream, on_delivery, prefetch, start)
+
+    def stream_end(self, stream: str) -> int | None:
+        # a publisher is told no offsets, and a declare counts no messages of a stream: the last of them is looked at
+        last: SimpleQueue[Delivery] = SimpleQueue()
+        subscription = self.read_stream(stream, last.put, start="last", prefetch=1)
+        try:
+            found = last.get(timeout=_END_SECONDS).offset
+        except Empty:
+            return None
+        finally:
+            subscription.close()
+        return None if found is None else int(found) + 1
 
     def ack(self, *deliveries: Delivery) -> None:
         def work() -> None:

@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
     "types": ["text"],
     "digest": "0" * 64,
     "stream_digest": "0" * 64,
+    "stream_offset": 7,
     "layout_digest": "1" * 64,
     "previous": "2" * 64,
     "checksum": "0" * 16,

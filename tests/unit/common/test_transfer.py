@@ -115,6 +115,18 @@ def test_only_whole_versions_come_off_a_stream(written: list[tuple[int, int, boo
     assert list(dict.fromkeys(found)) == whole
 
 
+@given(st.permutations([*range(3)] * 2))
+def test_a_version_is_put_together_in_whatever_order_its_chunks_come(order: list[int]) -> None:
+    assembly, chunks, seen = VersionAssembly("text-1", DIGEST), version_chunks(1, 4), set[int]()
+    for index in order:
+        done = assembly.add(chunks[index])
+        seen.add(index)
+        if done is not None:
+            break
+        assert assembly.lacks(chunks[index]) == 3 - len(seen) > 0
+    assert done is not None and done.payload == b"1.4.01.4.11.4.2"
+
+
 def test_three_unfinished_versions_are_kept_and_those_that_anybody_begins_do_not_hide_one_that_comes() -> None:
     """Memory does not grow with what writers left unfinished."""
     assembly, good = VersionAssembly("text-1", DIGEST), version_chunks(1, 4)

@@ -172,12 +172,15 @@ def write_version(broker: Any, clock: VirtualClock, number: int, chunks: int = C
     class Dying:
         """A broker that takes the first so many."""
 
+        left = chunks
+
         def declare(self, declarations: Any) -> None:
             broker.declare(TOPOLOGY.exchanges())
             broker.declare(declarations)
 
         def publish(self, *publications: Publication) -> None:
-            broker.publish(*publications[:chunks])
+            broker.publish(*publications[: self.left])
+            self.left -= min(self.left, len(publications))
 
     publish_version(
         Dying(),  # type: ignore[arg-type]  # of a broker, only what is used to write
