@@ -157,7 +157,7 @@ class Master:
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)
-        if not self.recorder.blocked and self.journal.snapshot_due(self.config.snapshot_every_seconds):
+        if self.journal.snapshot_due(self.config.snapshot_every_seconds) and self.recorder.settle():
             self.snapshot()
         if self._publisher.bury_in() <= 0:
             self._publisher.bury()

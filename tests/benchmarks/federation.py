@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Damaged, UserError
-from common.numbers.slicing import EncodingName, payload_size
+from common.numbers.slicing import EncodingName
 from master_service.log.message_log import open_log
 from tests.benchmarks.processes import cpu_seconds, family, peak_bytes
 
@@ -40,13 +40,6 @@ class Shape:
     rule: Mapping[str, Any] = field(default_factory=lambda: {"preset": "fedavg"})
     update: Mapping[str, Any] = field(default_factory=lambda: {"when": {"steps": 1}})
     until: Mapping[str, Any] = field(default_factory=lambda: {"versions": 8})
-
-    @property
-    def bytes_a_round(self) -> int:
-        """That cross the wire to the broker or from it in a synchronous round: up once in and once out, down once in
-        and once to every node."""
-        up, down = payload_size(self.parameters, self.up), payload_size(self.parameters, self.down)
-        return 2 * self.nodes * up + (1 + self.nodes) * down
 
 
 @dataclass(frozen=True)

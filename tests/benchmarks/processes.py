@@ -35,12 +35,6 @@ def family(pid: int) -> list[int]:
     return [pid, *(one for child in children for one in family(int(child)))]
 
 
-def busy_share(seconds_before: tuple[float, float], seconds_after: tuple[float, float]) -> float:
-    """The share of all processors that was at work between two readings of `machine_seconds`, 0 to 1."""
-    busy, idle = (after - before for before, after in zip(seconds_before, seconds_after, strict=True))
-    return busy / (busy + idle) if busy + idle > 0 else 0.0
-
-
 def machine_seconds() -> tuple[float, float]:
     """(busy, idle) seconds of all processors together since the machine started."""
     fields = [int(ticks) / _TICKS for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from common.wire.update_rule import ReturnWhen, UpdateRule
 from common.wire.versions import publish_version
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
+from master_service.log.message_log import MessageLog
 from node_service.handover.reading import Reading, VersionRead
 from tests.unit.stepped import (
     TOPOLOGY,
@@ -320,3 +322,28 @@ def test_f15_every_update_that_is_handed_in_is_heard_of_on_both_sides(
     for what, who in (("update received", 1), ("update counted", 2)):
         told = [each["update"] for each in logs if each["event"] == what]
         assert sorted(told) == sorted(handed_in * who), f"{what}: by the master, and its receipt by the node"
+
+
+# --- a disk that fills up --------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_when_a_snapshot_is_due_makes_the_master_wait_and_go_on(
+    server: MemoryServer, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of this look are not durable yet: there is nothing to write a snapshot of, and nothing to die of."""
+    node, master = SteppedNode(server, clock).start(), SteppedMaster(server, clock).start()
+    together(10.0, master, node)
+    clock.wait(200.0)  # the node is missed, and a snapshot is due
+    before, row = master.journal.fold.offset, master.journal.log.last_offset
+
+    def full(log: MessageLog) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MessageLog, "commit", full)
+        master.master.look()
+    assert "full" in master.master.recorder.blocked and master.journal.fold.offset > before
+    assert not master.master.state.nodes["a"].present, "it is known here"
+    master.run(2.0)
+    assert not master.master.recorder.blocked and master.journal.log.last_offset > row
+    assert master.journal.log.uncommitted == 0 and master.journal.log.count("presence") == 1

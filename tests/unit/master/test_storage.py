@@ -7,6 +7,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,6 +189,35 @@ class TestMessageLogInMemory(MessageLogCases):
 
 
 # --- retention beside the deciding thread ----------------------------------------------------------------------------
+
+
+class Filling(sqlite3.Connection):
+    """Finds no room for a commit while it is `full`, and ends the transaction, as SQLite does then."""
+
+    full = False
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if self.full and sql == "COMMIT":
+            super().execute("ROLLBACK")
+            raise sqlite3.OperationalError("database or disk is full")
+        return super().execute(sql, *values)
+
+
+def test_rows_that_come_together_are_there_together_or_not_at_all() -> None:
+    db = sqlite3.connect(":memory:", isolation_level=None, factory=Filling)
+    log = MessageLog(db, MemoryPayloads())
+    rows = [log.append(Tick(), message_id=name, at=1.0, together=True) for name in "abc"]
+    assert log.uncommitted == 3 and log.append(Tick(), message_id="b", at=1.0, together=True) is None
+    db.full = True
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            log.commit()
+    assert log.uncommitted == 3 and db.execute("SELECT count(*) FROM entries").fetchone() == (0,)
+    db.full = False
+    more = log.append(Tick(), message_id="d", at=1.0)
+    assert log.uncommitted == 0 and list(log.entries()) == [*rows, more], "what an error took out is there again"
+    log.append(Tick(), message_id="e", at=1.0, together=True)
+    assert list(MessageLog(db, MemoryPayloads()).entries()) == [*rows, more], "whoever dies before a commit leaves none"
 
 
 class Watched:
