@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -33,6 +34,7 @@ from master_service.decisions.state import State
 from master_service.history.state_directory import Journal, random_id
 from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
+from master_service.wire.arriving import Arrived
 from master_service.wire.inbox import identity, refusal, understood
 from master_service.wire.intake import CompleteUpdate, Intake
 from master_service.wire.outbox import Outbox
@@ -341,13 +343,27 @@ class Master:
                     self._updates.hold()
             elif not self._coordinator.has_place(manifest):
                 self._updates.hold()
-            elif self._updates.has_room(manifest.size, self._intake_bytes()):
-                self._updates.fetch()
-            else:
+            elif not (self._updates.has_room(manifest.size, self._intake_bytes()) and self._fetch(manifest)):
                 return False
             if self._clock.monotonic() > until:
                 return True
         return False
+
+    def _fetch(self, manifest: UpdateManifest) -> bool:
+        """Begin to fetch the update whose turn it is, if there is room on the disk."""
+        size = self.state.encoders[manifest.encoder].size
+        try:
+            arrived = Arrived(
+                self.journal.receive_payload(manifest.size),
+                self._arithmetic.measurement(size, manifest.encoding),
+                keep=self.journal.keep_payload,
+                marked=partial(self.journal.attempts.at, _work(manifest)),
+            )
+        except StorageBlocked as error:
+            self.recorder.wait(error, lambda: self.journal.receive_payload(manifest.size).discard())
+            return False
+        self._updates.fetch(arrived)
+        return True
 
     def _incarnation(self, node: str) -> str | None:
         """As it has joined."""
@@ -398,17 +414,14 @@ class Master:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = update.manifest
         if self._coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
+            update.arrived.discard()
             self._ask_again(self._updates.intake(manifest.node), "this attempt was looked at already")
             return
-        size = self.state.encoders[manifest.encoder].size
-        with self.journal.attempts.at(_work(manifest)):
-            measured = self._arithmetic.measure(update.payload, size, manifest.encoding)
         self.recorder.record(
             Todo(
                 manifest,
                 _delivery_id(manifest),
-                payload=update.payload,
-                measured=measured,
+                arrived=update.arrived,
                 work=_work(manifest),
                 deliveries=update.deliveries,
             ),

@@ -42,6 +42,16 @@ class Outcome:
     payload: bytes | None = None
 
 
+class Measuring(Protocol):
+    """Looks at an encoded vector, slice by slice."""
+
+    def add(self, body: bytes) -> None:
+        """The slice that comes next."""
+
+    def result(self) -> tuple[bool, float]:
+        """(finite, L2 norm); (False, 0) if a slice or the whole is not as long as it must be."""
+
+
 class Arithmetic(Protocol):
     """The target parameter sets of the encoders, and everything that is computed of them and of updates."""
 
@@ -54,8 +64,8 @@ class Arithmetic(Protocol):
     def digest(self, encoder: str) -> str:
         """sha256 of the current version's float32 bytes, hexadecimal."""
 
-    def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
-        """(finite, L2 norm) of an encoded vector of `size` elements; (False, 0) if its length does not fit."""
+    def measurement(self, size: int, encoding: EncodingName) -> Measuring:
+        """To look at an encoded vector of `size` elements while it comes."""
 
     def generated(self, effect: Generate) -> list[Outcome]:
         """Make version 0 of an encoder: its assets first, then the encoder itself; or that it is made of words

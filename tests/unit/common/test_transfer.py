@@ -48,13 +48,17 @@ def test_an_update_is_put_together_from_its_own_chunks_in_any_order(data: st.Dat
             {"encoder": "text-2"},
         )
     ]
+    taken: list[bytes] = []
     assembly, seen = UpdateAssembly(MANIFEST), set()
     for chunk in data.draw(st.permutations([*mine, *mine, *others])):
         ours = chunk in mine
-        assert assembly.add(chunk) is ours
+        found = assembly.add(chunk)
+        assert (found is not None) is ours
+        taken += found or []
         seen |= {chunk.index} if ours else set()
         assert assembly.complete is (len(seen) == len(BODIES))
-    assert assembly.payload() == b"".join(BODIES)
+        assert taken == BODIES[: len(taken)], "each once, in order, as soon as all before it are here"
+        assert len(taken) == next(index for index in range(len(BODIES) + 1) if index not in seen)
 
 
 @pytest.mark.parametrize(
