@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.numbers.encodings import decode_into, encode_vector
+from common.numbers.encodings import PIECE, EncodedVector, encode_vector, pieces
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
@@ -77,13 +77,16 @@ class Aggregator:
         """(start, stop, Σ coefficient·Δ) of every slice; the next one is written over it."""
         body = bytearray()
         for start, stop in slices(size):
-            gradient, room = self._sum[: stop - start].zero_(), self._room[: stop - start]
+            gradient = self._sum[: stop - start].zero_()
             for contribution in step.contributions:
                 if len(body) != (length := encoded_size(stop - start, contribution.encoding)):
                     body = bytearray(length)
                 # all slices before this one are whole
                 payloads.read_into(contribution.payload, encoded_size(start, contribution.encoding), body)
-                gradient.add_(decode_into(body, room, contribution.encoding).mul_(contribution.coefficient))
+                vector = EncodedVector.of_payload(body, stop - start, contribution.encoding)
+                for begin, end in pieces(0, stop - start, PIECE):
+                    part = vector.read(0, begin, self._room[: end - begin])
+                    gradient[begin:end].add_(part.mul_(contribution.coefficient))
             yield start, stop, gradient
 
     def digest(self, encoder: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.numbers.encodings import Bytes, decode_into
+from common.numbers.encodings import Bytes, decode_into, squares_of_steps
 from common.numbers.slicing import SLICE, EncodingName, encoded_size, slice_count, slice_length
 
 #: Elements summed at once for a norm; a fixed block and a single thread give the same sum everywhere.
@@ -44,6 +44,9 @@ class Measurement:
         count = slice_length(self._size, index)
         if len(body) != encoded_size(count, self._encoding):
             self._fits = False
+            return
+        if self._encoding == "int8":
+            self._total += squares_of_steps(body, count)
             return
         for squares in squares_of(decode_into(body, self._room[:count], self._encoding).numpy()):
             self._total += squares
