@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.numbers.encodings import PIECE, EncodedVector, encode_vector, pieces
+from common.numbers.compiled import add_slice
+from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
@@ -83,10 +84,7 @@ class Aggregator:
                     body = bytearray(length)
                 # all slices before this one are whole
                 payloads.read_into(contribution.payload, encoded_size(start, contribution.encoding), body)
-                vector = EncodedVector.of_payload(body, stop - start, contribution.encoding)
-                for begin, end in pieces(0, stop - start, PIECE):
-                    part = vector.read(0, begin, self._room[: end - begin])
-                    gradient[begin:end].add_(part.mul_(contribution.coefficient))
+                add_slice(gradient, body, contribution.encoding, contribution.coefficient, self._room)
             yield start, stop, gradient
 
     def digest(self, encoder: str) -> str:
