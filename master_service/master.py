@@ -424,10 +424,11 @@ class Master:
                 arrived=update.arrived,
                 work=_work(manifest),
                 deliveries=update.deliveries,
+                acked=self._updates.taken(manifest.node).close,
             ),
             more=True,
         )
-        self._done(manifest.node)
+        self._ask_for_later(manifest.node)
 
     def _ask_again(self, intake: Intake, why: str) -> None:
         """The node sends the chunks again as another attempt."""

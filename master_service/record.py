@@ -66,7 +66,8 @@ ROOM_SECONDS = 0.5
 @dataclass(frozen=True)
 class Todo:
     """An entry to be logged and carried out. `work`: the name under which it is marked, in case it kills the master.
-    `payload` is stored first, or what of an update has `arrived` is kept; `deliveries` are acked last."""
+    `payload` is stored first, or what of an update has `arrived` is kept; `deliveries` are acked last, and then `acked`
+    is called."""
 
     body: Loggable
     message_id: str | None = None
@@ -74,6 +75,7 @@ class Todo:
     arrived: Arrived | None = None
     work: str = ""
     deliveries: tuple[Delivery, ...] = ()
+    acked: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,9 @@ class Recorder:
             bodies = [each.todo for each in held if isinstance(each.todo.body, UpdateManifest) == update]
             if deliveries := tuple(delivery for todo in bodies for delivery in todo.deliveries):
                 self.acknowledge(deliveries, update=update)
+            for todo in bodies:
+                if todo.acked is not None:
+                    todo.acked()
 
     def _send_out(self, effects: list[Effect]) -> None:
         """In order. Steps and generations are not sent: their outcomes are logged."""

@@ -95,6 +95,10 @@ class Intake:
         """How much of it is here, in words."""
         return f"{self.here} of {self.manifest.chunks} chunks came"
 
+    def stop(self) -> None:
+        """All has come: fetch nothing more. What was delivered may still be acked; then `close`."""
+        self._subscription.stop()
+
     def close(self) -> None:
         """Stop fetching; what was not acked goes back to its queue."""
         self._subscription.close()

@@ -190,8 +190,16 @@ class Updates:
         node = self._turns.overdue(self._clock.monotonic())
         return self.intake(node) if node is not None else None
 
+    def taken(self, node: str) -> Intake:
+        """What was fetched of a node has come: its next one may be fetched. The intake is to be closed once its
+        deliveries are acked."""
+        intake = self._intakes.pop(self._topology.chunk_queue(node))
+        intake.stop()
+        self._turns.done(node)
+        return intake
+
     def done(self, node: str) -> None:
-        """What was fetched of a node is dealt with."""
+        """What was fetched of a node is of no use."""
         self._intakes.pop(self._topology.chunk_queue(node)).close()
         self._turns.done(node)
 
