@@ -317,8 +317,8 @@ class Recorder:
     def _publish(self, effect: Publish) -> None:
         state = self.state
         if self._publisher.is_due(effect, state.epoch):
-            bodies = self._fold.arithmetic.encoded(effect.encoder, self._config.encoding)
-            self._publisher.version(effect, state.epoch, state.encoders[effect.encoder].layout_digest, bodies)
+            encoded = self._fold.arithmetic.encoded(effect.encoder, self._config.encoding)
+            self._publisher.version(effect, state.epoch, state.encoders[effect.encoder].layout_digest, encoded)
 
     def _export(self, effect: Conclude) -> None:
         encoder = self.state.encoders[effect.encoder]

@@ -178,8 +178,13 @@ def decode_slice(data: Bytes, count: int, encoding: EncodingName) -> Tensor:
 
 def encode_vector(vector: Tensor, encoding: EncodingName) -> list[bytes]:
     """One body per slice."""
+    return list(encoded_slices(vector, encoding))
+
+
+def encoded_slices(vector: Tensor, encoding: EncodingName) -> Iterator[bytes]:
+    """The same, one after the other."""
     encoder = SliceEncoder(encoding, vector.device)
-    return [_encoded(encoder, vector[start:stop]) for start, stop in slices(vector.numel())]
+    return (_encoded(encoder, vector[start:stop]) for start, stop in slices(vector.numel()))
 
 
 def decode_vector(payload: Bytes, size: int, encoding: EncodingName) -> Tensor:

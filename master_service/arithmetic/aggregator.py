@@ -16,12 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from common.numbers.compiled import add_slice
-from common.numbers.encodings import encode_vector
+from common.numbers.encodings import encoded_slices
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
 from common.numbers.slicing import EncodingName, encoded_size, slices
 from master_service.arithmetic import robust
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
+from master_service.arithmetic.arithmetic import Encoded, Outcome, PayloadsLost, Stepped
 from master_service.arithmetic.export import export_encoder
 from master_service.arithmetic.generation import fingerprint, generated
 from master_service.arithmetic.measuring import Measurement, scratch, squares_of
@@ -96,8 +96,13 @@ class Aggregator:
     def generated(self, effect: Generate) -> list[Outcome]:
         return generated(effect)
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
-        return encode_vector(self.targets[encoder].parameters.vector, encoding)
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+        bodies, digest = [], hashlib.sha256()
+        with ThreadPoolExecutor(1) as beside:
+            for body in encoded_slices(self.targets[encoder].parameters.vector, encoding):
+                beside.submit(digest.update, body)
+                bodies.append(body)
+        return Encoded(bodies, digest.hexdigest())
 
     def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
         export_encoder(directory, encoder, settings, self.targets[encoder.encoder].parameters, self._payloads)

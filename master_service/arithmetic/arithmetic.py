@@ -34,6 +34,14 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A vector slice by slice, and the sha256 of all of them, hexadecimal."""
+
+    bodies: list[bytes]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes, an asset
     with its own."""
@@ -71,8 +79,8 @@ class Arithmetic(Protocol):
         """Make version 0 of an encoder: its assets first, then the encoder itself; or that it is made of words
         that are to be gathered, or why it cannot be made."""
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
-        """The current version, slice by slice, as it is published."""
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+        """The current version as it is published."""
 
     def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
         """Write the current version for transformers' Auto classes, and a card that says by which settings it was made.

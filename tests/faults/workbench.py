@@ -12,9 +12,9 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName, payload_size, slice_bytes
 from common.wire.assets import asset_entry
 from common.wire.to_node import Instruction, Receipt
-from common.wire.transfer import CompleteVersion
+from common.wire.transfer import CompleteVersion, payload_digest
 from common.wire.update_rule import UpdateRule
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
+from master_service.arithmetic.arithmetic import Encoded, Outcome, PayloadsLost, Stepped
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.records import Gathering, Generated, Provided
 from node_service.training.update_rule import SinceReturn
@@ -96,8 +96,9 @@ class Tokens:
         ]
         return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
-        return bodies_of(self.digest(encoder), encoding)
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+        bodies = bodies_of(self.digest(encoder), encoding)
+        return Encoded(bodies, payload_digest(bodies))
 
     def export(self, directory: Path, encoder: object, settings: object) -> None:
         """Where nothing is written."""
