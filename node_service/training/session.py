@@ -160,6 +160,9 @@ class Session:
         self.since.step(self.trainer.inner.batch_size, loss)
         return 0.0
 
+    def settle(self) -> None:
+        self.trainer.settle()
+
     @property
     def must_return(self) -> bool:
         drift = None
