@@ -117,6 +117,7 @@ class Session:
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
     def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
+        self.settle()
         self.trainer.set_shared(self._decoded(read).decode(self.trainer.vector()))
         self.version = read.version
         self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
@@ -142,6 +143,7 @@ class Session:
 
     def conclude(self, export: Path | None) -> Path:
         assert self._phase is not None
+        self.settle()
         self._beside.wait()  # a file that is being put in place would come back after it was forgotten
         phase, self._phase, self.since = self._phase, None, SinceReturn()
         phase.end()
@@ -156,15 +158,22 @@ class Session:
         return model
 
     def step(self) -> float:
-        loss = self.trainer.step() if self._phase is None else self._phase.step()
-        self.since.step(self.trainer.inner.batch_size, loss)
+        losses = self.trainer.step() if self._phase is None else self._phase.step()
+        self.since.took(self.trainer.inner.batch_size)
+        self._saw(losses)
         return 0.0
 
     def settle(self) -> None:
-        self.trainer.settle()
+        self._saw(self.trainer.settle())
+
+    def _saw(self, losses: list[float]) -> None:
+        for loss in losses:
+            self.since.saw(loss)
 
     @property
     def must_return(self) -> bool:
+        if self.rule.when.loss_change is not None:
+            self.settle()  # this rule needs the newest loss, and is worth waiting for
         drift = None
         if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._trajectory is not None:
             drift = self._trajectory.drift(self.trainer.vector())
@@ -172,6 +181,7 @@ class Session:
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None
+        self.settle()
         since, self.since = self.since, self.since.returned()
         bodies = self._trajectory.hand_in(sequence, self.trainer.vector(), self.rule.encoding)
         return since, bodies
@@ -180,6 +190,7 @@ class Session:
         if self._trajectory is None:
             return
         if receipt.reason == "not-finite":
+            self.settle()
             # what was trained is lost anyway: start over from the newest version, with a fresh optimiser
             log.warning("training diverged, starting again from the shared encoder", encoder=self.instruction.encoder)
             self.trainer.set_shared(self._trajectory.restart(self._trajectory.origin))
@@ -191,6 +202,7 @@ class Session:
             self._trajectory.discard(receipt.sequence)
 
     def save(self, incarnation: str, next_sequence: int) -> None:
+        self.settle()
         if self._phase is not None:
             self._phase.save(self.directory, self._beside)
             return

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from common.encoders import get_encoder_type
+from common.encoders.text_model import TextModel
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.training.trainer import Trainer
 
 TEXTS = [f"{word} follows {other}, and then comes {word}" for word in "abcdefgh" for other in "klmnop"]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+INNER = InnerOptimizer(lr=1e-2, warmup_steps=0, schedule="constant", batch_size=4)
+
+
+@cache
+def prepared_text(dropout: bool) -> tuple[Any, Any, Any]:
+    """The type `text`, a small architecture of it, with or without dropout, and its private spec."""
+    text = get_encoder_type("text")
+    bert = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    architecture, assets = text.assets(
+        text.architecture(bert if dropout else {"hidden_size": 16}), {"tokenizer": "bytes"}
+    )
+    return text, architecture, text.fit_private(TEXTS, architecture, {}, assets)
+
+
+def fresh(device: str = "cpu", *, dropout: bool = False, inner: InnerOptimizer = INNER, **options: Any) -> Trainer:
+    text, architecture, spec = prepared_text(dropout)
+    model = text.build(architecture, spec, 0)
+    return Trainer(model, model.encode(TEXTS), inner, seed=0, device=device, **options)
+
+
+def kept(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a checkpoint has of a trainer."""
+    return (
+        {name: tensor.cpu().clone() for name, tensor in trainer.state().items()},
+        {name: tensor.cpu().clone() for name, tensor in trainer.model.state_dict().items()},
+    )
+
+
+def restored(saved: tuple[dict[str, Tensor], dict[str, Tensor]], device: str = "cpu", **options: Any) -> Trainer:
+    trainer = fresh(device, **options)
+    trainer.model.load_state_dict(saved[1])
+    trainer.load_state(saved[0])
+    return trainer
 
 
 def trained(precision: Precision) -> tuple[Trainer, list[float], torch.dtype]:
@@ -22,7 +63,7 @@ def trained(precision: Precision) -> tuple[Trainer, list[float], torch.dtype]:
     seen: list[torch.dtype] = []
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
     layer.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
-    losses = [trainer.step() for _ in range(40)]
+    losses = [loss for _ in range(40) for loss in trainer.step()]
     return trainer, losses, seen[0]
 
 
@@ -53,25 +94,61 @@ def test_what_is_measured_does_not_depend_on_the_precision_of_training() -> None
 
 
 def test_what_dropout_leaves_out_follows_from_the_seed() -> None:
-    text = get_encoder_type("text")
-    sizes = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    architecture, assets = text.assets(text.architecture(sizes), {"tokenizer": "bytes"})
-    spec, inner = text.fit_private(TEXTS, architecture, {}, assets), InnerOptimizer(lr=1e-2, warmup_steps=0)
-
-    def fresh() -> Trainer:
-        model = text.build(architecture, spec, 0)
-        return Trainer(model, model.encode(TEXTS), inner, seed=0, device="cpu")
-
-    once = fresh()
+    once = fresh(dropout=True)
     losses = [once.step() for _ in range(4)]
-    state = {name: tensor.clone() for name, tensor in once.state().items()}
-    parameters = {name: tensor.clone() for name, tensor in once.model.state_dict().items()}
+    saved = kept(once)
     rest = [once.step() for _ in range(3)]
-
     before = torch.manual_seed(2).get_state()
-    again = fresh()
+    again = fresh(dropout=True)
     assert [again.step() for _ in range(4)] == losses and torch.equal(torch.get_rng_state(), before)
-    restored = fresh()
-    restored.model.load_state_dict(parameters)
-    restored.load_state(state)
-    assert [restored.step() for _ in range(3)] == rest, "after a kill too"
+    assert [restored(saved, dropout=True).step() for _ in range(1)] == rest[:1], "after a kill too"
+
+
+events = st.lists(st.sampled_from(["step", "step", "kill", "look", "other batches", "as before"]), max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(events=events, dropout=st.booleans())
+def test_batches_drawn_beside_the_step_are_those_of_a_run_without(events: list[str], dropout: bool) -> None:
+    """Whatever happens between steps: a checkpoint that is gone on from, a measurement, another rule."""
+    plain, beside = fresh(dropout=dropout, beside=False), fresh(dropout=dropout, beside=True)
+    for event in [*events, "step"]:
+        if event == "step":
+            assert beside.step() == plain.step()
+        elif event == "kill":
+            beside = restored(kept(beside), dropout=dropout, beside=True, inner=plain.inner)
+        elif event == "look":
+            assert beside.held_out_loss(beside.encoded) == plain.held_out_loss(plain.encoded)
+        else:
+            size = 3 if event == "other batches" else 4
+            for trainer in (plain, beside):
+                trainer.set_inner(INNER.model_copy(update={"batch_size": size}))
+    mine, theirs = kept(beside), kept(plain)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_goes_wrong_beside_a_step_is_said_by_the_step_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = fresh(beside=True)
+    trainer.step()
+    monkeypatch.setattr(TextModel, "batch", lambda *arguments: 1 / 0)
+    trainer.step()  # its batch was drawn before
+    assert trainer.steps == 2
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+    assert trainer.steps == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_loss_is_missed_and_a_checkpoint_is_gone_on_from(device: str, precision: Precision) -> None:
+    whole = fresh(device, precision=precision)
+    losses = [loss for _ in range(6) for loss in whole.step()] + whole.settle()
+    assert len(losses) == 6 and whole.settle() == []
+    half = fresh(device, precision=precision)
+    first = [loss for _ in range(3) for loss in half.step()] + half.settle()
+    half = restored(kept(half), device, precision=precision)
+    rest = [loss for _ in range(3) for loss in half.step()] + half.settle()
+    assert [*first, *rest] == pytest.approx(losses, abs=1e-4) and losses[-1] < losses[0]
+    if device == "cpu":
+        assert [*first, *rest] == losses
