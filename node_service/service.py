@@ -27,6 +27,7 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Node
+from node_service.training.compiled import compiles
 from node_service.training.session import Session
 from node_service.training.trainer import choose_device
 from node_service.trials import Build
@@ -199,6 +200,8 @@ class NodeService:
             seed=self.config.seed,
             device=device,
             precision=self.config.precision,
+            compiled=compiles(self.config.compile, device),
+            micro_batch=self.config.micro_batch,
             ledger=ledger,
             assets=assets,
             validation=corpus.validation,

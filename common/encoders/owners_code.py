@@ -33,6 +33,7 @@ MODEL_METHODS = (
     "encode",
     "batch",
     "prepared",
+    "counted",
     "loss",
     "held_out_losses",
     "backward",

@@ -134,6 +134,10 @@ class TextModel(EncoderModel):
             found[WITHOUT_PRIVATE] = torch.zeros(1)
         return found
 
+    def counted(self, batch: Batch) -> int:
+        """The masked positions."""
+        return int((batch["labels"] != NOT_MASKED).sum())
+
     @property
     def _shared_moves(self) -> bool:
         """Where the shared parameters stand still, a batch without the private ones would teach nobody anything."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
 
 import structlog
 import torch
@@ -13,11 +12,9 @@ from torch import Tensor
 
 from common.encoders.base import Batch, EncoderModel
 from common.errors import SharedEncoderError
+from node_service.config import Compile
 
 log = structlog.get_logger()
-
-#: Whether to compile; "auto": where it was found to help.
-Compile = Literal["auto"] | bool
 
 
 def compiles(wanted: Compile, device: str) -> bool:

@@ -54,6 +54,8 @@ class Session:
         seed: int,
         device: str,
         precision: Precision = "float32",
+        compiled: bool = False,
+        micro_batch: int | None = None,
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
@@ -71,7 +73,16 @@ class Session:
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)
         encoded = self.model.encode(samples)
-        self.trainer = Trainer(self.model, encoded, UpdateRule().inner, seed=seed, device=device, precision=precision)
+        self.trainer = Trainer(
+            self.model,
+            encoded,
+            UpdateRule().inner,
+            seed=seed,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            micro_batch=micro_batch,
+        )
         difference = Layout(instruction.layout).difference(self.trainer.layout)
         if difference is not None:
             raise UserError(f"this node builds another encoder than the instruction says: {difference}")

@@ -21,6 +21,7 @@ from node_service.training.ahead import Ahead
 from node_service.training.batches import Batches
 from node_service.training.compiled import Gradients
 from node_service.training.held_out import masked_loss
+from node_service.training.pieces import in_pieces
 from node_service.training.shared_vector import SharedVector
 
 #: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
@@ -42,7 +43,9 @@ class Trainer:
     `trained`: the names of the model's parameters that are trained (None: all); the others stay as they are.
     `precision` bfloat16: the loss and its gradients are computed by autocast (Micikevicius et al. 2018, without a loss
     scale, which bfloat16's range makes needless); what is kept, sent and measured is float32. `compiled`: the loss is
-    (see `compiled`). `beside`: the next batch is drawn while a step is taken (None: on a GPU).
+    (see `compiled`). `micro_batch`: at most so many samples of a batch go through the model at once (None: all); the
+    gradient is that of the whole batch, up to rounding. `beside`: the next batch is drawn while a step is taken (None:
+    on a GPU).
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Trainer:
         device: str,
         precision: Precision = "float32",
         compiled: bool = False,
+        micro_batch: int | None = None,
         beside: bool | None = None,
         trained: Collection[str] | None = None,
     ) -> None:
@@ -70,6 +74,7 @@ class Trainer:
         self._device = device
         self._on_gpu = torch.device(device).type == "cuda"
         self._ahead = Ahead(device)
+        self._micro_batch = micro_batch
         self._gradients = Gradients(model, compiled=compiled)
         self._generator = torch.Generator().manual_seed(seed)
         self._batches = Batches(self._draw, self._generator, beside=self._on_gpu if beside is None else beside)
@@ -159,10 +164,18 @@ class Trainer:
 
     def _draw(self) -> _Drawn:
         chance = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drops else None
-        batch = self.model.prepared(self.model.batch(self.encoded, self.inner.batch_size, self._generator))
+        batch = self.model.batch(self.encoded, self.inner.batch_size, self._generator)
+        pieces = [
+            (self._prepared(piece), share)
+            for piece, share in in_pieces(self.model, batch, self.inner.batch_size, self._micro_batch)
+        ]
+        return _Drawn(pieces, chance)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        batch = self.model.prepared(batch)
         if self._on_gpu:  # from such memory a GPU reads by itself, and nobody waits for it
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return _Drawn([(batch, 1.0)], chance)
+        return batch
 
     def _placed(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=self._on_gpu) for name, tensor in batch.items()}

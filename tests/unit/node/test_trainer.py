@@ -13,8 +13,12 @@ from torch import Tensor
 
 from common.encoders import get_encoder_type
 from common.encoders.text_model import TextModel
+from common.encoders.windows import NOT_MASKED
+from common.errors import UserError
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
+from node_service.training.compiled import Gradients
+from node_service.training.pieces import in_pieces
 from node_service.training.trainer import Trainer
 
 TEXTS = [f"{word} follows {other}, and then comes {word}" for word in "abcdefgh" for other in "klmnop"]
@@ -152,3 +156,35 @@ def test_no_loss_is_missed_and_a_checkpoint_is_gone_on_from(device: str, precisi
     assert [*first, *rest] == pytest.approx(losses, abs=1e-4) and losses[-1] < losses[0]
     if device == "cpu":
         assert [*first, *rest] == losses
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 9), most=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_pieces_of_a_batch_have_its_gradient(size: int, most: int, seed: int) -> None:
+    """Of windows that have unequally many masked tokens, too: a mean of means would be another gradient."""
+    model = fresh().model
+    batch = model.batch(model.encode(TEXTS), size, torch.Generator().manual_seed(seed))
+    batch["labels"][0, :20] = NOT_MASKED
+    gradients = Gradients(model, compiled=False)
+    found: list[list[Tensor]] = []
+    losses = []
+    for pieces in ([(batch, 1.0)], list(in_pieces(model, batch, size, most))):
+        model.zero_grad()
+        losses.append(float(gradients.of(pieces, lambda: torch.autocast("cpu", enabled=False))))
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(list(in_pieces(model, batch, size, most))) == -(-size // most)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(found[0]) == len(found[1])
+    for whole, pieced in zip(*found, strict=True):
+        torch.testing.assert_close(pieced, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_memory_trains_the_same() -> None:
+    whole, pieced = fresh(), fresh(micro_batch=3)
+    losses = [[loss for _ in range(5) for loss in trainer.step()] for trainer in (whole, pieced)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and pieced.steps == 5
+    torch.testing.assert_close(pieced.vector(), whole.vector(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_is_no_rows_of_samples_is_not_cut() -> None:
+    with pytest.raises(UserError, match="micro_batch 2: batches of this encoder type are not cut"):
+        list(in_pieces(fresh().model, {"packed": torch.zeros(7, 3)}, 4, 2))
