@@ -26,9 +26,9 @@ class NodeConfig(Section):
     which takes up to a minute before the first step; auto: on a GPU. Where it fails, training goes on without.
     `micro_batch`: at most so many samples of the rule's batch go through the model at once, for a memory that holds no
     more; their gradients are added up, and the result is the same. `max_steps_per_second` leaves the machine to others.
-    `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is
-    away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for text:
-    see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
+    `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it
+    is away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for
+    text: see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
     number there. `accept`: what its owner agrees to.
     """
 

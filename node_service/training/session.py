@@ -121,7 +121,7 @@ class Session:
         if measured:
             self._measure(read.version)
         if self._trajectory is None:
-            self._trajectory = Trajectory(target)
+            self._trajectory = Trajectory(target, local.device)
         else:
             self.trainer.set_shared(self._trajectory.adopt(target, local))
         self.version = read.version
