@@ -21,8 +21,7 @@ def test_the_parts_of_a_nodes_time_add_up(tmp_path: Path) -> None:
     assert node["updates"] > 0 and node["steps"] > 0 and node["steps_per_second"] > 0
     assert set(node["lost"]) == {"hand-in", "adoption", "checkpoint", "other"} and node["lost"]["hand-in"] > 0
     assert 0 < sum(node["lost"].values()) < node["could_train"]
-    assert node["could_train"] + node["waiting"] == pytest.approx(figures["seconds"], abs=4.0), (
-    )
+    assert node["could_train"] + node["waiting"] == pytest.approx(figures["seconds"], abs=4.0), ()
     said = Console(file=io.StringIO(), width=160)
     show(figures, said)
     assert "217,472 parameters" in said.file.getvalue()  # type: ignore[attr-defined]

@@ -166,7 +166,8 @@ def _status(file: Path) -> Report:
 def _configuration(setting: Setting, url: str, directory: Path, names: list[str]) -> Path:
     architecture = {**ARCHITECTURES[setting.parameters], "sequence_length": setting.window}
     architecture |= {"initializer_range": 0.02} if setting.parameters != "tiny" else {}
-    when = f"steps = {setting.steps}" if setting.steps is not None else f"seconds = {setting.seconds}"
+    # whatever bound is not named holds as it is by default, and the nearest counts
+    when = f"steps = {setting.steps}" if setting.steps is not None else f"steps = {10**9}, seconds = {setting.seconds}"
     settings = ", ".join(f"{name} = {json.dumps(value)}" for name, value in architecture.items())
     compiled = setting.compile if setting.compile in ("true", "false") else json.dumps(setting.compile)
     lines = [
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     chosen = vars(parser.parse_args())
     minutes, url, json_file = (chosen.pop(name) for name in ("minutes", "broker", "json"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started ends with this
     with tempfile.TemporaryDirectory() as folder, _broker(url, Path(folder)) as broker:
         figures = measured(Setting(**chosen), broker, Path(folder) / "run", minutes=minutes)
     show(figures, console())

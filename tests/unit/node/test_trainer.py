@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from torch import Tensor
 
 from common.encoders import get_encoder_type
@@ -17,7 +18,7 @@ from common.encoders.windows import NOT_MASKED
 from common.errors import UserError
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
-from node_service.training.compiled import Gradients
+from node_service.training.compiled import Gradients, compiles
 from node_service.training.pieces import in_pieces
 from node_service.training.trainer import Trainer
 
@@ -188,3 +189,32 @@ def test_a_small_memory_trains_the_same() -> None:
 def test_a_batch_that_is_no_rows_of_samples_is_not_cut() -> None:
     with pytest.raises(UserError, match="micro_batch 2: batches of this encoder type are not cut"):
         list(in_pieces(fresh().model, {"packed": torch.zeros(7, 3)}, 4, 2))
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_loss_leaves_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own tracing, with the machine's compiler left out: names, shared memory and what is trained."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, compiled = fresh(), fresh(compiled=True)
+    with capture_logs() as logs:
+        losses = [[loss for _ in range(6) for loss in trainer.step()] for trainer in (plain, compiled)]
+    assert not logs, "it did compile, private parts at rest or not"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert compiled.state().keys() == plain.state().keys()
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
+    assert compiled.vector().data_ptr() == next(iter(compiled.model.shared_parameters().values())).data_ptr()
+
+
+def test_where_compiling_fails_training_goes_on_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    plain, compiled = fresh(), fresh(compiled=True)
+    with capture_logs() as logs:
+        assert [compiled.step() for _ in range(3)] == [plain.step() for _ in range(3)]
+    [warning] = logs
+    assert warning["event"] == "the model is trained as it is: compiling it failed" and "\n" not in warning["problem"]
+    assert compiles("auto", "cpu") is False and compiles(True, "cpu") is True
