@@ -136,6 +136,7 @@ class FinishingPhase:
             if name not in self._moving:
                 parameter.requires_grad_(everything)
                 parameter.grad = None
+        self._trainer.changed()
 
 
 def keep_finished(directory: Path, model: EncoderModel, version: int) -> None:

@@ -23,8 +23,11 @@ from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import AT_ONCE, Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.finishing import FinishingPhase, keep_finished
+from node_service.training.following import build
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
+from node_service.training.ranks import Ranks
+from node_service.training.together import Together
 from node_service.training.trainer import Trainer
 from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
@@ -40,7 +43,8 @@ class Session:
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
     instruction's, by name; private parts are fitted with them. By the loss of the `validation` samples training is
-    steered; there may be none. `beside` gets checkpoints onto the disk.
+    steered; there may be none. `beside` gets checkpoints onto the disk. `ranks`: other processes of this node train
+    too, each with batches of its own.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -56,6 +60,7 @@ class Session:
         precision: Precision = "float32",
         compiled: bool = False,
         micro_batch: int | None = None,
+        ranks: Ranks | None = None,
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
@@ -73,6 +78,9 @@ class Session:
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)
         encoded = self.model.encode(samples)
+        self._processes = ranks.size if ranks is not None else 1
+        if ranks is not None:
+            build(ranks, instruction, spec, seed)
         self.trainer = Trainer(
             self.model,
             encoded,
@@ -82,6 +90,7 @@ class Session:
             precision=precision,
             compiled=compiled,
             micro_batch=micro_batch,
+            together=Together(ranks, seed) if ranks is not None else None,
         )
         difference = Layout(instruction.layout).difference(self.trainer.layout)
         if difference is not None:
@@ -170,7 +179,7 @@ class Session:
 
     def step(self) -> float:
         losses = self.trainer.step() if self._phase is None else self._phase.step()
-        self.since.took(self.trainer.inner.batch_size)
+        self.since.took(self.trainer.inner.batch_size * self._processes)
         self._saw(losses)
         return 0.0
 

@@ -23,6 +23,7 @@ from node_service.training.compiled import Gradients
 from node_service.training.held_out import masked_loss
 from node_service.training.pieces import in_pieces
 from node_service.training.shared_vector import SharedVector
+from node_service.training.together import Together
 
 #: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
 _MEASURED_BATCHES = 15
@@ -30,10 +31,11 @@ _MEASURED_BATCHES = 15
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A batch on the CPU, in pieces that each have a share in its loss. `chance`: what a model with dropout leaves out
-    follows from it."""
+    """A batch on the CPU, in pieces that each have a share in its loss, which is a mean over `count` positions.
+    `chance`: what a model with dropout leaves out follows from it."""
 
     pieces: list[tuple[Batch, float]]
+    count: int
     chance: int | None
 
 
@@ -45,7 +47,7 @@ class Trainer:
     scale, which bfloat16's range makes needless); what is kept, sent and measured is float32. `compiled`: the loss is
     (see `compiled`). `micro_batch`: at most so many samples of a batch go through the model at once (None: all); the
     gradient is that of the whole batch, up to rounding. `beside`: the next batch is drawn while a step is taken (None:
-    on a GPU).
+    on a GPU). `together`: other processes train the same model, and this one's steps are theirs.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer:
         micro_batch: int | None = None,
         beside: bool | None = None,
         trained: Collection[str] | None = None,
+        together: Together | None = None,
     ) -> None:
         self.model = model.to(device)
         self.encoded = encoded
@@ -75,7 +78,8 @@ class Trainer:
         self._on_gpu = torch.device(device).type == "cuda"
         self._ahead = Ahead(device)
         self._micro_batch = micro_batch
-        self._gradients = Gradients(model, compiled=compiled)
+        self._together = together
+        self._gradients = Gradients(model, compiled=compiled, together=together)
         self._generator = torch.Generator().manual_seed(seed)
         self._batches = Batches(self._draw, self._generator, beside=self._on_gpu if beside is None else beside)
         self._drops = any(getattr(module, "p", 0) for module in model.modules() if "Dropout" in type(module).__name__)
@@ -88,6 +92,7 @@ class Trainer:
         """Take another inner rule; the optimiser's moments stay."""
         before = getattr(self, "optimizer", None)
         self.inner = inner
+        self.changed()
         self.optimizer = self.optimizer_for(self._all)
         if before is not None:
             self.optimizer.state.update(before.state)
@@ -107,6 +112,7 @@ class Trainer:
 
     def reset_optimizer(self) -> None:
         """Forget the moments."""
+        self.changed()
         self.optimizer.state.clear()
 
     @property
@@ -129,6 +135,8 @@ class Trainer:
         while the next is prepared, that of an earlier one. `settle` gives the rest.
         """
         rate = self.learning_rate() if rate is None else rate
+        if self._together is not None:
+            self._together.begin(self, rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
@@ -139,7 +147,7 @@ class Trainer:
             self._batches.prepare(condition)
             with self._seeded(drawn.chance):
                 pieces = [(self._placed(batch), share) for batch, share in drawn.pieces]
-                loss = self._gradients.of(pieces, self._cast)
+                loss = self._gradients.of(pieces, drawn.count, self._cast)
             torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
             self.optimizer.step()
             self.steps += 1
@@ -169,7 +177,7 @@ class Trainer:
             (self._prepared(piece), share)
             for piece, share in in_pieces(self.model, batch, self.inner.batch_size, self._micro_batch)
         ]
-        return _Drawn(pieces, chance)
+        return _Drawn(pieces, self.model.counted(batch) if self._together is not None else 0, chance)
 
     def _prepared(self, batch: Batch) -> Batch:
         batch = self.model.prepared(batch)
@@ -216,6 +224,12 @@ class Trainer:
     def set_shared(self, vector: Tensor) -> None:
         """Replace the shared parameters; private ones and the optimiser's state stay."""
         self._vector.write(vector)
+        self.changed(everything=False)
+
+    def changed(self, *, everything: bool = True) -> None:
+        """The shared parameters, or anything else of the model, were changed by something else than a step."""
+        if self._together is not None:
+            self._together.changed(everything=everything)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only, and
@@ -229,9 +243,19 @@ class Trainer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises UserError if it is of another model."""
-        parameters = dict(self.model.named_parameters())
         self._batches.go_on_from(state["generator"])
         self.steps = int(state["steps"])
+        self.load_moments(state)
+
+    def go_on_from(self, steps: int, seed: int) -> None:
+        """As if so many steps had been taken; batches follow from this seed."""
+        self.steps = steps
+        self._batches.go_on_from(torch.Generator().manual_seed(seed).get_state())
+
+    def load_moments(self, state: dict[str, Tensor]) -> None:
+        """The optimiser's moments out of a state. Raises UserError if it is of another model."""
+        parameters = dict(self.model.named_parameters())
+        self.changed()
         for key, value in state.items():
             if not key.startswith("optimizer/"):
                 continue

@@ -171,7 +171,7 @@ def test_the_pieces_of_a_batch_have_its_gradient(size: int, most: int, seed: int
     losses = []
     for pieces in ([(batch, 1.0)], list(in_pieces(model, batch, size, most))):
         model.zero_grad()
-        losses.append(float(gradients.of(pieces, lambda: torch.autocast("cpu", enabled=False))))
+        losses.append(float(gradients.of(pieces, 0, lambda: torch.autocast("cpu", enabled=False))))
         found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert len(list(in_pieces(model, batch, size, most))) == -(-size // most)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(found[0]) == len(found[1])
