@@ -118,13 +118,15 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
     warn_of_ignored(config)
     check_node_id(name)
     node_config = config.nodes.get(name) or NodeConfig()
+    follows = os.environ.get("RANK", "0") != "0"  # of `torchrun`'s processes, one that is not the node itself
     state_dir = node_config.state_dir or Path("node-state") / name
-    check_writable(state_dir, state_dir)
-    if node_config.export_dir is not None:
-        check_export_directory(node_config.export_dir)
+    if not follows:
+        check_writable(state_dir, state_dir)
+        if node_config.export_dir is not None:
+            check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)
     topology = topology_of(config)
-    if os.environ.get("RANK", "0") != "0":
+    if follows:
         _follow(node_config, corpora)
         return
     broker = awaited(config, topology, f"node {name}")
@@ -163,13 +165,13 @@ def _leading(config: NodeConfig) -> Iterator[Ranks | None]:
 
 def _follow(config: NodeConfig, corpora: dict[str, Corpus]) -> None:
     """As another process of a node: train along until the first one ends, which is the one that signals are for."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     from node_service.training.following import follow
     from node_service.training.ranks import Ranks
 
     ranks = Ranks.started(config.device)
     assert ranks is not None, "a rank above 0 is one of several"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     try:
         follow(ranks, config, corpora)
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.encoders.base import Batch, EncoderModel
 from common.errors import SharedEncoderError
 from node_service.config import Compile
+from node_service.training.ranks import one_line
 from node_service.training.together import Together
 
 log = structlog.get_logger()
@@ -69,7 +70,7 @@ class Gradients:
         whole = torch.zeros((), device=together.ranks.device)
         for number, (batch, share) in enumerate(batches, 1):
             # what is added up here crosses once, with the last piece
-            with nullcontext() if number == len(batches) else everybodys.no_sync():
+            with one_line(), nullcontext() if number == len(batches) else everybodys.no_sync():
                 with cast():
                     loss = everybodys(batch)
                 loss = loss * (ours * share)

@@ -31,7 +31,7 @@ class Ranks:
         self.size = size
         self.device = device
         on_gpu = torch.device(device).type == "cuda"
-        with _one_line():
+        with one_line():
             dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=_FOR_EVER)
             #: What is told goes another way than what is computed: between processors, where nobody waits for a GPU.
             self._told = dist.new_group(backend="gloo", timeout=_FOR_EVER)
@@ -63,12 +63,12 @@ class Ranks:
 
     def spread(self, tensor: Tensor) -> None:
         """The first one's tensor, into that of all others."""
-        with _one_line():
+        with one_line():
             dist.broadcast(tensor, 0)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """In place: the sum of all."""
-        with _one_line():
+        with one_line():
             dist.all_reduce(tensor)
         return tensor
 
@@ -77,7 +77,7 @@ class Ranks:
         dist.destroy_process_group()
 
     def _exchange(self, data: bytes) -> bytes:
-        with _one_line():
+        with one_line():
             length = torch.tensor([len(data)])
             dist.broadcast(length, 0, group=self._told)
             body = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length)).byte()
@@ -86,11 +86,14 @@ class Ranks:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """A process that has ended is an error of torch's with its whole story."""
+def one_line() -> Iterator[None]:
+    """Inside, another process that has ended is a UserError, and not one of torch's with its whole story."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
+        # gloo has no error of its own; a model's own errors pass as they are
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         story = str(error).strip().partition("\n")[0][:160]
         raise UserError(
             f"another process of this node's training has ended, and this one with it ({story}); its own lines say why"

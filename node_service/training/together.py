@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.encoders.base import Batch, EncoderModel
 from common.wire.update_rule import InnerOptimizer
-from node_service.training.ranks import Ranks
+from node_service.training.ranks import Ranks, one_line
 
 if TYPE_CHECKING:
     from node_service.training.trainer import Trainer
@@ -75,7 +75,8 @@ class Together:
         """The loss whose gradients are averaged. To make it anew is to give everybody the first one's parameters."""
         if self._wrapped is None:
             # a batch may be trained without the private parts, and by some of the processes alone
-            self._wrapped = DistributedDataParallel(_Loss(model, loss_of), find_unused_parameters=True)
+            with one_line():
+                self._wrapped = DistributedDataParallel(_Loss(model, loss_of), find_unused_parameters=True)
         return self._wrapped
 
     def share(self, count: int) -> Tensor:

@@ -75,12 +75,12 @@ def measured(setting: Setting, url: str, directory: Path, *, minutes: float, pat
     """
     directory.mkdir(parents=True)
     names = [f"n{number}" for number in range(setting.nodes)]
-    file = _configuration(setting, url, directory, names)
-    processes = {"master": _start(file, directory, "master")}
-    processes |= {name: _start(file, directory, "node", name) for name in names}
+    file = configuration(setting, url, directory, names)
+    processes = {"master": start(file, directory, "master")}
+    processes |= {name: start(file, directory, "node", name) for name in names}
     try:
         deadline = time.monotonic() + patience
-        while not _all_have_returned(first := _status(file), names):
+        while not _all_have_returned(first := status(file), names):
             _check(processes, directory, deadline)
             time.sleep(_LOOK_SECONDS)
         busy, idle = machine_seconds()
@@ -88,10 +88,10 @@ def measured(setting: Setting, url: str, directory: Path, *, minutes: float, pat
         while time.monotonic() < until:
             _check(processes, directory)
             time.sleep(min(_LOOK_SECONDS, max(0.0, until - time.monotonic())))
-        last, passed = _status(file), time.monotonic() - begun
+        last, passed = status(file), time.monotonic() - begun
         busy_after, idle_after = machine_seconds()
     finally:
-        _end(processes)
+        end(processes)
     encoder = next(iter(last.encoders.values()))
     return {
         "setting": asdict(setting),
@@ -101,7 +101,7 @@ def measured(setting: Setting, url: str, directory: Path, *, minutes: float, pat
         "machine_busy": round((busy_after - busy) / (busy_after - busy + idle_after - idle), 3),
         "nodes": {
             name: _between(before, after)
-            for name, before, after in zip(names, _members(first, names), _members(last, names), strict=True)
+            for name, before, after in zip(names, members(first, names), members(last, names), strict=True)
         },
     }
 
@@ -146,24 +146,24 @@ def _between(before: MemberReport, after: MemberReport) -> dict[str, Any]:
     }
 
 
-def _members(report: Report, names: list[str]) -> list[MemberReport]:
+def members(report: Report, names: list[str]) -> list[MemberReport]:
     encoder = next(iter(report.encoders.values()), None)
     members = encoder.members if encoder is not None else {}
     return [members.get(name, MemberReport()) for name in names]
 
 
 def _all_have_returned(report: Report, names: list[str]) -> bool:
-    return all(member.returns for member in _members(report, names))
+    return all(member.returns for member in members(report, names))
 
 
-def _status(file: Path) -> Report:
+def status(file: Path) -> Report:
     """What the master says; nothing while it does not answer yet."""
     with contextlib.suppress(BrokerUnavailable, UserError), observing({}, file) as (observer, _, _):
         return observer.status(5.0)
     return Report()
 
 
-def _configuration(setting: Setting, url: str, directory: Path, names: list[str]) -> Path:
+def configuration(setting: Setting, url: str, directory: Path, names: list[str]) -> Path:
     architecture = {**ARCHITECTURES[setting.parameters], "sequence_length": setting.window}
     architecture |= {"initializer_range": 0.02} if setting.parameters != "tiny" else {}
     # whatever bound is not named holds as it is by default, and the nearest counts
@@ -190,7 +190,7 @@ def _configuration(setting: Setting, url: str, directory: Path, names: list[str]
     return file
 
 
-def _start(file: Path, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(file: Path, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     with (directory / f"{arguments[-1]}.log").open("wb") as log:
         return subprocess.Popen(
@@ -210,7 +210,7 @@ def _check(processes: dict[str, subprocess.Popen[bytes]], directory: Path, deadl
             raise RuntimeError(f"{name} {'is late' if process.poll() is None else 'has ended'}: {words}")
 
 
-def _end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+def end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
     for process in reversed(processes.values()):
         process.send_signal(signal.SIGTERM)
     for process in processes.values():
