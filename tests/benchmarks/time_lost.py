@@ -100,7 +100,7 @@ def measured(setting: Setting, url: str, directory: Path, *, minutes: float, pat
         "versions": encoder.version,
         "machine_busy": round((busy_after - busy) / (busy_after - busy + idle_after - idle), 3),
         "nodes": {
-            name: _between(before, after)
+            name: between(before, after)
             for name, before, after in zip(names, members(first, names), members(last, names), strict=True)
         },
     }
@@ -129,7 +129,7 @@ def show(figures: dict[str, Any], where: Console) -> None:
     where.print(table)
 
 
-def _between(before: MemberReport, after: MemberReport) -> dict[str, Any]:
+def between(before: MemberReport, after: MemberReport) -> dict[str, Any]:
     """What happened to a node from one look to another; seconds."""
     lost = {kind: seconds - before.lost_seconds.get(kind, 0.0) for kind, seconds in after.lost_seconds.items()}
     stepped = after.step_seconds - before.step_seconds
