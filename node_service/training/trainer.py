@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.encoders.base import EncoderModel
+from common.encoders.base import Batch, EncoderModel
 from common.errors import UserError
 from common.numbers.parameters import ParameterSet
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
+from node_service.training.ahead import Ahead
+from node_service.training.batches import Batches
+from node_service.training.compiled import Gradients
 from node_service.training.held_out import masked_loss
+from node_service.training.pieces import in_pieces
 from node_service.training.shared_vector import SharedVector
+from node_service.training.together import Together
 
 #: Batches of a measurement: a forward pass is about a third of a training step, so it takes about as long as five.
 _MEASURED_BATCHES = 15
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A batch on the CPU, in pieces that each have a share in its loss, which is a mean over `count` positions.
+    `chance`: what a model with dropout leaves out follows from it."""
+
+    pieces: list[tuple[Batch, float]]
+    count: int
+    chance: int | None
 
 
 class Trainer:
@@ -28,7 +44,10 @@ class Trainer:
 
     `trained`: the names of the model's parameters that are trained (None: all); the others stay as they are.
     `precision` bfloat16: the loss and its gradients are computed by autocast (Micikevicius et al. 2018, without a loss
-    scale, which bfloat16's range makes needless); what is kept, sent and measured is float32.
+    scale, which bfloat16's range makes needless); what is kept, sent and measured is float32. `compiled`: the loss is
+    (see `compiled`). `micro_batch`: at most so many samples of a batch go through the model at once (None: all); the
+    gradient is that of the whole batch, up to rounding. `beside`: the next batch is drawn while a step is taken (None:
+    on a GPU). `together`: other processes train the same model, and this one's steps are theirs.
     """
 
     def __init__(
@@ -40,19 +59,29 @@ class Trainer:
         seed: int,
         device: str,
         precision: Precision = "float32",
+        compiled: bool = False,
+        micro_batch: int | None = None,
+        beside: bool | None = None,
         trained: Collection[str] | None = None,
+        together: Together | None = None,
     ) -> None:
         self.model = model.to(device)
         self.encoded = encoded
         self.steps = 0
         self.progress = 0.0
-        self.generator = torch.Generator().manual_seed(seed)
         self._vector = SharedVector(self.model)
         self.layout = self._vector.layout
         named = dict(model.named_parameters())
         self._all = [parameter for name, parameter in named.items() if trained is None or name in trained]
         self._frozen = [named[name] for name in named if trained is not None and name not in trained]
         self._device = device
+        self._on_gpu = torch.device(device).type == "cuda"
+        self._ahead = Ahead(device)
+        self._micro_batch = micro_batch
+        self._together = together
+        self._gradients = Gradients(model, compiled=compiled, together=together)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batches = Batches(self._draw, self._generator, beside=self._on_gpu if beside is None else beside)
         self._drops = any(getattr(module, "p", 0) for module in model.modules() if "Dropout" in type(module).__name__)
         self._cast = partial(
             torch.autocast, torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16"
@@ -63,6 +92,7 @@ class Trainer:
         """Take another inner rule; the optimiser's moments stay."""
         before = getattr(self, "optimizer", None)
         self.inner = inner
+        self.changed()
         self.optimizer = self.optimizer_for(self._all)
         if before is not None:
             self.optimizer.state.update(before.state)
@@ -82,6 +112,7 @@ class Trainer:
 
     def reset_optimizer(self) -> None:
         """Forget the moments."""
+        self.changed()
         self.optimizer.state.clear()
 
     @property
@@ -97,38 +128,76 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
         return inner.lr * warm * (inner.final_fraction + (1.0 - inner.final_fraction) * cosine)
 
-    def step(self, rate: float | None = None) -> float:
-        """One optimiser step at this learning rate, or at the one that the progress says; gives the loss."""
+    def step(self, rate: float | None = None) -> list[float]:
+        """One optimiser step at this learning rate, or at the one that the progress says.
+
+        Gives the losses that are known since the last call, in order: that of this step, or on a GPU, which takes it
+        while the next is prepared, that of an earlier one. `settle` gives the rest.
+        """
         rate = self.learning_rate() if rate is None else rate
+        if self._together is not None:
+            self._together.begin(self, rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._without_frozen(), self._seeded():
-            batch = self.model.batch(self.encoded, self.inner.batch_size, self.generator)
-            with self._cast():
-                loss = self.model.loss({name: tensor.to(self._device) for name, tensor in batch.items()})
-            self.model.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
-        self.optimizer.step()
-        self.steps += 1
-        return float(loss.detach())
+        with self._without_frozen():
+            condition = self._condition()
+            drawn = self._batches.take(condition)
+            self._batches.prepare(condition)
+            with self._seeded(drawn.chance):
+                pieces = [(self._placed(batch), share) for batch, share in drawn.pieces]
+                loss = self._gradients.of(pieces, drawn.count, self._cast)
+            torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
+            self.optimizer.step()
+            self.steps += 1
+            losses = self._ahead.begun(loss)
+            # what is drawn looks at the model, which whoever called may change from here on
+            self._batches.wait()
+        return losses
+
+    def settle(self) -> list[float]:
+        """Wait until every step that was begun is taken; gives the losses that `step` has not."""
+        return self._ahead.settle()
 
     def held_out_loss(self, encoded: Any) -> float:
         """The masked loss on `encoded` samples; the same ones, masked alike, at every call under one batch size."""
         batches, size = _MEASURED_BATCHES, self.inner.batch_size
         return masked_loss(self.model, encoded, batches=batches, size=size)
 
+    def _condition(self) -> Hashable:
+        """What a batch depends on besides the generator."""
+        moving = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        return id(self.encoded), self.inner.batch_size, self.model.training, moving
+
+    def _draw(self) -> _Drawn:
+        chance = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drops else None
+        batch = self.model.batch(self.encoded, self.inner.batch_size, self._generator)
+        pieces = [
+            (self._prepared(piece), share)
+            for piece, share in in_pieces(self.model, batch, self.inner.batch_size, self._micro_batch)
+        ]
+        return _Drawn(pieces, self.model.counted(batch) if self._together is not None else 0, chance)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        batch = self.model.prepared(batch)
+        if self._on_gpu:  # from such memory a GPU reads by itself, and nobody waits for it
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
+
+    def _placed(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self._device, non_blocking=self._on_gpu) for name, tensor in batch.items()}
+
     @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Inside, what a model with dropout leaves out follows from this trainer's generator, as its batches do: torch
-        has no other generator for that than the process's own."""
-        if not self._drops:
+    def _seeded(self, chance: int | None) -> Iterator[None]:
+        """Inside, what a model with dropout leaves out follows from this number, which came from the trainer's
+        generator as its batches do: torch has no other generator for that than the process's own."""
+        if chance is None:
             yield
             return
         from common.encoders.hugging_face import seeded  # imports transformers, whose models alone drop anything here
 
-        with seeded(int(torch.randint(1 << 62, (), generator=self.generator))):
+        with seeded(chance):
             yield
 
     @contextmanager
@@ -155,12 +224,18 @@ class Trainer:
     def set_shared(self, vector: Tensor) -> None:
         """Replace the shared parameters; private ones and the optimiser's state stay."""
         self._vector.write(vector)
+        self.changed(everything=False)
+
+    def changed(self, *, everything: bool = True) -> None:
+        """The shared parameters, or anything else of the model, were changed by something else than a step."""
+        if self._together is not None:
+            self._together.changed(everything=everything)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only, and
         not copied."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        found = {"generator": self.generator.get_state(), "steps": torch.tensor(self.steps)}
+        found = {"generator": self._batches.state, "steps": torch.tensor(self.steps)}
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach()
@@ -168,9 +243,19 @@ class Trainer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises UserError if it is of another model."""
-        parameters = dict(self.model.named_parameters())
-        self.generator.set_state(state["generator"])
+        self._batches.go_on_from(state["generator"])
         self.steps = int(state["steps"])
+        self.load_moments(state)
+
+    def go_on_from(self, steps: int, seed: int) -> None:
+        """As if so many steps had been taken; batches follow from this seed."""
+        self.steps = steps
+        self._batches.go_on_from(torch.Generator().manual_seed(seed).get_state())
+
+    def load_moments(self, state: dict[str, Tensor]) -> None:
+        """The optimiser's moments out of a state. Raises UserError if it is of another model."""
+        parameters = dict(self.model.named_parameters())
+        self.changed()
         for key, value in state.items():
             if not key.startswith("optimizer/"):
                 continue
@@ -179,8 +264,8 @@ class Trainer:
                 raise UserError(
                     f"the node's checkpoint is of another model: it has {name!r}; remove its state directory"
                 )
-            place = value if moment == "step" else value.to(self._device)
-            self.optimizer.state[parameters[name]][moment] = place
+            # the count of steps too: the fused optimiser reads it where it computes
+            self.optimizer.state[parameters[name]][moment] = value.to(self._device)
 
 
 def choose_device(wanted: str) -> str:
