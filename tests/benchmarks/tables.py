@@ -75,11 +75,11 @@ def document(file: Path, figures: Row, before: Row | None = None) -> list[str]:
 def provenance(run: Row) -> str:
     """Which run it was: command, commit, date, machine, what else was at work."""
     many = f"medians of {run['runs']} runs" if run["runs"] > 1 else "one run"
+    between = f", {max(run['busy_between']):.0%} at most between its parts" if run["busy_between"] else ""
     return (
         f"`{run['command']}`, {many}, commit {run['commit'] or 'unknown'}, {run['date']} UTC; {run['processors']} "
         f"processors ({run['processor'] or run['platform']}), RabbitMQ {run['rabbitmq']}, torch {run['torch']}, "
-        f"{run['busy_before']:.0%} busy with other work before it began, {max(run['busy_between'], default=0):.0%} at most "
-        "between its parts."
+        f"{run['busy_before']:.0%} busy with other work before it began{between}."
     )
 
 
