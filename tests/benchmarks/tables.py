@@ -4,7 +4,7 @@ is of. Nothing is measured here."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,26 @@ def show(figures: Row, console: Console, before: Row | None = None) -> None:
 def document(file: Path, figures: Row, before: Row | None = None) -> list[str]:
     """Write the tables between the marks of a document; gives the names of those that it has. What was not measured
     stays as it is. Raises UserError for a document without marks."""
+    made = {}
+    for name, rows in figures["parts"].items():
+        drawn = table(name, rows, _part(before, name))
+        said = [f"{drawn.title}. {provenance(figures['run'])}"]
+        if before is not None and name in before["parts"]:
+            said.append(f"Before: {provenance(before['run'])}")
+        made[name] = drawn.markdown() + "\n" + "\n".join(said)
+    return placed(file, made)
+
+
+def placed(file: Path, made: Mapping[str, str]) -> list[str]:
+    """Put each text between the marks that have its name; gives the names of those that have a place. Raises UserError
+    if none has."""
     text, written = file.read_text("utf-8"), []
 
     def replaced(found: re.Match[str]) -> str:
-        name = found[2]
-        if name not in figures["parts"]:
+        if found[2] not in made:
             return found[0]
-        written.append(name)
-        made = table(name, figures["parts"][name], _part(before, name))
-        said = [f"{made.title}. {provenance(figures['run'])}"]
-        if before is not None and name in before["parts"]:
-            said.append(f"Before: {provenance(before['run'])}")
-        return found[1] + made.markdown() + "\n" + "\n".join(said) + "\n" + found[3]
+        written.append(found[2])
+        return f"{found[1]}{made[found[2]]}\n{found[3]}"
 
     text = _MARKED.sub(replaced, text)
     if not written:
