@@ -143,17 +143,20 @@ class Live:
 
     last_seen: dict[str, float] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
+    #: Nobody who is present was seen before.
+    _oldest: float = float("inf")
     said: dict[str, Said] = field(default_factory=dict)
     poison: int = 0
 
     def seen(self, node: str, at: float) -> None:
         """Note that a node sent something."""
         self.last_seen[node] = at
+        self._oldest = min(self._oldest, at)
 
     def begin(self, node: str, present: bool, at: float) -> None:
         """Take over a node's presence from the log when the master starts; its silence counts from `at`."""
         if present:
-            self.last_seen[node] = at
+            self.seen(node, at)
         else:
             self.absent.add(node)
 
@@ -180,6 +183,9 @@ class Live:
 
     def transitions(self, now: float, timeout: float) -> Iterator[tuple[str, bool]]:
         """(node, present) for every node that has fallen silent for `timeout` seconds, or spoke again."""
+        if not self.absent and not now - self._oldest > timeout:
+            return  # with a thousand nodes this is asked more often than anything happens
+        self._oldest = min(self.last_seen.values(), default=float("inf"))
         for node, at in self.last_seen.items():
             silent = now - at > timeout
             if silent and node not in self.absent:

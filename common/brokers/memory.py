@@ -110,7 +110,8 @@ class MemoryServer:
 
     def forbidden(self, user: str, operation: Operation, name: str) -> str:
         """Why the user may not do this; empty if it may."""
-        if self._permissions.get(user, Permissions()).allow(operation, name):
+        permissions = self._permissions.get(user)
+        if permissions is None or permissions.allow(operation, name):
             return ""
         return f"ACCESS_REFUSED - {operation} access to '{name}' refused for user '{user}'"
 

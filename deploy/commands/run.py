@@ -209,7 +209,8 @@ def warn_of_open_accounts(config: Config) -> None:
 
 def topology_of(config: Config) -> Topology:
     """The names of this federation, and whether each party declares only what is its own."""
-    return Topology(config.broker.namespace, own_accounts=config.broker.accounts == "required")
+    broker = config.broker
+    return Topology(broker.namespace, own_accounts=broker.accounts == "required", replicas=broker.replicas)
 
 
 def connect(config: Config, topology: Topology, client_name: str, *, master: bool = False) -> Broker:

@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError
 from common.brokers import open_broker
 from common.config import BrokerConfig, Section, explained
 from common.errors import SharedEncoderError, UserError
+from deploy.commands.run import topology_of
 from deploy.config import load_config, warn_of_ignored
 from master_service.decisions.settings import settings_of_start
 
@@ -166,3 +167,11 @@ def test_f14_a_first_start_and_a_start_again_with_the_same_configuration_are_the
     file.write_text('[rule]\npreset = "diloco"\nbuffer = { grace_seconds = 5 }\n[update]\nwhen = { samples = 9 }\n')
     config = load_config(file, {"stop": {"seconds": 5.0}})
     assert settings_of_start(config.settings(), config.settings(), config.given()) == config.settings()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 11])
+def test_replicas_are_an_odd_number_of_servers(replicas: int) -> None:
+    with pytest.raises(ValidationError):
+        BrokerConfig(replicas=replicas)
+    config = load_config(None, {"broker": {"replicas": 3}})
+    assert topology_of(config).replicas == 3 and topology_of(load_config(None, {})).replicas is None
