@@ -16,6 +16,9 @@ from torch import Tensor
 from common.numbers.encodings import Bytes, EncodedVector, piece_length, pieces
 from common.numbers.slicing import SLICE, EncodingName, block_count, encoded_size, slice_length
 
+#: Elements of the shortest vector for which it is worth its memory, about 100 MiB, and a second at the start.
+LEAST = 4_000_000
+
 #: Arrays of one slice, as `kernels` takes them.
 Slice = tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -23,9 +26,9 @@ _KINDS: dict[EncodingName, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _NOTHING = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int8)
 
 
-def kernels(device: torch.device) -> Any | None:
-    """The module `kernels`, if it is for vectors of this device; else None."""
-    return _imported() if device.type == "cpu" else None
+def kernels(device: torch.device, size: int) -> Any | None:
+    """The module `kernels`, if it is for vectors of so many elements on this device; else None."""
+    return _imported() if device.type == "cpu" and size >= LEAST else None
 
 
 @cache
@@ -85,10 +88,12 @@ def _read_only(arrays: Slice) -> Slice:
     return arrays[0], plain, halves, scales, steps
 
 
-def add_slice(total: Tensor, body: Bytes, encoding: EncodingName, coefficient: float, room: Tensor) -> None:
+def add_slice(
+    total: Tensor, body: Bytes, encoding: EncodingName, coefficient: float, room: Tensor, loops: Any | None
+) -> None:
     """Add an encoded slice, times the coefficient, to `total`, float32 of shape (count,). `room`: of as many elements,
-    to be written over. Raises ValueError for another length."""
-    if (loops := kernels(total.device)) is not None:
+    to be written over. `loops`: `kernels` for the whole vector. Raises ValueError for another length."""
+    if loops is not None:
         loops.accumulate(*read_slice(body, total.numel(), encoding), np.float32(coefficient), total.numpy())
         return
     vector = EncodedVector.of_payload(body, total.numel(), encoding)

@@ -110,7 +110,7 @@ class ErrorFeedback:
         gives what this update added to the residual, None if nothing can be lost."""
         if self.residual is None and encoding != "float32":
             self.residual = torch.zeros_like(local)
-        if (loops := kernels(local.device)) is not None:
+        if (loops := kernels(local.device, local.numel())) is not None:
             bodies = self._encoded(loops, before, local, after, encoding)
         else:
             bodies = self._encoded_by_torch(before, local, after, encoding)

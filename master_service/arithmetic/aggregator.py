@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.numbers.compiled import add_slice
+from common.numbers.compiled import add_slice, kernels
 from common.numbers.encodings import encoded_slices
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
@@ -76,7 +76,7 @@ class Aggregator:
 
     def _means(self, step: Step, payloads: Payloads, size: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, Σ coefficient·Δ) of every slice; the next one is written over it."""
-        body = bytearray()
+        body, loops = bytearray(), kernels(self._sum.device, size)
         for start, stop in slices(size):
             gradient = self._sum[: stop - start].zero_()
             for contribution in step.contributions:
@@ -84,7 +84,7 @@ class Aggregator:
                     body = bytearray(length)
                 # all slices before this one are whole
                 payloads.read_into(contribution.payload, encoded_size(start, contribution.encoding), body)
-                add_slice(gradient, body, contribution.encoding, contribution.coefficient, self._room)
+                add_slice(gradient, body, contribution.encoding, contribution.coefficient, self._room, loops)
             yield start, stop, gradient
 
     def digest(self, encoder: str) -> str:

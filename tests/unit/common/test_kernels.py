@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import common.numbers
-from common.numbers import compiled, feedback
-from common.numbers.compiled import add_slice, kernels
+from common.numbers import compiled
+from common.numbers.compiled import LEAST, add_slice, kernels
 from common.numbers.encodings import EncodedVector, decode_slice, encode_slice, encode_vector
 from common.numbers.feedback import ErrorFeedback
 from common.numbers.slicing import BLOCK, SLICE, EncodingName
 
 ENCODINGS: tuple[EncodingName, ...] = get_args(EncodingName)
 COUNT = 2 * BLOCK + 9
+CPU = torch.device("cpu")
 #: Every pattern of bits: numbers that are not finite, subnormal ones and both zeros among them.
 ANY = hnp.arrays(np.uint32, COUNT, elements=st.integers(0, 2**32 - 1))
 USUAL = hnp.arrays(np.float32, COUNT, elements=st.floats(-10.0, 10.0, width=32))
@@ -52,8 +53,7 @@ def test_handing_in(
     found: list[tuple[Any, ...]] = []
     for compiled_one in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            if not compiled_one:
-                patch.setattr(feedback, "kernels", lambda device: None)
+            patch.setattr(compiled, "LEAST", 0 if compiled_one else 2 * COUNT)
             carrier, after = ErrorFeedback(), torch.empty(COUNT)
             carrier.residual = residual.clone() if lost else None
             [body], _ = carrier.encode(point, local, after, encoding)
@@ -66,10 +66,11 @@ def test_handing_in(
 @given(VECTOR, VECTOR, st.sampled_from(ENCODINGS), st.floats(-3.0, 3.0))
 def test_adding_a_slice(total: Tensor, values: Tensor, encoding: EncodingName, coefficient: float) -> None:
     body, room = encode_slice(values, encoding), torch.empty(COUNT)
-    add_slice(ours := total.clone(), body, encoding, coefficient, room)
-    assert bits(ours) == bits(total + decode_slice(body, COUNT, encoding).mul_(coefficient))
-    with pytest.raises(ValueError, match="bytes were expected"):
-        add_slice(ours, body[:-1], encoding, coefficient, room)
+    for loops in (kernels(CPU, LEAST), None):
+        add_slice(ours := total.clone(), body, encoding, coefficient, room, loops)
+        assert bits(ours) == bits(total + decode_slice(body, COUNT, encoding).mul_(coefficient))
+        with pytest.raises(ValueError, match="bytes were expected"):
+            add_slice(ours, body[:-1], encoding, coefficient, room, loops)
 
 
 def test_several_slices() -> None:
@@ -78,8 +79,7 @@ def test_several_slices() -> None:
     found = []
     for patched in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            if patched:
-                patch.setattr(feedback, "kernels", lambda device: None)
+            patch.setattr(compiled, "LEAST", 2 * size if patched else 0)
             carrier, after = ErrorFeedback(), torch.empty(size)
             for _ in range(2):
                 point = EncodedVector(encode_vector(before, "bfloat16"), size, "bfloat16")
@@ -90,15 +90,13 @@ def test_several_slices() -> None:
 
 
 def test_where_numba_is_missing_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels(torch.device("cpu")) is not None and kernels(torch.device("meta")) is None
+    assert kernels(CPU, LEAST) is not None
+    assert kernels(CPU, LEAST - 1) is kernels(torch.device("meta"), LEAST) is None
     compiled._imported.cache_clear()  # private: what was imported is kept for good
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "common.numbers.kernels")
     monkeypatch.delattr(common.numbers, "kernels")
     try:
-        assert kernels(torch.device("cpu")) is None
-        total = torch.zeros(COUNT)
-        add_slice(total, encode_slice(torch.ones(COUNT), "float32"), "float32", 2.0, torch.empty(COUNT))
-        assert bits(total) == bits(torch.full((COUNT,), 2.0))
+        assert kernels(CPU, LEAST) is None
     finally:
         compiled._imported.cache_clear()  # private: as above
