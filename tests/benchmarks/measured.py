@@ -99,7 +99,7 @@ PARTS: Parts = {
         *(partial(_hand_out, parameters=1_000_000, readers=readers) for readers in (4, 64)),
         *(partial(_hand_out, parameters=10_000_000, readers=readers) for readers in (1, 4, 16, 64)),
     ],
-    "simulated": [lambda bench: simulated(bench.place(), nodes=1_000, returns=20)],
+    "simulated": [lambda bench: simulated(bench.place(), nodes=1_000, returns=10)],
 }
 
 
