@@ -58,6 +58,8 @@ _INTAKE_BYTES = 64 * MIB
 _TURN_SECONDS = 0.02
 #: Whose update cannot be dealt with now is looked at again after so many seconds, or when the log has gone on.
 _HELD_SECONDS = 0.1
+#: How long a snapshot that is due waits for what is to leave, and how long it is before it is tried again, seconds.
+_DRAIN_SECONDS, _DRAIN_AGAIN_SECONDS = 0.5, 10.0
 #: A sender that was silent may send so many times what it may send in a second.
 _BURST = 5.0
 
@@ -111,7 +113,7 @@ class Master:
         self._pace = Pace(self._rates, topology, clock)
         self._held: deque[Delivery] = deque()
         self._blocked_at: float | None = None
-        self._pulse_at = 0.0
+        self._pulse_at = self._snapshot_again_at = 0.0
         #: When, and at which row of the log, updates that could not be dealt with were looked at last.
         self._released = 0.0, -1
 
@@ -159,8 +161,7 @@ class Master:
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)
-        if self.journal.snapshot_due(self.config.snapshot_every_seconds) and self.recorder.settle():
-            self.snapshot()
+        self._snapshot_in_time()
         if self._publisher.bury_in() <= 0:
             self._publisher.bury()
         self._updates.look()
@@ -200,6 +201,16 @@ class Master:
             log=rows,
             snapshot=snapshot,
         )
+
+    def _snapshot_in_time(self) -> None:
+        """One that is due waits for what is to leave, and is not waited for where that takes long."""
+        if self._clock.monotonic() < self._snapshot_again_at:
+            return
+        if self.journal.snapshot_due(self.config.snapshot_every_seconds) and self.recorder.settle():
+            if self.outbox.drain(_DRAIN_SECONDS):
+                self.snapshot()
+            else:
+                self._snapshot_again_at = self._clock.monotonic() + _DRAIN_AGAIN_SECONDS
 
     def snapshot(self) -> None:
         """Write one now, once all that it stands for has left. Not after an error. Raises StorageBlocked while
