@@ -2,7 +2,7 @@
 processes, as users start them.
 
     python -m tests.benchmarks.time_lost                       # one node, 10 M parameters, an update every 30 s
-    python -m tests.benchmarks.time_lost --parameters 110M --device cuda --precision bfloat16 --compile true --nodes 5
+    python -m tests.benchmarks.time_lost --parameters 110M --device cuda --precision bfloat16 --nodes 5
 
 Lost is what a node says is: seconds in which no step ran though one could have (see `node_service.time_spent`), by what
 was done instead, between two looks at the master's status. Where processors are shared, master, broker and the node's
@@ -60,7 +60,7 @@ class Setting:
     steps: int | None = None
     device: str = "cpu"
     precision: str = "float32"
-    compile: str = "auto"
+    compile: bool = False
     micro_batch: int | None = None
     batch: int = 16
     window: int = 32
@@ -169,7 +169,6 @@ def configuration(setting: Setting, url: str, directory: Path, names: list[str])
     # whatever bound is not named holds as it is by default, and the nearest counts
     when = f"steps = {setting.steps}" if setting.steps is not None else f"steps = {10**9}, seconds = {setting.seconds}"
     settings = ", ".join(f"{name} = {json.dumps(value)}" for name, value in architecture.items())
-    compiled = setting.compile if setting.compile in ("true", "false") else json.dumps(setting.compile)
     lines = [
         f'[broker]\nurl = "{url}"\nnamespace = "lost-{uuid.uuid4().hex[:8]}"',
         f'[master]\nstate_dir = "{directory}/master"',
@@ -179,7 +178,7 @@ def configuration(setting: Setting, url: str, directory: Path, names: list[str])
     ]
     lines += [
         f'[nodes.{name}]\nstate_dir = "{directory}/{name}"\ndevice = "{setting.device}"\n'
-        f'precision = "{setting.precision}"\ncompile = {compiled}\n'
+        f'precision = "{setting.precision}"\ncompile = {json.dumps(setting.compile)}\n'
         + (f"micro_batch = {setting.micro_batch}\n" if setting.micro_batch else "")
         + f"seed = {number}\nalive_every_seconds = 1.0\ncheckpoint_every_seconds = {setting.checkpoint_every}\n"
         + f'corpus = {{path = {json.dumps(setting.corpus)}, documents = "paragraph"}}'
@@ -239,7 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of an update, in the place of --seconds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", choices=("auto", "true", "false"), default="auto")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--window", type=int, default=32)
