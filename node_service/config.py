@@ -14,16 +14,13 @@ from node_service.corpus.corpus import CorpusConfig
 #: What forward and backward passes are computed in; parameters, optimiser and updates are float32 in either.
 Precision = Literal["float32", "bfloat16"]
 
-#: Whether torch compiles the model's loss; "auto": where that was found to help.
-Compile = Literal["auto"] | bool
-
 
 class NodeConfig(Section):
     """One node. `corpus` may be one table or a list of them, at most one per encoder type.
 
     `device`: auto, cpu, cuda, cuda:1, mps. `precision`: bfloat16 is mixed precision (autocast), for GPUs that are fast
     at it: parameters, optimiser and updates stay float32. `compile`: the model's loss is compiled (torch.compile),
-    which takes up to a minute before the first step; auto: on a GPU. Where it fails, training goes on without.
+    which takes a minute or more before the first step. Where it fails, training goes on without.
     `micro_batch`: at most so many samples of the rule's batch go through the model at once, for a memory that holds no
     more; their gradients are added up, and the result is the same. `max_steps_per_second` leaves the machine to others.
     `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it
@@ -38,7 +35,7 @@ class NodeConfig(Section):
     private: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
     precision: Precision = "float32"
-    compile: Compile = "auto"
+    compile: bool = False
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] = 1
     seed: int = 0

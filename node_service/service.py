@@ -27,7 +27,6 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Node
-from node_service.training.compiled import compiles
 from node_service.training.ranks import Ranks
 from node_service.training.session import Session
 from node_service.training.trainer import choose_device
@@ -204,7 +203,7 @@ class NodeService:
             seed=self.config.seed,
             device=device,
             precision=self.config.precision,
-            compiled=compiles(self.config.compile, device),
+            compiled=self.config.compile,
             micro_batch=self.config.micro_batch,
             ranks=self._ranks,
             ledger=ledger,

@@ -1,11 +1,10 @@
-"""The loss of a model, compiled where that helps (torch.compile). The model stays as it is: its parameters, their names
-and their memory; what is compiled is the function."""
+"""The loss of a model, compiled where a node's owner asks for it (torch.compile). The model stays as it is: its
+parameters, their names and their memory; what is compiled is the function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import structlog
 import torch
@@ -13,19 +12,10 @@ from torch import Tensor
 
 from common.encoders.base import Batch, EncoderModel
 from common.errors import SharedEncoderError
-from node_service.config import Compile
 from node_service.training.ranks import one_line
 from node_service.training.together import Together
 
 log = structlog.get_logger()
-
-
-def compiles(wanted: Compile, device: str) -> bool:
-    """Whether a model is to be compiled on this device. By itself only on a GPU, and if torch brought what compiles for
-    it: on two cores half a minute of compiling is hardly ever earned back."""
-    if wanted != "auto":
-        return wanted
-    return torch.device(device).type == "cuda" and find_spec("triton") is not None
 
 
 class Gradients:

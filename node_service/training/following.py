@@ -14,7 +14,6 @@ from common.wire.to_node import Instruction
 from common.wire.update_rule import UpdateRule
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
-from node_service.training.compiled import compiles
 from node_service.training.ranks import Ranks
 from node_service.training.together import Together
 from node_service.training.trainer import Trainer
@@ -68,7 +67,7 @@ def _built(
         seed=order["seed"],
         device=ranks.device,
         precision=config.precision,
-        compiled=compiles(config.compile, ranks.device),
+        compiled=config.compile,
         micro_batch=config.micro_batch,
         together=together,
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from common.numbers.parameters import ParameterSet
 from common.wire.update_rule import InnerOptimizer
 from node_service.config import Precision
 from node_service.training.ahead import Ahead
-from node_service.training.batches import Batches
 from node_service.training.compiled import Gradients
 from node_service.training.held_out import masked_loss
 from node_service.training.pieces import in_pieces
@@ -29,16 +27,6 @@ from node_service.training.together import Together
 _MEASURED_BATCHES = 15
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A batch on the CPU, in pieces that each have a share in its loss, which is a mean over `count` positions.
-    `chance`: what a model with dropout leaves out follows from it."""
-
-    pieces: list[tuple[Batch, float]]
-    count: int
-    chance: int | None
-
-
 class Trainer:
     """A model, its encoded corpus and the inner optimiser (AdamW). Deterministic given seed, device and threads.
 
@@ -46,8 +34,8 @@ class Trainer:
     `precision` bfloat16: the loss and its gradients are computed by autocast (Micikevicius et al. 2018, without a loss
     scale, which bfloat16's range makes needless); what is kept, sent and measured is float32. `compiled`: the loss is
     (see `compiled`). `micro_batch`: at most so many samples of a batch go through the model at once (None: all); the
-    gradient is that of the whole batch, up to rounding. `beside`: the next batch is drawn while a step is taken (None:
-    on a GPU). `together`: other processes train the same model, and this one's steps are theirs.
+    gradient is that of the whole batch, up to rounding. `together`: other processes train the same model, and this
+    one's steps are theirs.
     """
 
     def __init__(
@@ -61,7 +49,6 @@ class Trainer:
         precision: Precision = "float32",
         compiled: bool = False,
         micro_batch: int | None = None,
-        beside: bool | None = None,
         trained: Collection[str] | None = None,
         together: Together | None = None,
     ) -> None:
@@ -81,7 +68,6 @@ class Trainer:
         self._together = together
         self._gradients = Gradients(model, compiled=compiled, together=together)
         self._generator = torch.Generator().manual_seed(seed)
-        self._batches = Batches(self._draw, self._generator, beside=self._on_gpu if beside is None else beside)
         self._drops = any(getattr(module, "p", 0) for module in model.modules() if "Dropout" in type(module).__name__)
         self._cast = partial(
             torch.autocast, torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16"
@@ -132,7 +118,7 @@ class Trainer:
         """One optimiser step at this learning rate, or at the one that the progress says.
 
         Gives the losses that are known since the last call, in order: that of this step, or on a GPU, which takes it
-        while the next is prepared, that of an earlier one. `settle` gives the rest.
+        while the next is launched, that of an earlier one. `settle` gives the rest.
         """
         rate = self.learning_rate() if rate is None else rate
         if self._together is not None:
@@ -141,20 +127,13 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._without_frozen():
-            condition = self._condition()
-            drawn = self._batches.take(condition)
-            self._batches.prepare(condition)
-            with self._seeded(drawn.chance):
-                pieces = [(self._placed(batch), share) for batch, share in drawn.pieces]
-                loss = self._gradients.of(pieces, drawn.count, self._cast)
-            torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
-            self.optimizer.step()
-            self.steps += 1
-            losses = self._ahead.begun(loss)
-            # what is drawn looks at the model, which whoever called may change from here on
-            self._batches.wait()
-        return losses
+        with self._without_frozen(), self._seeded():
+            pieces, count = self._drawn()
+            loss = self._gradients.of(pieces, count, self._cast)
+        torch.nn.utils.clip_grad_norm_(self._all, self.inner.gradient_clip)
+        self.optimizer.step()
+        self.steps += 1
+        return self._ahead.begun(loss)
 
     def settle(self) -> list[float]:
         """Wait until every step that was begun is taken; gives the losses that `step` has not."""
@@ -165,39 +144,30 @@ class Trainer:
         batches, size = _MEASURED_BATCHES, self.inner.batch_size
         return masked_loss(self.model, encoded, batches=batches, size=size)
 
-    def _condition(self) -> Hashable:
-        """What a batch depends on besides the generator."""
-        moving = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        return id(self.encoded), self.inner.batch_size, self.model.training, moving
-
-    def _draw(self) -> _Drawn:
-        chance = int(torch.randint(1 << 62, (), generator=self._generator)) if self._drops else None
+    def _drawn(self) -> tuple[list[tuple[Batch, float]], int]:
+        """The next batch in pieces, each with its share in the loss, which is a mean over so many positions (0 where
+        nobody asks)."""
         batch = self.model.batch(self.encoded, self.inner.batch_size, self._generator)
-        pieces = [
-            (self._prepared(piece), share)
-            for piece, share in in_pieces(self.model, batch, self.inner.batch_size, self._micro_batch)
-        ]
-        return _Drawn(pieces, self.model.counted(batch) if self._together is not None else 0, chance)
-
-    def _prepared(self, batch: Batch) -> Batch:
-        batch = self.model.prepared(batch)
-        if self._on_gpu:  # from such memory a GPU reads by itself, and nobody waits for it
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return batch
+        pieces = in_pieces(self.model, batch, self.inner.batch_size, self._micro_batch)
+        count = self.model.counted(batch) if self._together is not None else 0
+        return [(self._placed(self.model.prepared(piece)), share) for piece, share in pieces], count
 
     def _placed(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self._device, non_blocking=self._on_gpu) for name, tensor in batch.items()}
+        if not self._on_gpu:
+            return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        # from pinned memory a GPU reads by itself, and nobody waits for it
+        return {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
     @contextmanager
-    def _seeded(self, chance: int | None) -> Iterator[None]:
-        """Inside, what a model with dropout leaves out follows from this number, which came from the trainer's
-        generator as its batches do: torch has no other generator for that than the process's own."""
-        if chance is None:
+    def _seeded(self) -> Iterator[None]:
+        """Inside, what a model with dropout leaves out follows from this trainer's generator, as its batches do: torch
+        has no other generator for that than the process's own."""
+        if not self._drops:
             yield
             return
         from common.encoders.hugging_face import seeded  # imports transformers, whose models alone drop anything here
 
-        with seeded(chance):
+        with seeded(int(torch.randint(1 << 62, (), generator=self._generator))):
             yield
 
     @contextmanager
@@ -235,7 +205,7 @@ class Trainer:
         """What a checkpoint needs besides the parameters: optimiser moments, generator, step count; tensors only, and
         not copied."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        found = {"generator": self._batches.state, "steps": torch.tensor(self.steps)}
+        found = {"generator": self._generator.get_state(), "steps": torch.tensor(self.steps)}
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 found[f"optimizer/{key}/{names[id(parameter)]}"] = torch.as_tensor(value).detach()
@@ -243,14 +213,14 @@ class Trainer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises UserError if it is of another model."""
-        self._batches.go_on_from(state["generator"])
+        self._generator.set_state(state["generator"])
         self.steps = int(state["steps"])
         self.load_moments(state)
 
     def go_on_from(self, steps: int, seed: int) -> None:
         """As if so many steps had been taken; batches follow from this seed."""
         self.steps = steps
-        self._batches.go_on_from(torch.Generator().manual_seed(seed).get_state())
+        self._generator.manual_seed(seed)
 
     def load_moments(self, state: dict[str, Tensor]) -> None:
         """The optimiser's moments out of a state. Raises UserError if it is of another model."""

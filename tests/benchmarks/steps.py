@@ -1,4 +1,4 @@
-"""Steps a second of a node's trainer, by what it computes in, whether it is compiled, and where its batches are drawn.
+"""Steps a second of a node's trainer, by what it computes in, and whether it is compiled.
 
     python -m tests.benchmarks.steps [--parameters 10M] [--device cpu] [--seconds 10] [--only "bfloat16 compiled"]
 
@@ -27,13 +27,10 @@ from tests.benchmarks.time_lost import ARCHITECTURES
 
 #: By name: what the trainer is given.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "float32": {"precision": "float32", "beside": False},
-    "float32 beside": {"precision": "float32", "beside": True},
+    "float32": {"precision": "float32"},
     "float32 compiled": {"precision": "float32", "compiled": True},
-    "bfloat16": {"precision": "bfloat16", "beside": False},
-    "bfloat16 beside": {"precision": "bfloat16", "beside": True},
-    "bfloat16 compiled": {"precision": "bfloat16", "compiled": True, "beside": False},
-    "bfloat16 compiled beside": {"precision": "bfloat16", "compiled": True, "beside": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16 compiled": {"precision": "bfloat16", "compiled": True},
 }
 _WARM_STEPS = 8
 

@@ -16,7 +16,7 @@ from tests.benchmarks.time_lost import ARCHITECTURES, Setting, between, configur
 
 @pytest.mark.parametrize("parameters", ARCHITECTURES)
 def test_what_it_runs_is_a_configuration(parameters: str, tmp_path: Path) -> None:
-    setting = Setting(parameters, nodes=2, compile="true", micro_batch=4, precision="bfloat16")
+    setting = Setting(parameters, nodes=2, compile=True, micro_batch=4, precision="bfloat16")
     config = load_config(configuration(setting, "amqp://127.0.0.1/", tmp_path, ["n0", "n1"]), {})
     node = config.nodes["n1"]
     assert (node.compile, node.micro_batch, node.precision, node.seed) == (True, 4, "bfloat16", 1)

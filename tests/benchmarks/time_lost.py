@@ -2,7 +2,7 @@
 processes, as users start them.
 
     python -m tests.benchmarks.time_lost                       # one node, 10 M parameters, an update every 30 s
-    python -m tests.benchmarks.time_lost --parameters 110M --device cuda --precision bfloat16 --compile true --nodes 5
+    python -m tests.benchmarks.time_lost --parameters 110M --device cuda --precision bfloat16 --nodes 5
 
 Lost is what a node says is: seconds in which no step ran though one could have (see `node_service.time_spent`), by what
 was done instead, between two looks at the master's status. Where processors are shared, master, broker and the node's
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from common.durable import write_durably
 from common.errors import BrokerUnavailable, UserError
 from deploy.commands.display import console, share
 from deploy.commands.observe import observing
@@ -48,6 +49,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 #: How long a process may take to end.
 _END_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
+#: From one look to the next once figures are measured: each one costs the master something.
+_LATER_LOOK_SECONDS = 10.0
+_BEGUN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -60,49 +64,92 @@ class Setting:
     steps: int | None = None
     device: str = "cpu"
     precision: str = "float32"
-    compile: str = "auto"
+    compile: bool = False
     micro_batch: int | None = None
     batch: int = 16
     window: int = 32
     corpus: str = f"{_ROOT}/docs/*.md"
     checkpoint_every: float = 60.0
+    evaluate_every: int = 10
 
 
-def measured(setting: Setting, url: str, directory: Path, *, minutes: float, patience: float = 300.0) -> dict[str, Any]:
+def measured(
+    setting: Setting,
+    url: str,
+    directory: Path,
+    *,
+    minutes: float,
+    patience: float = 300.0,
+    each: Callable[[dict[str, Any]], None] = lambda figures: None,
+) -> dict[str, Any]:
     """Run for so long after every node has had an update counted; the figures of each node, plain for JSON.
 
+    Each look at the status on the way is in them as it was (`looks`: what nodes have counted since they began), and
+    `each` is handed what is known with it. The processes are killed in the end: nobody wants what they made.
     Raises RuntimeError with the last words of a process that failed, or if no update counts in `patience` seconds.
     """
     directory.mkdir(parents=True)
     names = [f"n{number}" for number in range(setting.nodes)]
     file = configuration(setting, url, directory, names)
+    begun = time.monotonic()
     processes = {"master": start(file, directory, "master")}
     processes |= {name: start(file, directory, "node", name) for name in names}
+    figures: dict[str, Any] = {"setting": asdict(setting), "looks": []}
+    first: _Look | None = None
     try:
-        deadline = time.monotonic() + patience
-        while not _all_have_returned(first := status(file), names):
-            _check(processes, directory, deadline)
-            time.sleep(_LOOK_SECONDS)
-        busy, idle = machine_seconds()
-        begun, until = time.monotonic(), time.monotonic() + 60.0 * minutes
-        while time.monotonic() < until:
-            _check(processes, directory)
-            time.sleep(min(_LOOK_SECONDS, max(0.0, until - time.monotonic())))
-        last, passed = status(file), time.monotonic() - begun
-        busy_after, idle_after = machine_seconds()
+        while True:
+            now = _look(file, names, begun)
+            figures["looks"].append(now.plain())
+            if first is None and all(member.returns for member in now.members.values()):
+                first = now
+            if first is not None and now.parameters:  # else there was no answer
+                figures |= _figures(first, now)
+            each(figures)
+            if first is not None and now.parameters and now.seconds - first.seconds >= 60.0 * minutes:
+                return figures
+            until = now.seconds + (_LOOK_SECONDS if first is None else _LATER_LOOK_SECONDS)
+            if first is not None and until > first.seconds + 60.0 * minutes > now.seconds:
+                until = first.seconds + 60.0 * minutes
+            while (passed := time.monotonic() - begun) < until:
+                _check(processes, directory, late=first is None and passed > patience)
+                time.sleep(min(_LOOK_SECONDS, until - passed))
     finally:
-        end(processes)
-    encoder = next(iter(last.encoders.values()))
+        end(processes, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """At the status, so many seconds after all was started."""
+
+    seconds: float
+    members: dict[str, MemberReport]
+    version: int
+    parameters: int
+    busy: float
+    idle: float
+
+    def plain(self) -> dict[str, Any]:
+        kept = {"note", "steps", "returns", "version", "step_seconds", "waiting_seconds", "lost_seconds"}
+        nodes = {name: member.model_dump(include=kept) for name, member in self.members.items()}
+        return {"seconds": round(self.seconds, 1), "version": self.version, "nodes": nodes}
+
+
+def _look(file: Path, names: list[str], begun: float) -> _Look:
+    report = status(file)
+    encoder = next(iter(report.encoders.values()), None)
+    version, parameters = (encoder.version or 0, encoder.parameters) if encoder is not None else (0, 0)
+    found = dict(zip(names, members(report, names), strict=True))
+    return _Look(time.monotonic() - begun, found, version, parameters, *machine_seconds())
+
+
+def _figures(first: _Look, last: _Look) -> dict[str, Any]:
+    busy, idle = last.busy - first.busy, last.idle - first.idle
     return {
-        "setting": asdict(setting),
-        "parameters": encoder.parameters,
-        "seconds": round(passed, 1),
-        "versions": encoder.version,
-        "machine_busy": round((busy_after - busy) / (busy_after - busy + idle_after - idle), 3),
-        "nodes": {
-            name: between(before, after)
-            for name, before, after in zip(names, members(first, names), members(last, names), strict=True)
-        },
+        "parameters": last.parameters,
+        "seconds": round(last.seconds - first.seconds, 1),
+        "versions": last.version,
+        "machine_busy": round(busy / (busy + idle), 3) if busy + idle else 0.0,
+        "nodes": {name: between(before, last.members[name]) for name, before in first.members.items()},
     }
 
 
@@ -152,10 +199,6 @@ def members(report: Report, names: list[str]) -> list[MemberReport]:
     return [members.get(name, MemberReport()) for name in names]
 
 
-def _all_have_returned(report: Report, names: list[str]) -> bool:
-    return all(member.returns for member in members(report, names))
-
-
 def status(file: Path) -> Report:
     """What the master says; nothing while it does not answer yet."""
     with contextlib.suppress(BrokerUnavailable, UserError), observing({}, file) as (observer, _, _):
@@ -169,17 +212,17 @@ def configuration(setting: Setting, url: str, directory: Path, names: list[str])
     # whatever bound is not named holds as it is by default, and the nearest counts
     when = f"steps = {setting.steps}" if setting.steps is not None else f"steps = {10**9}, seconds = {setting.seconds}"
     settings = ", ".join(f"{name} = {json.dumps(value)}" for name, value in architecture.items())
-    compiled = setting.compile if setting.compile in ("true", "false") else json.dumps(setting.compile)
     lines = [
         f'[broker]\nurl = "{url}"\nnamespace = "lost-{uuid.uuid4().hex[:8]}"',
         f'[master]\nstate_dir = "{directory}/master"',
         f'[encoder]\nget = "text"\nmin_nodes = {setting.nodes}\narchitecture = {{{settings}}}',
         "[stop]\nversions = 1000000",
-        f"[update]\nwhen = {{{when}}}\ninner = {{batch_size = {setting.batch}, lr = 3e-4}}",
+        f"[update]\nwhen = {{{when}}}\nevaluate_every = {setting.evaluate_every}\n"
+        f"inner = {{batch_size = {setting.batch}, lr = 3e-4}}",
     ]
     lines += [
         f'[nodes.{name}]\nstate_dir = "{directory}/{name}"\ndevice = "{setting.device}"\n'
-        f'precision = "{setting.precision}"\ncompile = {compiled}\n'
+        f'precision = "{setting.precision}"\ncompile = {json.dumps(setting.compile)}\n'
         + (f"micro_batch = {setting.micro_batch}\n" if setting.micro_batch else "")
         + f"seed = {number}\nalive_every_seconds = 1.0\ncheckpoint_every_seconds = {setting.checkpoint_every}\n"
         + f'corpus = {{path = {json.dumps(setting.corpus)}, documents = "paragraph"}}'
@@ -202,17 +245,16 @@ def start(file: Path, directory: Path, *arguments: str) -> subprocess.Popen[byte
         )
 
 
-def _check(processes: dict[str, subprocess.Popen[bytes]], directory: Path, deadline: float | None = None) -> None:
-    late = deadline is not None and time.monotonic() > deadline
+def _check(processes: dict[str, subprocess.Popen[bytes]], directory: Path, *, late: bool) -> None:
     for name, process in processes.items():
         if process.poll() is not None or late:
             words = (directory / f"{name}.log").read_text(errors="replace")[-1500:]
             raise RuntimeError(f"{name} {'is late' if process.poll() is None else 'has ended'}: {words}")
 
 
-def end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+def end(processes: dict[str, subprocess.Popen[bytes]], by: int = signal.SIGTERM) -> None:
     for process in reversed(processes.values()):
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(by)
     for process in processes.values():
         try:
             process.wait(_END_SECONDS)
@@ -239,22 +281,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of an update, in the place of --seconds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", choices=("auto", "true", "false"), default="auto")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--corpus", default=Setting.corpus, help="texts, as a node's corpus.path")
     parser.add_argument("--checkpoint-every", type=float, default=60.0)
+    parser.add_argument("--evaluate-every", type=int, default=10, help="versions, as in the rule; 0: never")
     parser.add_argument("--broker", help="address of a RabbitMQ; by default one is started")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures; whole after every look")
+    parser.add_argument("--logs", type=Path, help="folder that is not there yet, for what processes say and keep")
     chosen = vars(parser.parse_args())
-    minutes, url, json_file = (chosen.pop(name) for name in ("minutes", "broker", "json"))
+    minutes, url, json_file, logs = (chosen.pop(name) for name in ("minutes", "broker", "json", "logs"))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started ends with this
+    said = -_LATER_LOOK_SECONDS
+
+    def keep(figures: dict[str, Any]) -> None:
+        nonlocal said
+        if json_file is not None:
+            write_durably(json_file, json.dumps(figures, indent=1).encode())
+        now = figures["looks"][-1]
+        if now["seconds"] >= said + _LATER_LOOK_SECONDS or "nodes" in figures:
+            said = now["seconds"]
+            print(_in_a_line(now), flush=True)
+
     with tempfile.TemporaryDirectory() as folder, _broker(url, Path(folder)) as broker:
-        figures = measured(Setting(**chosen), broker, Path(folder) / "run", minutes=minutes)
-    show(figures, console())
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1))
+        print(f"the broker is up after {time.monotonic() - _BEGUN:.0f} s", flush=True)
+        figures = measured(Setting(**chosen), broker, logs or Path(folder) / "run", minutes=minutes, each=keep)
+        show(figures, console())
+
+
+def _in_a_line(look: dict[str, Any]) -> str:
+    nodes = "; ".join(
+        f"{name}: {node['steps']} steps in {node['step_seconds']:.1f} s, {node['returns']} updates, "
+        f"lost {sum(node['lost_seconds'].values()):.2f} s, waited {node['waiting_seconds']:.1f} s, {node['note']!r}"
+        for name, node in look["nodes"].items()
+    )
+    return f"{look['seconds']:.0f} s, version {look['version']}; {nodes}"
 
 
 if __name__ == "__main__":
