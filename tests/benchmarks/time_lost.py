@@ -209,8 +209,7 @@ def status(file: Path) -> Report:
 def configuration(setting: Setting, url: str, directory: Path, names: list[str]) -> Path:
     architecture = {**ARCHITECTURES[setting.parameters], "sequence_length": setting.window}
     architecture |= {"initializer_range": 0.02} if setting.parameters != "tiny" else {}
-    # whatever bound is not named holds as it is by default, and the nearest counts
-    when = f"steps = {setting.steps}" if setting.steps is not None else f"steps = {10**9}, seconds = {setting.seconds}"
+    when = f"steps = {setting.steps}" if setting.steps is not None else f"seconds = {setting.seconds}"
     settings = ", ".join(f"{name} = {json.dumps(value)}" for name, value in architecture.items())
     lines = [
         f'[broker]\nurl = "{url}"\nnamespace = "lost-{uuid.uuid4().hex[:8]}"',
