@@ -1,8 +1,8 @@
 """One moment of a node's training on disk, in one file: the new one whole, or the one before.
 
 The moment is that of the call: until it returns, all numbers are handed to the operating system, in a file beside, or
-those on a GPU are copied there. To get them onto the disk, and the file into its place, takes as long again or longer,
-and may be done beside training.
+copied from a GPU. To get them onto the disk, and the file into its place, takes as long again, and may be done beside
+training.
 
 `checkpoint.safetensors` holds the private tensors, the optimiser and data position, and while an encoder is being
 trained the path of its shared parameters, so that steps that were not handed in yet outlive the process. `pinned.json`
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,8 +34,6 @@ _FILE = "checkpoint.safetensors"
 AT_ONCE = AtOnce()
 #: Where the facts stand in the file's own metadata, so that they cannot disagree with its tensors.
 _FACTS = "facts"
-#: Copies stay on a GPU only if it has so many times their size free, beyond what training has ever taken.
-_ROOM = 2
 
 
 class PathFacts(BaseModel):
@@ -109,24 +105,26 @@ def write_tensors(
 ) -> None:
     """Replace a file of tensors, in groups, and what they are: written to a file of another name, synced, renamed.
 
-    The tensors may change once this returns. `beside` syncs and renames, and calls `then` after that; where some are on
-    a GPU, it also fetches and writes them all. Raises OSError, and what has ended the work that `beside` was given
-    before.
+    The tensors may change once this returns. `beside` syncs and renames, and calls `then` after that; what is on a GPU
+    has to be copied anyway, and is written by it too. Raises OSError, and what has ended the work that `beside` was
+    given before.
     """
     beside.wait()  # what it does is about a file of the same name
-    tensors = {f"{group}/{name}": tensor.detach() for group, named in groups.items() for name, tensor in named.items()}
+    copied = any(tensor.device.type != "cpu" for named in groups.values() for tensor in named.values())
+    tensors = {
+        f"{group}/{name}": tensor.detach().to("cpu", copy=copied).contiguous()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
     part = place.with_suffix(".part")
     reached("node before checkpoint")
     said = {_FACTS: facts.model_dump_json()}
-    fetch = None
-    if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        fetch = _copies(tensors)
-    else:
-        save_tensors(part, {name: tensor.contiguous() for name, tensor in tensors.items()}, said, synced=False)
+    if not copied:
+        save_tensors(part, tensors, said, synced=False)
 
     def put_in_place() -> None:
-        if fetch is not None:
-            save_tensors(part, fetch(), said, synced=False)
+        if copied:
+            save_tensors(part, tensors, said, synced=False)
         sync(part)
         reached("node during checkpoint")
         part.replace(place)
@@ -135,35 +133,6 @@ def write_tensors(
         then()
 
     beside.run(put_in_place)
-
-
-def _copies(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Copies of tensors as they are now. The function gives them on the CPU, once, in whatever thread it is called.
-
-    To copy on a GPU takes a hundredth of the time that fetching takes; so they are fetched in a stream of their own,
-    for which no step waits. Where that might take the room that a step needs, they are fetched now.
-    """
-    devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    if any(torch.cuda.mem_get_info(device)[0] < _ROOM * size for device in devices):
-        devices = set()
-    kept = {
-        name: tensor.clone() if tensor.device in devices else tensor.to("cpu", copy=True)
-        for name, tensor in tensors.items()
-    }
-    copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-
-    def fetched() -> dict[str, Tensor]:
-        with ExitStack() as streams:
-            for device in devices:
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                for event in copied:
-                    stream.wait_event(event)
-                streams.enter_context(torch.cuda.stream(stream))
-            # one by one: what was fetched leaves its room on the GPU to others
-            return {name: kept.pop(name).to("cpu").contiguous() for name in list(kept)}
-
-    return fetched
 
 
 def read_tensors(place: Path, kind: type[F], names: Sequence[str]) -> tuple[F, dict[str, dict[str, Tensor]]] | None:

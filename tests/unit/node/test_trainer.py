@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -206,18 +205,12 @@ class _Later(AtOnce):
         self.work.append(work)
 
 
-@pytest.mark.parametrize("room", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_checkpoint_is_of_the_moment_of_the_call_whenever_it_is_on_disk(
-    device: str, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40 if room else 0, 1 << 40))
+def test_a_checkpoint_is_of_the_moment_of_the_call_whenever_it_is_on_disk(device: str, tmp_path: Path) -> None:
     moving, later, place = torch.zeros(3, device=device), _Later(), tmp_path / "kept.safetensors"
     write_tensors(place, {"a": {"moving": moving, "count": torch.tensor(4)}}, _Facts(number=1), later)
     moving += 1.0
     assert read_tensors(place, _Facts, ["a"]) is None
-    thread = threading.Thread(target=later.work.pop())
-    thread.start()
-    thread.join()
+    later.work.pop()()
     facts, groups = read_tensors(place, _Facts, ["a"]) or (None, {})
     assert facts == _Facts(number=1) and groups["a"]["moving"].tolist() == [0.0] * 3 and groups["a"]["count"] == 4
