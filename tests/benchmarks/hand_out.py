@@ -27,13 +27,12 @@ from common.wire.broker import Delivery
 from common.wire.codec import received
 from common.wire.to_node import Notice
 from common.wire.topology import Topology
-from common.wire.transfer import payload_digest
-from master_service.arithmetic.arithmetic import Encoded
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
 from node_service.handover.reading import Reading, VersionRead
 from tests.benchmarks.party import forks
 from tests.benchmarks.raw import open_lean
+from tests.builders import encoded
 from tests.unit.scenario import DIGEST
 from tests.unit.stepped import instruction
 
@@ -114,11 +113,11 @@ def _written_by_a_master(url: str, parameters: int, readers: int) -> _Line:
         new_id=lambda: secrets.token_hex(8),
     )
     bodies = encode_vector(torch.full((parameters,), 0.5), "bfloat16")
-    encoded = Encoded(bodies, payload_digest(bodies))
+    version_bodies = encoded(bodies)
     names, size, written = [f"r{number}" for number in range(readers)], sum(map(len, bodies)), [0]
 
     def write(version: int) -> None:
-        publisher.version(Publish(_ENCODER, version, progress=0.0), 1, layout.digest, encoded)
+        publisher.version(Publish(_ENCODER, version, progress=0.0), 1, layout.digest, version_bodies)
         for name in names:
             publisher.send(name, Notice(encoder=_ENCODER, version=version, digest=DIGEST, published_at=0.0))
         written[0] += 1

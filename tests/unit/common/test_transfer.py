@@ -23,10 +23,9 @@ from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest
 from common.wire.versions import VersionReader, publish_version
-from master_service.arithmetic.arithmetic import Encoded
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
-from tests.builders import update_chunks, update_manifest
+from tests.builders import encoded, update_chunks, update_manifest
 from tests.integration.harness import eventually
 from tests.unit.scenario import DIGEST
 
@@ -317,7 +316,7 @@ def test_a_version_that_was_missed_is_not_written_again_a_moment_later(broker: M
         (Publish("text-1", 1, progress=0.0), 2),  # a training that goes on: with another progress
     ):
         if master.is_due(effect, 1):
-            master.version(effect, 1, layout.digest, Encoded([b"0" * 12], payload_digest([b"0" * 12])))
+            master.version(effect, 1, layout.digest, encoded([b"0" * 12]))
         arrived: list[Delivery] = []
         reader = broker.read_stream(TOPOLOGY.stream("text-1"), arrived.append, start="first", prefetch=10)
         eventually(lambda arrived=arrived, there=there: len(arrived) >= there)
