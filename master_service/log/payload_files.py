@@ -153,6 +153,18 @@ def _to_disk(handle: int, folder: Path) -> None:
     sync(folder)
 
 
+def _take_room(handle: int, size: int) -> None:
+    """Of the disk, for a file of so many bytes. Raises OSError if there is not enough. Where a file system or a C
+    library cannot do that, a full disk is met later, while the file is written."""
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
 class _IncomingFile:
     """Writes into a file beside the payloads, whose room is taken at once: what was begun can be ended."""
 
@@ -162,8 +174,7 @@ class _IncomingFile:
         self._digest = hashlib.sha256()
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._handle, 0, size)
+            _take_room(self._handle, size)
         except OSError:
             self.discard()
             raise

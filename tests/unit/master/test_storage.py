@@ -128,6 +128,16 @@ class TestFilePayloads(PayloadsCases):
             payloads.receive(1 << 55)
         assert list((tmp_path / "payloads/incoming").iterdir()) == []
 
+    def test_where_room_cannot_be_taken_beforehand_a_payload_comes_all_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unsupported(*_: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, "operation not supported")
+
+        monkeypatch.setattr(payload_files.os, "posix_fallocate", unsupported)
+        payloads = self.payloads(tmp_path)
+        assert payloads.read(payloads.write(b"whole")) == b"whole"
+
     def test_a_file_that_does_not_reach_the_disk_is_an_error_that_waiting_does_not_mend(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
