@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.numbers.encodings import Bytes, EncodedVector, piece_length, pieces
+from common.numbers.encodings import EncodedVector, piece_length, pieces
+from common.numbers.memory import Bytes
 from common.numbers.slicing import SLICE, EncodingName, block_count, encoded_size, slice_length
 
 #: Elements of the shortest vector for which it is worth its memory, about 100 MiB, and a second at the start.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.numbers.memory import Bytes
 from common.numbers.slicing import (
     BLOCK,
     SLICE,
@@ -36,8 +37,6 @@ PIECE = 1 << 17
 
 #: The largest scale with which no step is infinite.
 _LARGEST_SCALE = np.float32(np.finfo(np.float32).max / 128)
-
-Bytes = bytes | bytearray | memoryview
 
 
 def piece_length(device: torch.device) -> int:

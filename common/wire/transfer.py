@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import xxhash
 
 from common.errors import Poison
+from common.numbers.memory import Bytes, fresh
 from common.numbers.slicing import encoded_size, payload_size, slice_bytes, slice_count, slice_length
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.to_node import AssetChunk, ParameterChunk
@@ -112,9 +113,11 @@ class _Begun:
     """A version of which chunks have come: as soon as all before it are there, a chunk is put behind them and hashed,
     while it is in the processor's cache; what comes before its turn waits."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, size: int | None) -> None:
+        """`size`: bytes of all of them, if every chunk is known to be a slice of so long a payload."""
         self._chunks = chunks
-        self._payload = bytearray()
+        self._payload = bytearray() if size is None else fresh(size)
+        self._filled = 0
         self._digest = hashlib.sha256()
         self._slices = InOrder()
 
@@ -123,7 +126,9 @@ class _Begun:
         if chunk.chunks != self._chunks:
             raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
         for data in self._slices.take(chunk.index, chunk.data):
-            self._payload += data
+            # a bytearray that is too short grows
+            self._payload[self._filled : self._filled + len(data)] = data
+            self._filled += len(data)
             self._digest.update(data)
 
     @property
@@ -179,7 +184,9 @@ class VersionAssembly:
         if not self._counts(chunk):
             return None
         key = _key(chunk)
-        begun = self._begun.setdefault(key, _Begun(chunk.chunks))
+        begun = self._begun.get(key)
+        if begun is None:
+            begun = self._begun[key] = _Begun(chunk.chunks, None if self._elements is None else chunk.size)
         try:
             begun.add(chunk)
         except Poison:
@@ -217,7 +224,7 @@ def _check_length(chunk: ParameterChunk, elements: int) -> None:
 class CompleteVersion:
     """An encoded target parameter set as it was read from the stream; `head` is any of its chunks."""
 
-    def __init__(self, head: ParameterChunk, payload: bytes | bytearray) -> None:
+    def __init__(self, head: ParameterChunk, payload: Bytes) -> None:
         self.encoder = head.encoder
         self.epoch = head.epoch
         self.version = head.version

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.numbers.encodings import Bytes, decode_into, squares_of_steps
+from common.numbers.encodings import decode_into, squares_of_steps
+from common.numbers.memory import Bytes
 from common.numbers.slicing import SLICE, EncodingName, encoded_size, slice_count, slice_length
 
 #: Elements summed at once for a norm; a fixed block and a single thread give the same sum everywhere.
@@ -48,7 +49,11 @@ class Measurement:
         if self._encoding == "int8":
             self._total += squares_of_steps(body, count)
             return
-        for squares in squares_of(decode_into(body, self._room[:count], self._encoding).numpy()):
+        if self._encoding == "float32":
+            values = np.frombuffer(body, np.float32)
+        else:
+            values = decode_into(body, self._room[:count], self._encoding).numpy()
+        for squares in squares_of(values):
             self._total += squares
 
     def result(self) -> tuple[bool, float]:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from common.crash_points import reached
 from common.durable import sync
-from master_service.log.payloads import REMEMBERED, Bytes, Incoming
+from common.numbers.memory import Bytes
+from master_service.log.payloads import REMEMBERED, Incoming
 
 #: Where payloads lie that are still coming, below the folder `payloads`.
 _INCOMING = "incoming"

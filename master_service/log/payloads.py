@@ -7,10 +7,10 @@ import hashlib
 from collections import OrderedDict
 from typing import Protocol
 
+from common.numbers.memory import Bytes
+
 #: So many of the newest payloads are known to be whole without another look.
 REMEMBERED = 4096
-
-Bytes = bytes | bytearray | memoryview
 
 
 class Incoming(Protocol):

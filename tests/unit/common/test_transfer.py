@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, Poison
+from common.numbers import memory
+from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE
 from common.wire.broker import Delivery, Publication
@@ -96,6 +99,24 @@ def version_chunks(epoch: int, version: int, encoder: str = "text-1") -> list[Pa
         )
         for index, body in enumerate(bodies)
     ]
+
+
+def test_a_large_version_is_put_together_in_memory_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In huge pages where there are any, and in any order of its chunks."""
+    monkeypatch.setattr(memory, "_LARGE", 1)
+    size = SLICE + 3
+    bodies = encode_vector(torch.arange(size).float(), "float32")
+    plain = version_chunks(1, 1)[0].model_dump()
+    plain |= {"encoding": "float32", "chunks": 2, "size": 4 * size, "digest": payload_digest(bodies)}
+    chunks = [
+        ParameterChunk(**{**plain, "index": index, "checksum": checksum(body), "data": body})
+        for index, body in enumerate(bodies)
+    ]
+    for order in (chunks, [chunks[1], chunks[0], chunks[0]]):
+        assembly = VersionAssembly("text-1", DIGEST, elements=size)
+        [found] = [version for chunk in order if (version := assembly.add(chunk)) is not None]
+        assert bytes(found.payload) == b"".join(bodies) and len(found.payload) == 4 * size
+        assert torch.equal(decode_vector(found.payload, size, "float32"), torch.arange(size).float())
 
 
 # each entry: a version whose writer died after so many chunks (3: whole), and whether it then wrote it again
