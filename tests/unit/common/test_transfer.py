@@ -103,7 +103,7 @@ def version_chunks(epoch: int, version: int, encoder: str = "text-1") -> list[Pa
 
 def test_a_large_version_is_put_together_in_memory_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """In huge pages where there are any, and in any order of its chunks."""
-    monkeypatch.setattr(memory, "_LARGE", 1)
+    monkeypatch.setattr(memory, "LARGE", 1)
     size = SLICE + 3
     bodies = encode_vector(torch.arange(size).float(), "float32")
     plain = version_chunks(1, 1)[0].model_dump()
