@@ -34,7 +34,7 @@ faults: $(VENV)/.installed-dev rabbitmq
 one-member: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.benchmarks.one_member $(ARGS)
 
-# What communication costs, beside raw pika; tables here, JSON in bench.json.
+# What communication costs, beside raw pika; tables here, JSON in bench.json. ARGS="--runs 5": medians of five.
 bench: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from common.broker_url import Access, split
 from common.errors import UserError
@@ -36,7 +36,9 @@ class BrokerConfig(Section):
     `connect_timeout_seconds`: how long a command tries; `wait_seconds`: how long a master or a node does at its start,
     with pauses that grow, whether nobody answers or the account is refused. `accounts`: `required` if every party has
     an account of its own, so that what comes is taken from the account of whom it claims to be from and nobody else;
-    `open` if they share one, and everyone with the password is everyone."""
+    `open` if they share one, and everyone with the password is everyone. `replicas`: where the broker is a cluster, on
+    how many of its servers everything is kept, an odd number; the same for all parties, and for the whole of a
+    namespace's life, because RabbitMQ changes no queue's kind."""
 
     url: SecretStr = SecretStr(DEFAULT_URL)
     urls: tuple[SecretStr, ...] = ()
@@ -50,6 +52,14 @@ class BrokerConfig(Section):
     connect_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
     accounts: Literal["open", "required"] = "open"
+    replicas: Annotated[int, Field(ge=3, le=9)] | None = None
+
+    @field_validator("replicas")
+    @classmethod
+    def _odd(cls, replicas: int | None) -> int | None:
+        if replicas is not None and replicas % 2 == 0:
+            raise ValueError("an even number of replicas outlives no more servers than one less: take an odd one")
+        return replicas
 
     @model_validator(mode="after")
     def _key_with_certificate(self) -> BrokerConfig:

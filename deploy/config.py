@@ -110,6 +110,10 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
         config, explicit = FromFile(**given_flags), Explicit(**given_flags)
     except ValidationError as error:
         raise explained(error, Config, source) from None
+    if explicit.update.when.model_fields_set:
+        # bounds replace one another: who says seconds alone wants no update by the default's steps
+        update = config.update.model_copy(update={"when": explicit.update.when})
+        config = config.model_copy(update={"update": update})
     config._ignored = sorted(unknown)
     config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop)
     return config

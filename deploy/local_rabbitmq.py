@@ -36,15 +36,25 @@ def server_program(name: str = "rabbitmq-server") -> Path:
 class LocalRabbitMQ:
     """One server in `directory`. A context manager; `stop` and `start` keep the data, `kill` is SIGKILL."""
 
-    def __init__(self, directory: Path, *, settings: str = "", plugins: Sequence[str] = ()) -> None:
-        """`settings`: more lines of its configuration, in which TLS_PORT is a port of its own."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        settings: str = "",
+        plugins: Sequence[str] = (),
+        together: tuple[str, int] | None = None,
+    ) -> None:
+        """`settings`: more lines of its configuration, in which TLS_PORT is a port of its own. `together`: the cookie
+        and the port of the mapper (epmd) that it shares with the others of a cluster; whoever made them ends the
+        mapper, with `end_mapper`."""
         self._program = server_program()
         self._directory = directory
-        self.port = _free_port()
-        self.tls_port = _free_port()
-        self._distribution_port = _free_port()
-        self._epmd_port = _free_port()
-        self._node = f"shared-encoder-{self.port}@localhost"
+        self.port = free_port()
+        self.tls_port = free_port()
+        self._distribution_port = free_port()
+        self._own_mapper = together is None
+        cookie_words, self._epmd_port = together or (secrets.token_hex(16), free_port())
+        self.node = f"shared-encoder-{self.port}@localhost"
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "rabbitmq.conf").write_text(
@@ -57,7 +67,7 @@ class LocalRabbitMQ:
         cookie = directory / ".erlang.cookie"
         cookie.unlink(missing_ok=True)
         cookie.touch(0o600)
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(cookie_words)
         cookie.chmod(0o400)
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RABBITMQ_")},
@@ -65,7 +75,7 @@ class LocalRabbitMQ:
             "LC_ALL": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
-            "RABBITMQ_NODENAME": self._node,
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
@@ -77,6 +87,11 @@ class LocalRabbitMQ:
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not ended; whatever it is doing."""
+        return self._process is not None
 
     @property
     def url(self) -> str:
@@ -127,7 +142,7 @@ class LocalRabbitMQ:
     def ctl(self, *arguments: str, given: str = "") -> str:
         """Run rabbitmqctl against this server, with `given` as its input; gives what it prints. Raises
         CalledProcessError."""
-        command = [str(server_program("rabbitmqctl")), "-n", self._node, *arguments]
+        command = [str(server_program("rabbitmqctl")), "-n", self.node, *arguments]
         done = subprocess.run(command, env=self._environment, input=given, check=True, capture_output=True, text=True)
         return done.stdout
 
@@ -143,9 +158,8 @@ class LocalRabbitMQ:
             _signal_group(group, signal.SIGKILL)
             process.wait()
         _signal_group(group, signal.SIGKILL)
-        for pid in _started_with(self._epmd_port):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self._own_mapper:
+            end_mapper(self._epmd_port)
 
     def _answers(self) -> bool:
         """Whether it speaks AMQP: it answers a wrong greeting with the right one."""
@@ -165,6 +179,13 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         return  # all of it has ended
 
 
+def end_mapper(port: int) -> None:
+    """End the port mapper at this port, and whatever else was started with it."""
+    for pid in _started_with(port):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _started_with(port: int) -> list[int]:
     """What is left of the server: its Erlang port mapper is a daemon outside its session; found by its own port."""
     found = []
@@ -177,9 +198,9 @@ def _started_with(port: int) -> list[int]:
     return found
 
 
-def _free_port() -> int:
-    """Below those that systems give to outgoing connections: while the server is down, a client that tries to connect
-    to a port of theirs can be given that very port, and is then connected to itself."""
+def free_port() -> int:
+    """One that nobody has now. Below those that systems give to outgoing connections: while the server is down, a
+    client that tries to connect to a port of theirs can be given that very port, and is then connected to itself."""
     while True:
         port = 10_000 + secrets.randbelow(20_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

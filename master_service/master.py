@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -33,6 +34,7 @@ from master_service.decisions.state import State
 from master_service.history.state_directory import Journal, random_id
 from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
+from master_service.wire.arriving import Arrived
 from master_service.wire.inbox import identity, refusal, understood
 from master_service.wire.intake import CompleteUpdate, Intake
 from master_service.wire.outbox import Outbox
@@ -56,6 +58,8 @@ _INTAKE_BYTES = 64 * MIB
 _TURN_SECONDS = 0.02
 #: Whose update cannot be dealt with now is looked at again after so many seconds, or when the log has gone on.
 _HELD_SECONDS = 0.1
+#: How long a snapshot that is due waits for what is to leave, and how long it is before it is tried again, seconds.
+_DRAIN_SECONDS, _DRAIN_AGAIN_SECONDS = 0.5, 10.0
 #: A sender that was silent may send so many times what it may send in a second.
 _BURST = 5.0
 
@@ -109,7 +113,7 @@ class Master:
         self._pace = Pace(self._rates, topology, clock)
         self._held: deque[Delivery] = deque()
         self._blocked_at: float | None = None
-        self._pulse_at = 0.0
+        self._pulse_at = self._snapshot_again_at = 0.0
         #: When, and at which row of the log, updates that could not be dealt with were looked at last.
         self._released = 0.0, -1
 
@@ -157,8 +161,7 @@ class Master:
         if self._clock.monotonic() >= self._pulse_at:
             self._pulse_at = self._clock.monotonic() + PULSE_SECONDS
             self._publisher.pulse(self.state.epoch)
-        if self.journal.snapshot_due(self.config.snapshot_every_seconds) and self.recorder.settle():
-            self.snapshot()
+        self._snapshot_in_time()
         if self._publisher.bury_in() <= 0:
             self._publisher.bury()
         self._updates.look()
@@ -198,6 +201,16 @@ class Master:
             log=rows,
             snapshot=snapshot,
         )
+
+    def _snapshot_in_time(self) -> None:
+        """One that is due waits for what is to leave, and is not waited for where that takes long."""
+        if self._clock.monotonic() < self._snapshot_again_at:
+            return
+        if self.journal.snapshot_due(self.config.snapshot_every_seconds) and self.recorder.settle():
+            if self.outbox.drain(_DRAIN_SECONDS):
+                self.snapshot()
+            else:
+                self._snapshot_again_at = self._clock.monotonic() + _DRAIN_AGAIN_SECONDS
 
     def snapshot(self) -> None:
         """Write one now, once all that it stands for has left. Not after an error. Raises StorageBlocked while
@@ -341,13 +354,27 @@ class Master:
                     self._updates.hold()
             elif not self._coordinator.has_place(manifest):
                 self._updates.hold()
-            elif self._updates.has_room(manifest.size, self._intake_bytes()):
-                self._updates.fetch()
-            else:
+            elif not (self._updates.has_room(manifest.size, self._intake_bytes()) and self._fetch(manifest)):
                 return False
             if self._clock.monotonic() > until:
                 return True
         return False
+
+    def _fetch(self, manifest: UpdateManifest) -> bool:
+        """Begin to fetch the update whose turn it is, if there is room on the disk."""
+        size = self.state.encoders[manifest.encoder].size
+        try:
+            arrived = Arrived(
+                self.journal.receive_payload(manifest.size),
+                self._arithmetic.measurement(size, manifest.encoding),
+                keep=self.journal.keep_payload,
+                marked=partial(self.journal.attempts.at, _work(manifest)),
+            )
+        except StorageBlocked as error:
+            self.recorder.wait(error, lambda: self.journal.receive_payload(manifest.size).discard())
+            return False
+        self._updates.fetch(arrived)
+        return True
 
     def _incarnation(self, node: str) -> str | None:
         """As it has joined."""
@@ -398,23 +425,21 @@ class Master:
         """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = update.manifest
         if self._coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
+            update.arrived.discard()
             self._ask_again(self._updates.intake(manifest.node), "this attempt was looked at already")
             return
-        size = self.state.encoders[manifest.encoder].size
-        with self.journal.attempts.at(_work(manifest)):
-            measured = self._arithmetic.measure(update.payload, size, manifest.encoding)
         self.recorder.record(
             Todo(
                 manifest,
                 _delivery_id(manifest),
-                payload=update.payload,
-                measured=measured,
+                arrived=update.arrived,
                 work=_work(manifest),
                 deliveries=update.deliveries,
+                acked=self._updates.taken(manifest.node).close,
             ),
             more=True,
         )
-        self._done(manifest.node)
+        self._ask_for_later(manifest.node)
 
     def _ask_again(self, intake: Intake, why: str) -> None:
         """The node sends the chunks again as another attempt."""

@@ -54,6 +54,7 @@ from master_service.history.state_directory import Journal
 from master_service.making import Making
 from master_service.narration import events
 from master_service.status import Live
+from master_service.wire.arriving import Arrived
 from master_service.wire.publisher import Publisher
 
 log = structlog.get_logger()
@@ -65,15 +66,16 @@ ROOM_SECONDS = 0.5
 @dataclass(frozen=True)
 class Todo:
     """An entry to be logged and carried out. `work`: the name under which it is marked, in case it kills the master.
-    `payload` is stored first, and for an update `measured` says whether it is finite, and its norm; `deliveries` are
-    acked last."""
+    `payload` is stored first, or what of an update has `arrived` is kept; `deliveries` are acked last, and then `acked`
+    is called."""
 
     body: Loggable
     message_id: str | None = None
     payload: bytes | None = None
-    measured: tuple[bool, float] | None = None
+    arrived: Arrived | None = None
     work: str = ""
     deliveries: tuple[Delivery, ...] = ()
+    acked: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Recorder:
         self._clock = clock
         self._making = Making(self._fold.arithmetic.generated, journal.making, journal.background)
         self._todo: deque[Todo] = deque()
+        #: What could not be written and does not wait in `_todo`.
+        self._missing: Callable[[], None] | None = None
         self._held: list[_Held] = []
         self._try_again_at = 0.0
 
@@ -239,13 +243,10 @@ class Recorder:
 
     def _store(self, todo: Todo) -> tuple[str | None, UpdateFacts | None]:
         """Make a payload durable; its digest, and the facts of an update. Raises StorageBlocked."""
-        if todo.payload is None:
-            return None, None
-        digest = self.journal.write_payload(todo.payload)
-        if todo.measured is None:
-            return digest, None
-        finite, norm = todo.measured
-        return digest, UpdateFacts(digest=digest, size=len(todo.payload), finite=finite, norm=norm)
+        if todo.arrived is not None:
+            facts = todo.arrived.kept()
+            return facts.digest, facts
+        return None if todo.payload is None else self.journal.write_payload(todo.payload), None
 
     def _fold_in(self, entry: Entry, work: str) -> list[Effect]:
         """What an entry leads to. What is computed because of it is the next entry."""
@@ -281,6 +282,9 @@ class Recorder:
             bodies = [each.todo for each in held if isinstance(each.todo.body, UpdateManifest) == update]
             if deliveries := tuple(delivery for todo in bodies for delivery in todo.deliveries):
                 self.acknowledge(deliveries, update=update)
+            for todo in bodies:
+                if todo.acked is not None:
+                    todo.acked()
 
     def _send_out(self, effects: list[Effect]) -> None:
         """In order. Steps and generations are not sent: their outcomes are logged."""
@@ -313,8 +317,8 @@ class Recorder:
     def _publish(self, effect: Publish) -> None:
         state = self.state
         if self._publisher.is_due(effect, state.epoch):
-            bodies = self._fold.arithmetic.encoded(effect.encoder, self._config.encoding)
-            self._publisher.version(effect, state.epoch, state.encoders[effect.encoder].layout_digest, bodies)
+            encoded = self._fold.arithmetic.encoded(effect.encoder, self._config.encoding)
+            self._publisher.version(effect, state.epoch, state.encoders[effect.encoder].layout_digest, encoded)
 
     def _export(self, effect: Conclude) -> None:
         encoder = self.state.encoders[effect.encoder]
@@ -340,6 +344,11 @@ class Recorder:
 
     # --- a full disk, a ledger that another process holds ------------------------------------------------------------
 
+    def wait(self, error: StorageBlocked, missing: Callable[[], None]) -> None:
+        """Something could not be written: nothing is decided until `missing` can be done without a StorageBlocked."""
+        self._missing = missing
+        self._wait(error)
+
     def _wait(self, error: StorageBlocked) -> None:
         if not self.blocked:
             what = "the disk is full" if isinstance(error, StorageFull) else "the message log is held"
@@ -351,6 +360,13 @@ class Recorder:
         """Try again to write what waits; whether all of it is written."""
         if self._clock.monotonic() < self._try_again_at:
             return False
+        try:
+            if self._missing is not None:
+                self._missing()
+        except StorageBlocked as error:
+            self._wait(error)
+            return False
+        self._missing = None
         if not (self._drain() and self._settle()):
             return False
         self.blocked = ""

@@ -77,8 +77,18 @@ class MemberReport(_Part):
     held_out_version: int | None = Field(None, description="the version that this was measured with")
     note: str = Field("", description="what it does now, in its own words; empty: not heard by this master")
     waiting_seconds: float = Field(0.0, description="spent without training for want of the master, since it began")
+    step_seconds: float = Field(0.0, description="spent in training steps, since it began")
+    lost_seconds: dict[str, float] = Field(
+        default_factory=dict, description="in which no step ran though one could have, by what was done instead"
+    )
     bytes_sent: int = Field(0, description="by the node since it began; at least what its updates had")
     silent_seconds: float | None = Field(None, description="since its last message; None: not heard by this master")
+
+    @property
+    def lost_share(self) -> float | None:
+        """What share of the time in which steps could run was lost; None if no such time is known."""
+        lost = sum(self.lost_seconds.values())
+        return lost / (lost + self.step_seconds) if lost + self.step_seconds > 0 else None
 
 
 class EncoderReport(_Part):
@@ -133,17 +143,20 @@ class Live:
 
     last_seen: dict[str, float] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
+    #: Nobody who is present was seen before.
+    _oldest: float = float("inf")
     said: dict[str, Said] = field(default_factory=dict)
     poison: int = 0
 
     def seen(self, node: str, at: float) -> None:
         """Note that a node sent something."""
         self.last_seen[node] = at
+        self._oldest = min(self._oldest, at)
 
     def begin(self, node: str, present: bool, at: float) -> None:
         """Take over a node's presence from the log when the master starts; its silence counts from `at`."""
         if present:
-            self.last_seen[node] = at
+            self.seen(node, at)
         else:
             self.absent.add(node)
 
@@ -170,6 +183,9 @@ class Live:
 
     def transitions(self, now: float, timeout: float) -> Iterator[tuple[str, bool]]:
         """(node, present) for every node that has fallen silent for `timeout` seconds, or spoke again."""
+        if not self.absent and not now - self._oldest > timeout:
+            return  # with a thousand nodes this is asked more often than anything happens
+        self._oldest = min(self.last_seen.values(), default=float("inf"))
         for node, at in self.last_seen.items():
             silent = now - at > timeout
             if silent and node not in self.absent:
@@ -251,9 +267,20 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         held_out_version=held_out.version if held_out else None,
         note=said.note if said and live.trains(node, encoder) else "",
         waiting_seconds=said.waiting_seconds if said else 0.0,
+        step_seconds=said.step_seconds if said else 0.0,
+        lost_seconds=_lost(said) if said else {},
         bytes_sent=max(said.bytes_sent, member.payload_bytes) if said else member.payload_bytes,
         silent_seconds=now - live.last_seen[node] if node in live.last_seen else None,
     )
+
+
+def _lost(said: Alive) -> dict[str, float]:
+    return {
+        "hand-in": said.hand_in_seconds,
+        "adoption": said.adoption_seconds,
+        "checkpoint": said.checkpoint_seconds,
+        "other": said.other_seconds,
+    }
 
 
 def _held_out(member: Member, said: Alive | None) -> Measured | None:

@@ -19,10 +19,13 @@ class NodeConfig(Section):
     """One node. `corpus` may be one table or a list of them, at most one per encoder type.
 
     `device`: auto, cpu, cuda, cuda:1, mps. `precision`: bfloat16 is mixed precision (autocast), for GPUs that are fast
-    at it: parameters, optimiser and updates stay float32. `max_steps_per_second` leaves the machine to others. `get`
-    asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it is
-    away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for text:
-    see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
+    at it: parameters, optimiser and updates stay float32. `compile`: the model's loss is compiled (torch.compile),
+    which takes a minute or more before the first step. Where it fails, training goes on without.
+    `micro_batch`: at most so many samples of the rule's batch go through the model at once, for a memory that holds no
+    more; their gradients are added up, and the result is the same. `max_steps_per_second` leaves the machine to others.
+    `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it
+    is away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for
+    text: see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
     number there. `accept`: what its owner agrees to.
     """
 
@@ -32,6 +35,8 @@ class NodeConfig(Section):
     private: dict[str, Any] = Field(default_factory=dict)
     device: str = "auto"
     precision: Precision = "float32"
+    compile: bool = False
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
     get: str | None = None

@@ -87,6 +87,7 @@ class Ending:
             steps=training.steps,
             seconds=round(figures.training_seconds + figures.waiting_seconds, 1),
             step_seconds=round(figures.step_seconds, 1),
+            lost_seconds={what: round(seconds, 1) for what, seconds in figures.lost_seconds.items()},
         )
         self.finished = True
 

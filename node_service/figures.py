@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from common.wire.to_master import Alive
 from common.wire.to_node import Receipt
+
+#: What keeps a node from steps that could run. Other: reading messages, deciding, saying how it is.
+Lost = Literal["hand_in", "adoption", "checkpoint", "other"]
 
 
 @dataclass
 class NodeFigures:
     """Of the training of one `encoder`: nothing of another one is shown under it.
 
-    Seconds in which it could not train for want of the master count as waiting; all others as training, of which
-    `step_seconds` went into steps, and the rest into handing in, adopting versions and looking about. `waiting_since`,
-    in seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
+    Seconds in which it could not train for want of the master count as waiting. Of the others `step_seconds` went into
+    steps, pauses of a throttled node into nothing, and `lost_seconds` are the rest: a version is adopted with the
+    measurement that the rule wants of it. `training_seconds`: all but waiting, by the rule's clock. `waiting_since`, in
+    seconds since 1970, is when it began to wait for the master, while that lasts; away for long, it is trained on
     meanwhile. `bytes_before` were sent before this training. `held_out` is the newest measurement of a version by the
     validation samples. `turned_away`: messages that were not the master's, since the node started.
     `paused_until`: when its owner's hours let it train again ("22:00"); empty while they do.
@@ -33,6 +38,7 @@ class NodeFigures:
     waiting_seconds: float = 0.0
     training_seconds: float = 0.0
     step_seconds: float = 0.0
+    lost_seconds: dict[Lost, float] = field(default_factory=lambda: dict.fromkeys(get_args(Lost), 0.0))
     note: str = "starting"
     waiting_since: float | None = None
     encoder: str | None = None
@@ -41,6 +47,12 @@ class NodeFigures:
     held_out_version: int | None = None
     turned_away: int = 0
     paused_until: str = ""
+
+    @property
+    def lost_share(self) -> float | None:
+        """What share of the time in which steps could run was lost; None before any passed."""
+        lost = sum(self.lost_seconds.values())
+        return lost / (lost + self.step_seconds) if lost + self.step_seconds > 0 else None
 
     @property
     def doing(self) -> str:
@@ -56,7 +68,6 @@ class NodeFigures:
     def trained(self, steps: int, loss: float, seconds: float) -> None:
         """A step was taken: the count of all of them, the running mean loss, and how long this one took."""
         self.steps, self.loss = steps, loss
-        self.step_seconds += seconds
         rate = 1.0 / max(seconds, 1e-9)
         self.steps_per_second += 0.1 * (rate - self.steps_per_second) if self.steps_per_second else rate
 
@@ -79,6 +90,11 @@ class NodeFigures:
             steps_per_second=self.steps_per_second,
             loss=self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             waiting_seconds=self.waiting_seconds,
+            step_seconds=self.step_seconds,
+            hand_in_seconds=self.lost_seconds["hand_in"],
+            adoption_seconds=self.lost_seconds["adoption"],
+            checkpoint_seconds=self.lost_seconds["checkpoint"],
+            other_seconds=self.lost_seconds["other"],
             bytes_sent=max(0, bytes_out - self.bytes_before),
             note=self.doing,
             held_out=self.held_out,

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import assert_never
 
 import structlog
@@ -42,7 +43,7 @@ from node_service.agent import (
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.ending import Ending
-from node_service.figures import NodeFigures
+from node_service.figures import Lost, NodeFigures
 from node_service.handover.asset_cache import shown
 from node_service.handover.contributing import Contributions, answer, nothing
 from node_service.handover.handover import Handover
@@ -183,7 +184,8 @@ class Node:
         if self._agent.finishes(read.encoder, number, exact=read.exact):
             self._finish(training, read)
         elif self._agent.adopts(read.encoder, number, exact=read.exact):
-            training.adopt(read.version)
+            with self._aside(training, "adoption"):
+                training.adopt(read.version)
             self._measured(training)
             happened("version adopted", node=self.name, encoder=read.encoder, version=number)
         else:
@@ -203,16 +205,16 @@ class Node:
         waits_for = training if self._agent.rule is not None and not self._paused_until else None
         self._spent.look(waits_for, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
-        wait = IDLE_SECONDS
-        if training is not None and ready:
-            if now >= self._next_step_at:
-                self._next_step_at = now + self._train(training)
-            wait = max(0.0, self._next_step_at - self._clock.monotonic())
+        if training is not None and ready and now >= self._next_step_at:
+            self._next_step_at = now + self._train(training)
+            self._spent.until(self._next_step_at)
         self._keep_in_touch(now, ready)
         if training is not None and now - self._saved_at >= self._save_every and not self._beside.busy:
             self._saved_at = now
             self._save(training)
-        return wait
+        if training is None or not ready:
+            return IDLE_SECONDS
+        return max(0.0, self._next_step_at - self._clock.monotonic())
 
     def goodbye(self) -> None:
         """A clean end: hand in what was trained, save, leave. What cannot be sent is sent at the next start."""
@@ -276,8 +278,9 @@ class Node:
             if training.rule.wait:
                 return 0.0
         before = self._clock.monotonic()
-        with self._trials.step(training):
+        with self._spent.on("steps"), self._trials.step(training):
             took = training.step()
+        self.figures.step_seconds += took
         took += self._clock.monotonic() - before
         self.figures.trained(training.steps, training.since.loss_mean, took)
         if training.finishing is not None:
@@ -289,14 +292,25 @@ class Node:
         """What an event of a training is about."""
         return {"node": self.name, "encoder": training.instruction.encoder, "version": training.version}
 
+    @contextmanager
+    def _aside(self, training: Training, what: Lost) -> Iterator[None]:
+        """Inside, something is done with what is trained, and no step runs. A GPU works on what was given it after
+        the call has returned: waited for at both ends, its time is counted where it belongs."""
+        with self._spent.on("steps"):
+            training.settle()
+        with self._spent.on(what):
+            yield
+            training.settle()
+
     def _hand_in(self, training: Training, *, wants_version: bool) -> None:
-        sequence = self.state.next_sequence()
-        incarnation = self.state.identity.incarnation
-        since, bodies = training.hand_in(sequence)
-        manifest = update_manifest(
-            training, since, bodies, self.name, incarnation, sequence, wants_version=wants_version
-        )
-        self._handover.hand_over(manifest, bodies)
+        with self._aside(training, "hand_in"):
+            sequence = self.state.next_sequence()
+            incarnation = self.state.identity.incarnation
+            since, bodies = training.hand_in(sequence)
+            manifest = update_manifest(
+                training, since, bodies, self.name, incarnation, sequence, wants_version=wants_version
+            )
+            self._handover.hand_over(manifest, bodies)
         self._wait_until_version = training.version
         self.figures.handed_in += 1
         happened(
@@ -312,7 +326,8 @@ class Node:
 
     def _save(self, training: Training) -> None:
         identity, begun = self.state.identity, self._clock.monotonic()
-        training.save(identity.incarnation, identity.next_sequence)
+        with self._aside(training, "checkpoint"):
+            training.save(identity.incarnation, identity.next_sequence)
         self._saving_took = self._clock.monotonic() - begun
 
     @property
@@ -538,6 +553,7 @@ class Node:
         assert read.version is not None
         self._ending.begin(training, read.version)
         self.reading.forget(read.encoder)
+        self._spent.begin_again()
         self._measured(training)
         if training.held_out is not None and not self.outbox.problem:
             self.figures.version = training.version

@@ -27,6 +27,7 @@ from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
 from node_service.node import Node
+from node_service.training.ranks import Ranks
 from node_service.training.session import Session
 from node_service.training.trainer import choose_device
 from node_service.trials import Build
@@ -42,7 +43,7 @@ _FLUSH_SECONDS = 5.0
 class NodeService:
     """Runs until stopped, or until an encoder is finished if so configured. `on_change` is called between steps.
 
-    `build` makes the training; by default a real one in the state directory.
+    `build` makes the training; by default a real one in the state directory, with the other processes of `ranks`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class NodeService:
         *,
         clock: Clock = SYSTEM,
         build: Build | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.name = node
         self.config = config
@@ -67,6 +69,7 @@ class NodeService:
         self._on_change = on_change
         self._clock = clock
         self._build = build
+        self._ranks = ranks
         self._events: queue.SimpleQueue[Delivery | VersionRead | AssetRead | BaseException] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._closing = threading.Event()
@@ -80,7 +83,8 @@ class NodeService:
         """
         torch.set_num_threads(self.config.threads)
         directory = self.config.state_dir or Path("node-state") / self.name
-        build = self._build or partial(self._session, directory, choose_device(self.config.device))
+        device = self._ranks.device if self._ranks is not None else choose_device(self.config.device)
+        build = self._build or partial(self._session, directory, device)
         with contextlib.closing(open_local_state(directory, self.name)) as state:
             self.broker.lock(self.topology.node_lock(self.name), self._lost.set)
             self._serve(stop, state, build)
@@ -199,6 +203,9 @@ class NodeService:
             seed=self.config.seed,
             device=device,
             precision=self.config.precision,
+            compiled=self.config.compile,
+            micro_batch=self.config.micro_batch,
+            ranks=self._ranks,
             ledger=ledger,
             assets=assets,
             validation=corpus.validation,

@@ -1,22 +1,34 @@
-"""Where a node's time goes: to training, or to waiting for the master."""
+"""Where a node's time goes: to steps, to waiting for the master, or to what keeps it from steps."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 from common.clock import Clock
 from common.events import happened
-from node_service.figures import NodeFigures
+from node_service.figures import Lost, NodeFigures
 from node_service.training.training import Training
 
 
 class TimeSpent:
-    """Counts the seconds between two looks, in the figures of its node and in what the next update says."""
+    """Gives every second its place, in the figures of its node and in what the next update says.
+
+    A second is lost if no step runs in it though there are samples, and the master waits for nothing and is not waited
+    for. Until the moment that `until` names nothing is: a throttled node would have rested, a modelled one be training.
+    """
 
     def __init__(self, node: str, figures: NodeFigures, clock: Clock) -> None:
         self._node = node
         self._figures = figures
         self._clock = clock
         self._looked_at = clock.monotonic()
-        self._was_ready = False
+        #: Up to here every second has its place.
+        self._placed = self._looked_at
+        self._busy_until = self._looked_at
+        #: What the time since the last look goes to, as far as no work is named for it.
+        self._goes_to: Literal["training", "waiting", "nothing"] = "nothing"
 
     def look(self, training: Training | None, *, ready: bool, waits: bool) -> None:
         """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
@@ -26,25 +38,51 @@ class TimeSpent:
         """
         now = self._clock.monotonic()
         passed, self._looked_at = now - self._looked_at, now
-        was_ready, self._was_ready = self._was_ready, ready
-        if training is None:
-            self._wait_ended()
-            return
-        if was_ready:
-            training.since.seconds += passed
+        self._place_rest()
+        if self._goes_to == "training":
             self._figures.training_seconds += passed
-        else:
-            self._figures.waiting_seconds += passed
-        if not waits:
+            if training is not None:
+                training.since.seconds += passed
+        self._goes_to = "training" if ready else "waiting" if training is not None else "nothing"
+        if training is None or not waits:
             self._wait_ended()
         elif self._figures.waiting_since is None:
             self._figures.waiting_since = self._clock.now()
             about = {"encoder": training.instruction.encoder, "version": training.version}
             happened("waiting for the master", node=self._node, **about)
 
+    @contextmanager
+    def on(self, work: Literal["steps"] | Lost) -> Iterator[None]:
+        """Inside, the time goes to this."""
+        self._place_rest()
+        yield
+        passed, lost = self._since_placed()
+        if work == "steps":
+            self._figures.step_seconds += passed
+        else:
+            self._figures.lost_seconds[work] += lost
+
+    def until(self, moment: float) -> None:
+        """Nothing is lost before this moment of the clock, whatever is done."""
+        self._busy_until = moment
+
     def begin_again(self) -> None:
-        """What has passed since the last look was neither: a model was built, which takes a while."""
-        self._looked_at, self._was_ready = self._clock.monotonic(), False
+        """What has passed since the last look was none of it: a model was built, which takes a while."""
+        self._looked_at = self._placed = self._clock.monotonic()
+        self._goes_to = "nothing"
+
+    def _place_rest(self) -> None:
+        passed, lost = self._since_placed()
+        if self._goes_to == "training":
+            self._figures.lost_seconds["other"] += lost
+        elif self._goes_to == "waiting":
+            self._figures.waiting_seconds += passed
+
+    def _since_placed(self) -> tuple[float, float]:
+        """The seconds that have no place yet, and how many of them come after `until`."""
+        now, begun = self._clock.monotonic(), self._placed
+        self._placed = now
+        return now - begun, max(0.0, now - max(begun, self._busy_until))
 
     def _wait_ended(self) -> None:
         since, self._figures.waiting_since = self._figures.waiting_since, None

@@ -64,6 +64,7 @@ class Trials:
             return
         with self._state.guard.at(_trial(training.instruction.encoder, training.rule)):
             yield
+            training.settle()  # what a GPU cannot take is known only then
         self._tried = training.rule
 
 

@@ -11,6 +11,7 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import payload_size, slice_count
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.transfer import payload_digest, update_chunk
+from master_service.arithmetic.arithmetic import Encoded
 
 LAYOUT = Layout([("layer.weight", (4, 8)), ("layer.bias", (4,))])
 
@@ -42,6 +43,11 @@ def update_manifest(
     else:
         plain |= {"size": sum(map(len, bodies)), "chunks": len(bodies), "digest": payload_digest(bodies)}
     return UpdateManifest(**{**plain, **changes})
+
+
+def encoded(bodies: Sequence[bytes]) -> Encoded:
+    """A version of these slices, as it is published."""
+    return Encoded(list(bodies), payload_digest(bodies))
 
 
 def update_chunks(manifest: UpdateManifest, bodies: Sequence[bytes]) -> list[UpdateChunk]:

@@ -110,7 +110,8 @@ class MemoryServer:
 
     def forbidden(self, user: str, operation: Operation, name: str) -> str:
         """Why the user may not do this; empty if it may."""
-        if self._permissions.get(user, Permissions()).allow(operation, name):
+        permissions = self._permissions.get(user)
+        if permissions is None or permissions.allow(operation, name):
             return ""
         return f"ACCESS_REFUSED - {operation} access to '{name}' refused for user '{user}'"
 
@@ -389,7 +390,7 @@ class MemorySubscription:
     ) -> None:
         self.queue = queue
         self.on_delivery = on_delivery
-        self.closed = False
+        self.closed = self._stopped = False
         self.unacked: dict[int, _Message] = {}
         self._server = server
         self._prefetch = prefetch
@@ -399,7 +400,7 @@ class MemorySubscription:
     def has_ready(self) -> bool:
         """Whether `take` would give one; the server's lock is held."""
         queue = self._server.find(self.queue)
-        if self.closed or len(self.unacked) >= self._prefetch or queue is None or not queue.ready:
+        if self.closed or self._stopped or len(self.unacked) >= self._prefetch or queue is None or not queue.ready:
             return False
         return self._position is None or max(self._position, queue.ready[0].offset) < queue.next_offset
 
@@ -424,6 +425,10 @@ class MemorySubscription:
             offset=None if self._position is None else message.offset,
             handle=(self, tag),
         )
+
+    def stop(self) -> None:
+        with self._server.changed:
+            self._stopped = True
 
     def close(self) -> None:
         with self._server.changed:

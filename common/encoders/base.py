@@ -59,6 +59,16 @@ class EncoderModel(nn.Module, ABC):
     def batch(self, encoded: Any, size: int, generator: torch.Generator) -> Batch:
         """Draw `size` samples at random and corrupt them; a function of the generator's state alone."""
 
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch as `batch` gave it, with what can be worked out of it before it goes to the model's device: there,
+        whoever asks what a number is waits for all that is under way. `loss` takes either."""
+        return batch
+
+    def counted(self, batch: Batch) -> int:
+        """How many positions the loss of a batch, as `batch` gave it, is the mean of. By default the samples, which
+        will do where all of them have equally many. A batch that is too large is trained in pieces by it."""
+        return max((len(tensor) for tensor in batch.values() if tensor.ndim), default=0)
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The self-supervised loss of a batch: a scalar, mean over the masked positions (nats for text)."""

@@ -32,6 +32,8 @@ MODEL_METHODS = (
     "private_parameters",
     "encode",
     "batch",
+    "prepared",
+    "counted",
     "loss",
     "held_out_losses",
     "backward",
@@ -163,7 +165,7 @@ def _call(whose: str, method: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         found = call(*args, **kwargs)
     if method == "loss" and not _is_scalar(found):
         raise UserError(f"{whose}: its loss gave {_kind(found)}, not one number to descend; mend it")
-    if method in ("batch", "shared_parameters") and not _are_tensors(found):
+    if method in ("batch", "prepared", "shared_parameters") and not _are_tensors(found):
         raise UserError(f"{whose}: its {method} gave {_kind(found)}, not tensors by name; mend it")
     return found
 

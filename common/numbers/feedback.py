@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.numbers.compiled import kernels, part_of, slice_of, written_slice
 from common.numbers.encodings import EncodedVector, SliceEncoder, piece_length, pieces
-from common.numbers.slicing import EncodingName, slices
+from common.numbers.slicing import EncodingName, encoded_size, slices
 
 #: A parameter vector: float32 of shape (size,), or encoded and decoded where it is read.
 Point = Tensor | EncodedVector
@@ -109,6 +110,26 @@ class ErrorFeedback:
         gives what this update added to the residual, None if nothing can be lost."""
         if self.residual is None and encoding != "float32":
             self.residual = torch.zeros_like(local)
+        if (loops := kernels(local.device, local.numel())) is not None:
+            bodies = self._encoded(loops, before, local, after, encoding)
+        else:
+            bodies = self._encoded_by_torch(before, local, after, encoding)
+        if self.residual is None:
+            return bodies, None
+        return bodies, Left(before, after, EncodedVector(bodies, local.numel(), encoding))
+
+    def _encoded(self, loops: Any, before: Point, local: Tensor, after: Tensor, encoding: EncodingName) -> list[bytes]:
+        bodies, body = [], bytearray()
+        for index, (start, stop) in enumerate(slices(local.numel())):
+            if len(body) != (length := encoded_size(stop - start, encoding)):
+                body = bytearray(length)
+            residual = part_of(after if self.residual is None else self.residual, index)
+            places = part_of(local, index), part_of(after, index), self.residual is not None, residual
+            loops.hand_in(*slice_of(before, index), *places, *written_slice(body, stop - start, encoding))
+            bodies.append(bytes(body))
+        return bodies
+
+    def _encoded_by_torch(self, before: Point, local: Tensor, after: Tensor, encoding: EncodingName) -> list[bytes]:
         encoder, bodies, room = SliceEncoder(encoding, local.device), [], scratch(3, local.device)
         sizes = list(slices(local.numel()))
         for part in parts(local.numel(), local.device):
@@ -118,11 +139,7 @@ class ErrorFeedback:
             after[part.start : part.stop].copy_(local[part.start : part.stop])
             if part.stop == sizes[part.number][1]:
                 bodies.append(encoder.body())
-        if local.numel() == 0:
-            bodies.append(b"")
-        if self.residual is None:
-            return bodies, None
-        return bodies, Left(before, after, EncodedVector(bodies, local.numel(), encoding))
+        return bodies or [b""]
 
     def refused(self, left: Left | None) -> None:
         """The update that added this was not applied."""

@@ -108,6 +108,9 @@ OnDelivery = Callable[[Delivery], None]
 class Subscription(Protocol):
     """A running consumer."""
 
+    def stop(self) -> None:
+        """Deliver nothing more. What was delivered may still be acked; then `close`, which need not wait."""
+
     def close(self) -> None:
         """Stop. Deliveries that are not acked go back to the head of their queue, marked as redelivered."""
 

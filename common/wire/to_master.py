@@ -119,7 +119,8 @@ class Leave(NodeMessage):
 
 class Alive(NodeMessage):
     """A node's sign of life with what it is doing now; shown, never decided upon, not logged. `held_out` as in an
-    update's manifest."""
+    update's manifest. Of the time in which it could train, `step_seconds` went into steps, and it lost what went into
+    handing in, adopting versions, checkpoints and everything else."""
 
     kind: Literal["request.alive"] = "request.alive"
     encoder: Id | None = None
@@ -128,6 +129,11 @@ class Alive(NodeMessage):
     steps_per_second: Annotated[Amount, at_the_door(1e12)] = 0.0
     loss: Loss | None = None
     waiting_seconds: Seconds = 0.0
+    step_seconds: Seconds = 0.0
+    hand_in_seconds: Seconds = 0.0
+    adoption_seconds: Seconds = 0.0
+    checkpoint_seconds: Seconds = 0.0
+    other_seconds: Seconds = 0.0
     bytes_sent: Count = 0
     note: Text = ""
     held_out: HeldOut | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import UserError
 
@@ -31,7 +31,8 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A durable queue. Sizes in bytes, lengths in messages, times in seconds; `None` leaves the broker's default."""
+    """A durable queue. Sizes in bytes, lengths in messages, times in seconds; `None` leaves the broker's default.
+    `replicas`: on so many servers of a cluster."""
 
     name: str
     kind: QueueKind = "quorum"
@@ -40,6 +41,7 @@ class Queue:
     overflow: Literal["reject-publish", "drop-head"] | None = None
     expires: float | None = None
     segment_bytes: int | None = None
+    replicas: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,18 @@ class Topology:
     """Names of everything at the broker, all below one namespace, so that several federations share a vhost.
 
     `own_accounts`: every party has an account of its own, so that whose a message is can be told, and each may declare
-    what is its own and nothing else: the master declares the exchanges, what a node has was made for it (`made`)."""
+    what is its own and nothing else: the master declares the exchanges, what a node has was made for it (`made`).
+
+    `replicas`: on so many servers of a cluster every queue and stream is kept that outlives its party's connection.
+    None, for a broker that is one server: then what quorum queues are not needed for is kept in classic ones, which
+    cost less, and live on one server of a cluster: while that is away, whose chunk queue it has hands nothing in."""
 
     namespace: str = "shared-encoder"
     chunk_queue_bytes: int = 2048 * MIB
     inbox_expires: float = 7 * 24 * 3600.0
     dead_letter_bytes: int = 256 * MIB
     own_accounts: bool = False
+    replicas: int | None = None
     instruction: str = field(init=False)
     rule: str = field(init=False)
     receipt: str = field(init=False)
@@ -113,6 +120,11 @@ class Topology:
         for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter", "asset", "lock"):
             object.__setattr__(self, exchange, f"{self.namespace}.{exchange}")
         object.__setattr__(self, "dead_letters", f"{self.namespace}.dead-letters")
+
+    def _queue(self, name: str, kind: QueueKind = "quorum", **limits: Any) -> Queue:
+        """One that outlives the server it is on, if there are several."""
+        replicated = kind if self.replicas is None or kind == "stream" else "quorum"
+        return Queue(name, replicated, replicas=self.replicas, **limits)
 
     @property
     def master_inbox(self) -> str:
@@ -173,14 +185,14 @@ class Topology:
         streamed = (self.parameter, self.asset)
         return Declarations(
             exchanges=(*(Exchange(name) for name in (*names, *streamed)), Exchange(self.dead_letters)),
-            queues=(Queue(self.dead_letters, "classic", max_bytes=self.dead_letter_bytes, overflow="drop-head"),),
+            queues=(self._queue(self.dead_letters, "classic", max_bytes=self.dead_letter_bytes, overflow="drop-head"),),
             bindings=(Binding(self.dead_letters, self.dead_letters, "#"),),
         )
 
     def master(self) -> Declarations:
         """What the master needs: its two FIFO queues. It also declares the exchanges."""
         return self.exchanges() + Declarations(
-            queues=(Queue(self.master_inbox), Queue(self.master_updates)),
+            queues=(self._queue(self.master_inbox), self._queue(self.master_updates)),
             bindings=(
                 Binding(self.ack, self.master_inbox, "*"),
                 Binding(self.request, self.master_inbox, "*.*"),
@@ -205,9 +217,9 @@ class Topology:
         expires = None if self.own_accounts else self.inbox_expires
         return Declarations(
             queues=(
-                Queue(inbox, expires=expires),
-                Queue(chunks, "classic", max_bytes=self.chunk_queue_bytes, overflow="reject-publish"),
-                Queue(pulses, "classic", max_bytes=PULSE_QUEUE_BYTES, overflow="drop-head", expires=expires),
+                self._queue(inbox, expires=expires),
+                self._queue(chunks, "classic", max_bytes=self.chunk_queue_bytes, overflow="reject-publish"),
+                self._queue(pulses, "classic", max_bytes=PULSE_QUEUE_BYTES, overflow="drop-head", expires=expires),
             ),
             bindings=(
                 *(Binding(self.instruction, inbox, encoder_type) for encoder_type in types),
@@ -232,7 +244,7 @@ class Topology:
         segment = max(16 * MIB, version_bytes)
         stream = self.stream(encoder)
         return Declarations(
-            queues=(Queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
+            queues=(self._queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
             bindings=(Binding(self.parameter, stream, encoder),),
         )
 
@@ -243,6 +255,6 @@ class Topology:
         segment = max(16 * MIB, asset_bytes)
         stream = self.asset_stream(encoder)
         return Declarations(
-            queues=(Queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
+            queues=(self._queue(stream, "stream", max_bytes=8 * segment, segment_bytes=segment),),
             bindings=(Binding(self.asset, stream, encoder),),
         )

@@ -7,11 +7,12 @@ parameter set travels as `ParameterChunk`s on the encoder's stream, written once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import xxhash
 
 from common.errors import Poison
+from common.numbers.memory import Bytes, fresh
 from common.numbers.slicing import encoded_size, payload_size, slice_bytes, slice_count, slice_length
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.to_node import AssetChunk, ParameterChunk
@@ -51,17 +52,40 @@ def update_chunk(manifest: UpdateManifest, index: int, body: bytes) -> UpdateChu
     )
 
 
+class InOrder:
+    """Slices that come in any order and any number of times, given on each once and in their order. Those that follow
+    each other are not kept."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._early: dict[int, bytes] = {}
+
+    def take(self, index: int, body: bytes) -> Iterator[bytes]:
+        """What this slice makes follow, itself first; nothing while one before it is missing, or if it was here."""
+        if index < self.next:
+            return
+        self._early.setdefault(index, body)
+        while (following := self._early.pop(self.next, None)) is not None:
+            self.next += 1
+            yield following
+
+    @property
+    def came(self) -> int:
+        """How many different ones have come."""
+        return self.next + len(self._early)
+
+
 class UpdateAssembly:
-    """Collects the chunks of one manifest. What belongs to an older attempt is discarded, what is newer is not ours."""
+    """Puts the chunks of one manifest into their order. What belongs to an older attempt is discarded, what is newer is
+    not ours."""
 
-    def __init__(self, manifest: UpdateManifest, *, keep: bool = True) -> None:
-        """Without `keep` the chunks are counted and not stored."""
+    def __init__(self, manifest: UpdateManifest) -> None:
         self.manifest = manifest
-        self._keep = keep
-        self._bodies: dict[int, bytes] = {}
+        self._slices = InOrder()
 
-    def add(self, chunk: UpdateChunk) -> bool:
-        """Take a chunk if it belongs here; False if it belongs to another update or attempt. Raises Poison."""
+    def add(self, chunk: UpdateChunk) -> list[bytes] | None:
+        """Take a chunk: the slices whose turn it is by that, each once and in order. None if it belongs to another
+        update or attempt. Raises Poison."""
         verify(chunk)
         wanted = self.manifest
         if (chunk.node, chunk.encoder, chunk.incarnation, chunk.sequence, chunk.attempt) != (
@@ -71,20 +95,14 @@ class UpdateAssembly:
             wanted.sequence,
             wanted.attempt,
         ):
-            return False
+            return None
         if len(chunk.data) > slice_bytes(wanted.encoding):
             raise Poison("oversize", f"chunk {chunk.index} of {wanted.update_id} has {len(chunk.data)} bytes")
-        if chunk.index < wanted.chunks:
-            self._bodies[chunk.index] = chunk.data if self._keep else b""
-        return True
+        return list(self._slices.take(chunk.index, chunk.data)) if chunk.index < wanted.chunks else []
 
     @property
     def complete(self) -> bool:
-        return len(self._bodies) == self.manifest.chunks
-
-    def payload(self) -> bytes:
-        """The whole encoded update; only when complete."""
-        return b"".join(self._bodies[index] for index in range(self.manifest.chunks))
+        return self._slices.next == self.manifest.chunks
 
 
 #: Unfinished versions that are kept: two that masters left, and one that is being written.
@@ -95,29 +113,28 @@ class _Begun:
     """A version of which chunks have come: as soon as all before it are there, a chunk is put behind them and hashed,
     while it is in the processor's cache; what comes before its turn waits."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, size: int | None) -> None:
+        """`size`: bytes of all of them, if every chunk is known to be a slice of so long a payload."""
         self._chunks = chunks
-        self._payload = bytearray()
+        self._payload = bytearray() if size is None else fresh(size)
+        self._filled = 0
         self._digest = hashlib.sha256()
-        self._next = 0
-        self._early: dict[int, bytes] = {}
+        self._slices = InOrder()
 
     def add(self, chunk: ParameterChunk) -> None:
         """Take a chunk, once, however often it comes. Raises Poison if the chunks do not agree on how many they are."""
         if chunk.chunks != self._chunks:
             raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
-        if chunk.index < self._next:
-            return
-        self._early.setdefault(chunk.index, chunk.data)
-        while (data := self._early.pop(self._next, None)) is not None:
-            self._payload += data
+        for data in self._slices.take(chunk.index, chunk.data):
+            # a bytearray that is too short grows
+            self._payload[self._filled : self._filled + len(data)] = data
+            self._filled += len(data)
             self._digest.update(data)
-            self._next += 1
 
     @property
     def came(self) -> int:
         """How many of its chunks are here."""
-        return self._next + len(self._early)
+        return self._slices.came
 
     @property
     def lacks(self) -> int:
@@ -167,7 +184,9 @@ class VersionAssembly:
         if not self._counts(chunk):
             return None
         key = _key(chunk)
-        begun = self._begun.setdefault(key, _Begun(chunk.chunks))
+        begun = self._begun.get(key)
+        if begun is None:
+            begun = self._begun[key] = _Begun(chunk.chunks, None if self._elements is None else chunk.size)
         try:
             begun.add(chunk)
         except Poison:
@@ -205,7 +224,7 @@ def _check_length(chunk: ParameterChunk, elements: int) -> None:
 class CompleteVersion:
     """An encoded target parameter set as it was read from the stream; `head` is any of its chunks."""
 
-    def __init__(self, head: ParameterChunk, payload: bytes | bytearray) -> None:
+    def __init__(self, head: ParameterChunk, payload: Bytes) -> None:
         self.encoder = head.encoder
         self.epoch = head.epoch
         self.version = head.version

@@ -11,7 +11,8 @@ from common.wire.fields import FINITE, Positive
 
 
 class ReturnWhen(BaseModel):
-    """The node returns an update as soon as any given bound is reached since its last one.
+    """The node returns an update as soon as any given bound is reached since its last one. Those that a configuration
+    gives are all there are.
 
     `loss_change`: the running mean loss moved by this fraction. `drift`: ‖base − local‖ / ‖base‖ reached this ratio.
     """

@@ -57,7 +57,7 @@ class Target:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.config.broker.namespace, own_accounts=True)
+        return Topology(self.config.broker.namespace, own_accounts=True, replicas=self.config.broker.replicas)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -184,6 +184,8 @@ def _add(at: Target, role: Role, party: str, account: Account, out: Path, made: 
     version = at.server_version if admin is None else admin.server_version()
     wanted = parts.together(made(version), loads)
     section: dict[str, Any] = {"namespace": at.topology.namespace, "accounts": "required"}
+    if at.topology.replicas is not None:
+        section["replicas"] = at.topology.replicas
     if at.by_certificate:
         urls = tuple(without_account(url) for url in at.urls)
         section["account"] = account.name

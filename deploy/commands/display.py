@@ -62,6 +62,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def share(value: float | None) -> str:
+    """A part of a whole for people; a dash if it is not known."""
+    return "–" if value is None else f"{value:.1%}"
+
+
 def conditions(report: Report) -> list[str]:
     """What keeps the master from working, one line each; empty if nothing does."""
     lines = broker_conditions(report.broker)
@@ -109,6 +114,7 @@ def federation_tables(report: Report) -> list[Table]:
             "returns",
             "weight",
             "waited",
+            "lost",
             "sent",
         ):
             table.add_column(heading, justify="left" if heading == "node" else "right")
@@ -124,6 +130,7 @@ def federation_tables(report: Report) -> list[Table]:
                 str(member.returns),
                 number(member.last_weight),
                 f"{member.waiting_seconds:.0f} s",
+                share(member.lost_share),
                 size(member.bytes_sent),
             )
         tables.append(table)
@@ -241,7 +248,7 @@ class NodeDisplay:
             f"loss {number(figures.loss, 3)}, held-out {number(figures.held_out, 3)}, "
             f"version {figures.version}, {figures.accepted} updates counted"
             f" of {figures.handed_in} (last weight {figures.last_weight:.2f}, {figures.staleness} versions stale), "
-            f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s"
+            f"{size(broker.bytes_out)} sent, waited {figures.waiting_seconds:.0f} s, lost {share(figures.lost_share)}"
         )
         strangers = [f"{figures.turned_away} messages dropped that are not the master's"] if figures.turned_away else []
         text = ", ".join([text, *strangers, *broker_conditions(broker)])

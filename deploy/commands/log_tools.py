@@ -23,7 +23,7 @@ from deploy.commands.progress import counting
 from deploy.logging import configure_logging
 from master_service.log.jsonl import export_log, is_export, opened
 from master_service.log.message_log import Row, open_log
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 
 if TYPE_CHECKING:
     from master_service.history.audit import Audit

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ from node_service.config import NodeConfig
 if TYPE_CHECKING:
     from common.wire.broker import Broker
     from node_service.corpus.corpus import Corpus
+    from node_service.training.ranks import Ranks
 
 log = structlog.get_logger()
 
@@ -114,12 +118,17 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
     warn_of_ignored(config)
     check_node_id(name)
     node_config = config.nodes.get(name) or NodeConfig()
+    follows = os.environ.get("RANK", "0") != "0"  # of `torchrun`'s processes, one that is not the node itself
     state_dir = node_config.state_dir or Path("node-state") / name
-    check_writable(state_dir, state_dir)
-    if node_config.export_dir is not None:
-        check_export_directory(node_config.export_dir)
+    if not follows:
+        check_writable(state_dir, state_dir)
+        if node_config.export_dir is not None:
+            check_export_directory(node_config.export_dir)
     corpora = load_corpora(name, node_config, file)
     topology = topology_of(config)
+    if follows:
+        _follow(node_config, corpora)
+        return
     broker = awaited(config, topology, f"node {name}")
     try:
         with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
@@ -128,10 +137,45 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
             from node_service.service import NodeService
         stop = threading.Event()
         threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
-        with stop_on_signals(stop), NodeDisplay(name, quiet=config.log.json_lines) as display:
-            NodeService(name, node_config, corpora, broker, topology, on_change=display.update).run(stop)
+        with (
+            stop_on_signals(stop),
+            _leading(node_config) as ranks,
+            NodeDisplay(name, quiet=config.log.json_lines) as display,
+        ):
+            NodeService(name, node_config, corpora, broker, topology, on_change=display.update, ranks=ranks).run(stop)
     finally:
         broker.close()
+
+
+@contextlib.contextmanager
+def _leading(config: NodeConfig) -> Iterator[Ranks | None]:
+    """Inside, this process is the first of those that `torchrun` started, which end with it; None if it did not."""
+    from node_service.training.following import stop
+    from node_service.training.ranks import Ranks
+
+    ranks = Ranks.started(config.device)
+    try:
+        yield ranks
+    finally:
+        if ranks is not None:
+            with contextlib.suppress(UserError):  # they have ended, and why was said
+                stop(ranks)
+            ranks.close()
+
+
+def _follow(config: NodeConfig, corpora: dict[str, Corpus]) -> None:
+    """As another process of a node: train along until the first one ends, which is the one that signals are for."""
+    from node_service.training.following import follow
+    from node_service.training.ranks import Ranks
+
+    ranks = Ranks.started(config.device)
+    assert ranks is not None, "a rank above 0 is one of several"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        follow(ranks, config, corpora)
+    finally:
+        ranks.close()
 
 
 def awaited(
@@ -165,7 +209,8 @@ def warn_of_open_accounts(config: Config) -> None:
 
 def topology_of(config: Config) -> Topology:
     """The names of this federation, and whether each party declares only what is its own."""
-    return Topology(config.broker.namespace, own_accounts=config.broker.accounts == "required")
+    broker = config.broker
+    return Topology(broker.namespace, own_accounts=broker.accounts == "required", replicas=broker.replicas)
 
 
 def connect(config: Config, topology: Topology, client_name: str, *, master: bool = False) -> Broker:

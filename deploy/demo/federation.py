@@ -61,7 +61,7 @@ class Federation:
 def over_rabbitmq(config: Config, file: Path, logs: Path) -> Iterator[Federation]:
     """Processes over the RabbitMQ of the configuration. What an earlier run left of this namespace is removed first,
     and everything of this one at the end."""
-    topology = Topology(config.broker.namespace)
+    topology = Topology(config.broker.namespace, replicas=config.broker.replicas)
 
     def start(name: str) -> Party:
         arguments = ["master"] if name == "master" else ["node", name]

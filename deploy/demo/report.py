@@ -79,6 +79,8 @@ def write_report(
             "samples": member.samples,
             "bytes_sent": member.bytes_sent,
             "waiting_seconds": member.waiting_seconds,
+            "step_seconds": member.step_seconds,
+            "lost_seconds": member.lost_seconds,
         }
     summary = {
         "domains": figures,
@@ -121,7 +123,7 @@ def print_figures(figures: Figures) -> None:
 def print_nodes(summary: dict[str, Any]) -> None:
     """Print a table with the updates, weights and traffic of each node."""
     table = Table(title="nodes and traffic", title_justify="left")
-    for heading in ("node", "samples", "steps", "returns", "weight, mean", "weight, sum", "sent", "waited"):
+    for heading in ("node", "samples", "steps", "returns", "weight, mean", "weight, sum", "sent", "waited", "lost"):
         table.add_column(heading, justify="left" if heading == "node" else "right")
     for name, node in summary["nodes"].items():
         table.add_row(
@@ -133,6 +135,7 @@ def print_nodes(summary: dict[str, Any]) -> None:
             number(node["weight"]),
             size(node["bytes_sent"]),
             f"{node['waiting_seconds']:.1f} s",
+            f"{sum(node['lost_seconds'].values()):.1f} s",
         )
     console().print(table)
     console().print(

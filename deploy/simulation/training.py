@@ -124,6 +124,9 @@ class ModelledTraining:
         took, self._measured = self._seconds + self._measured, 0.0
         return took
 
+    def settle(self) -> None:
+        """A step is taken at once; it is its time that passes later."""
+
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None, "a node trains from a version"
         since, self.since = self.since, self.since.returned()

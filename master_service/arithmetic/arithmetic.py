@@ -34,12 +34,30 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A vector slice by slice, and the sha256 of all of them, hexadecimal."""
+
+    bodies: list[bytes]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a step or a generation led to, as a record for the log; version 0 comes with its float32 bytes, an asset
     with its own."""
 
     body: Versioned | StepFailed | Gathering | Provided | Generated | GenerationFailed
     payload: bytes | None = None
+
+
+class Measuring(Protocol):
+    """Looks at an encoded vector, slice by slice."""
+
+    def add(self, body: bytes) -> None:
+        """The slice that comes next."""
+
+    def result(self) -> tuple[bool, float]:
+        """(finite, L2 norm); (False, 0) if a slice or the whole is not as long as it must be."""
 
 
 class Arithmetic(Protocol):
@@ -54,15 +72,15 @@ class Arithmetic(Protocol):
     def digest(self, encoder: str) -> str:
         """sha256 of the current version's float32 bytes, hexadecimal."""
 
-    def measure(self, payload: bytes, size: int, encoding: EncodingName) -> tuple[bool, float]:
-        """(finite, L2 norm) of an encoded vector of `size` elements; (False, 0) if its length does not fit."""
+    def measurement(self, size: int, encoding: EncodingName) -> Measuring:
+        """To look at an encoded vector of `size` elements while it comes."""
 
     def generated(self, effect: Generate) -> list[Outcome]:
         """Make version 0 of an encoder: its assets first, then the encoder itself; or that it is made of words
         that are to be gathered, or why it cannot be made."""
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
-        """The current version, slice by slice, as it is published."""
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+        """The current version as it is published."""
 
     def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:
         """Write the current version for transformers' Auto classes, and a card that says by which settings it was made.

@@ -23,7 +23,7 @@ def outer_step(target: Tensor, gradient: Tensor, momentum: Tensor | None, rule: 
             gradient.add_(momentum * rule.momentum)
         else:
             gradient.copy_(momentum)
-    target.sub_(gradient.mul_(rule.lr))
+    target.sub_(gradient if rule.lr == 1.0 else gradient.mul_(rule.lr))
 
 
 def new_momentum(size: int, rule: OuterOptimizer) -> Tensor | None:

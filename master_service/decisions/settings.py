@@ -159,8 +159,9 @@ def settings_of_start(
 def merged(logged: Settings, given: Mapping[str, Any]) -> Settings:
     """The logged settings, overlaid with what is given.
 
-    A number that is given changes that number alone, with two exceptions, which read as they do at a first start: a
-    preset is a whole rule, to which the other numbers given are changes; and the limits given are all limits there are.
+    A number that is given changes that number alone, with three exceptions, which read as they do at a first start: a
+    preset is a whole rule, to which the other numbers given are changes; the limits given are all limits there are; and
+    so are the bounds of `update.when`.
     Raises UserError for an unknown preset, ValidationError for a value out of its range.
     """
     if not given:
@@ -174,6 +175,8 @@ def merged(logged: Settings, given: Mapping[str, Any]) -> Settings:
             plain["rule"] = aggregation_rule(value["preset"], changes).model_dump()
         else:
             plain[name] = _overlaid(plain[name], value)
+            if name == "update_rule" and value.get("when"):
+                plain[name]["when"] = value["when"]
     return Settings.model_validate(plain)
 
 

@@ -14,7 +14,7 @@ from common.errors import SharedEncoderError
 from master_service.history.snapshot import kept_snapshots, usable_snapshots
 from master_service.log.ledger import LEDGER
 from master_service.log.message_log import open_log
-from master_service.log.payloads import FilePayloads
+from master_service.log.payload_files import FilePayloads
 
 #: While a copy is made a master may drop payloads and replace snapshots: then what is missing is copied again.
 _ROUNDS = 5

@@ -18,7 +18,7 @@ from master_service.decisions.records import Repaired
 from master_service.history.snapshot import Manifest, read_snapshot, whole_snapshots
 from master_service.log.ledger import LEDGER
 from master_service.log.message_log import Row, open_log
-from master_service.log.payloads import FilePayloads
+from master_service.log.payload_files import FilePayloads
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from master_service.history.retention import prune
 from master_service.history.snapshot import SnapshotDirectory, Snapshots
 from master_service.log.deadly import Attempts, FileMark, Mark, MemoryMark
 from master_service.log.message_log import MessageLog, open_log
+from master_service.log.payloads import Incoming
 from master_service.log.room import Room, free_bytes, is_full
 from master_service.status import DiskReport, LogReport, SnapshotReport
 
@@ -117,6 +118,14 @@ class Journal:
     def write_payload(self, payload: bytes) -> str:
         """Store a payload durably; gives its digest. Raises StorageBlocked."""
         return self._room.write(lambda: self.log.write_payload(payload))
+
+    def receive_payload(self, size: int) -> Incoming:
+        """A payload of so many bytes will come. Raises StorageBlocked if there is no room for all of it."""
+        return self._room.write(lambda: self.log.payloads.receive(size))
+
+    def keep_payload(self, incoming: Incoming) -> str:
+        """All of it has come: gives its digest. Durable with the next `commit`. Raises StorageBlocked."""
+        return self._room.write(lambda: self.log.keep_payload(incoming))
 
     def drop_refused(self, payload: str) -> None:
         """Forget the payload of an update that is refused, unless another entry with the same bytes needs it. While the

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from common.errors import Damaged, UserError
 from master_service.decisions.records import Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
 from master_service.log.ledger import LEDGER, opened_to_read, opened_to_write
-from master_service.log.payloads import FilePayloads, Payloads
+from master_service.log.payload_files import FilePayloads
+from master_service.log.payloads import Incoming, Payloads
 
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
@@ -95,6 +96,8 @@ def open_log(directory: Path, *, read_only: bool = False, before: str = "", last
     db = (opened_to_read if read_only else opened_to_write)(directory / LEDGER)
     try:
         payloads = FilePayloads(directory / "payloads", lasting=lasting)
+        if not read_only:
+            payloads.forget_incoming()
         return MessageLog(db, payloads, directory, read_only=read_only, before=before, lasting=lasting)
     except BaseException:
         db.close()
@@ -221,6 +224,7 @@ class MessageLog:
         """Make durable what was appended together. After an error nothing of it is, and it may be tried again."""
         if not self._group and not self._db.in_transaction:
             return
+        self.payloads.settle()
         self._begin()
         try:
             self._db.execute("COMMIT")
@@ -360,7 +364,13 @@ class MessageLog:
 
     def write_payload(self, payload: bytes) -> str:
         """Store a payload durably and give its digest; it counts as dropped no more."""
-        digest = self.payloads.write(payload)
+        return self._stored(self.payloads.write(payload))
+
+    def keep_payload(self, incoming: Incoming) -> str:
+        """The same with one that has come piece by piece; it is durable with the next `commit`."""
+        return self._stored(incoming.keep())
+
+    def _stored(self, digest: str) -> str:
         self._db.execute("DELETE FROM dropped WHERE payload = ?", (digest,))
         return digest
 

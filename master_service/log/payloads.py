@@ -1,14 +1,30 @@
-"""The payloads of the message log: immutable, and named by the sha256 of what is in them. In files, or in memory."""
+"""The payloads of the message log: immutable, and named by the sha256 of what is in them. What every store of them can
+do, and the one in memory; the one on disk is in `payload_files`."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from pathlib import Path
+from collections import OrderedDict
 from typing import Protocol
 
-from common.crash_points import reached
-from common.durable import sync
+from common.numbers.memory import Bytes
+
+#: So many of the newest payloads are known to be whole without another look.
+REMEMBERED = 4096
+
+
+class Incoming(Protocol):
+    """A payload that comes piece by piece."""
+
+    def add(self, piece: Bytes) -> None:
+        """What comes next of it."""
+
+    def keep(self) -> str:
+        """All has come: give it its name, the digest, which is returned. Durable with the next `settle`. Raises OSError
+        if it cannot be done now; then it may be tried again."""
+
+    def discard(self) -> None:
+        """Forget what has come. Nothing happens after `keep`."""
 
 
 class Payloads(Protocol):
@@ -17,11 +33,22 @@ class Payloads(Protocol):
     def write(self, payload: bytes) -> str:
         """Store durably and give the digest; what is there already, and whole, is not written again."""
 
+    def receive(self, size: int) -> Incoming:
+        """A payload of so many bytes will come. Raises OSError, at once, if there is no room for all of it."""
+
+    def settle(self) -> None:
+        """Wait until all that was kept is durable. Raises OSError if it cannot be made so: then it never will be."""
+
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
         """The payload, or `length` bytes of it from `start`, unchecked. Raises FileNotFoundError."""
 
-    def damage(self, digest: str) -> str | None:
-        """What is wrong with a payload: "missing", or "damaged" if it is not the bytes of its name; None if whole."""
+    def read_into(self, digest: str, start: int, out: bytearray) -> None:
+        """Fill `out` with the bytes from `start` on, unchecked. Raises FileNotFoundError, ValueError if it ends
+        before."""
+
+    def damage(self, digest: str, *, again: bool = True) -> str | None:
+        """What is wrong with a payload: "missing", or "damaged" if it is not the bytes of its name; None if whole.
+        `again` False: what this object has hashed, and nobody has touched since, is not read once more."""
 
     def size(self, digest: str) -> int:
         """Bytes; 0 if it is not there."""
@@ -33,84 +60,26 @@ class Payloads(Protocol):
         """The digests of everything that is here."""
 
 
-def payload_path(directory: Path, digest: str) -> Path:
-    """Where the file of a payload is, or would be, below the folder `payloads`."""
-    return directory / digest[:2] / digest
-
-
-class FilePayloads:
-    """A file each, whole or not there: it is synced before it gets its name. `lasting` False: nothing is synced, for a
-    log that may be lost with the machine."""
-
-    def __init__(self, directory: Path, *, lasting: bool = True) -> None:
-        self._directory = directory
-        self._lasting = lasting
-        if directory.exists():
-            self._sync(directory)  # a folder that was made in it just before a power cut
-
-    def write(self, payload: bytes) -> str:
-        digest = hashlib.sha256(payload).hexdigest()
-        path = self._path(digest)
-        if path.exists() and self.damage(digest) is None:
-            return digest
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-            for directory in (self._directory, self._directory.parent):
-                self._sync(directory)
-        beside = path.with_suffix(".part")
-        with beside.open("wb") as file:
-            file.write(payload)
-            if self._lasting:
-                file.flush()
-                os.fsync(file.fileno())
-        reached("payload before rename")
-        beside.replace(path)
-        self._sync(path.parent)
-        return digest
-
-    def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
-        with self._path(digest).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
-
-    def damage(self, digest: str) -> str | None:
-        try:
-            with self._path(digest).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            return "missing"
-        return None if found == digest else "damaged"
-
-    def size(self, digest: str) -> int:
-        try:
-            return self._path(digest).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def remove(self, digest: str) -> None:
-        self._path(digest).unlink(missing_ok=True)
-
-    def stored(self) -> set[str]:
-        return {path.name for path in self._directory.glob("??/*") if path.suffix != ".part"}
-
-    def _path(self, digest: str) -> Path:
-        return payload_path(self._directory, digest)
-
-    def _sync(self, path: Path) -> None:
-        if self._lasting:
-            sync(path)
-
-
 class MemoryPayloads:
     """In a mapping, which outlives this object if it is somebody else's."""
 
     def __init__(self, content: dict[str, bytes] | None = None) -> None:
         self.content = {} if content is None else content
+        #: What was hashed here: the very object.
+        self._whole: OrderedDict[str, bytes] = OrderedDict()
 
     def write(self, payload: bytes) -> str:
         digest = hashlib.sha256(payload).hexdigest()
-        self.content[digest] = payload
+        self.content[digest] = self._whole[digest] = payload
+        while len(self._whole) > REMEMBERED:
+            self._whole.popitem(last=False)
         return digest
+
+    def receive(self, size: int) -> Incoming:
+        return _IncomingBytes(self)
+
+    def settle(self) -> None:
+        """What is in memory lasts as long as that."""
 
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
         if digest not in self.content:
@@ -118,9 +87,17 @@ class MemoryPayloads:
         payload = self.content[digest]
         return payload[start:] if length < 0 else payload[start : start + length]
 
-    def damage(self, digest: str) -> str | None:
+    def read_into(self, digest: str, start: int, out: bytearray) -> None:
+        read = self.read(digest, start, len(out))
+        if len(read) != len(out):
+            raise ValueError(f"payload {digest} ends before {start + len(out)} bytes")
+        out[:] = read
+
+    def damage(self, digest: str, *, again: bool = True) -> str | None:
         if digest not in self.content:
             return "missing"
+        if not again and self._whole.get(digest) is self.content[digest]:
+            return None
         return None if hashlib.sha256(self.content[digest]).hexdigest() == digest else "damaged"
 
     def size(self, digest: str) -> int:
@@ -131,3 +108,18 @@ class MemoryPayloads:
 
     def stored(self) -> set[str]:
         return set(self.content)
+
+
+class _IncomingBytes:
+    def __init__(self, payloads: MemoryPayloads) -> None:
+        self._payloads = payloads
+        self._pieces: list[Bytes] = []
+
+    def add(self, piece: Bytes) -> None:
+        self._pieces.append(piece)
+
+    def keep(self) -> str:
+        return self._payloads.write(b"".join(self._pieces))
+
+    def discard(self) -> None:
+        self._pieces = []

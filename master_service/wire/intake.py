@@ -7,7 +7,7 @@ Those of an update that does not count are thrown away, so that they do not fill
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.clock import Clock
 from common.errors import Poison
@@ -17,6 +17,7 @@ from common.wire.codec import received
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly
+from master_service.wire.arriving import Arrived
 
 #: Chunks in flight while they are thrown away.
 _DISCARD_PREFETCH = 4
@@ -29,7 +30,7 @@ class CompleteUpdate:
     """An update whose chunks are all here. `deliveries` are to be acked once it is durable."""
 
     manifest: UpdateManifest
-    payload: bytes
+    arrived: Arrived
     deliveries: tuple[Delivery, ...]
 
 
@@ -42,14 +43,22 @@ class Intake:
     """
 
     def __init__(
-        self, broker: Broker, topology: Topology, manifest: UpdateManifest, delivery: Delivery, on_delivery: OnDelivery
+        self,
+        broker: Broker,
+        topology: Topology,
+        manifest: UpdateManifest,
+        delivery: Delivery,
+        on_delivery: OnDelivery,
+        arriving: Arrived,
     ) -> None:
+        """`arriving` is whoever's gets the complete update, and discarded if it does not come to that."""
         self.manifest = manifest
         #: The delivery of the manifest.
         self.announcement = delivery
         self.overtaken = 0
         self._broker = broker
         self._topology = topology
+        self._arriving: Arrived | None = arriving
         self._assembly = UpdateAssembly(manifest)
         self._taken: dict[int, Delivery] = {}
         queue = topology.chunk_queue(manifest.node)
@@ -61,16 +70,20 @@ class Intake:
         if chunk.incarnation == self.manifest.incarnation and chunk.order > self.manifest.order:
             self.overtaken = chunk.order
             return None
-        if not self._assembly.add(chunk):
+        slices = self._assembly.add(chunk)
+        if slices is None or self._arriving is None:
             self._broker.ack(delivery)  # of a lower order, or of another incarnation, which came before
             return None
         if (before := self._taken.get(chunk.index)) is not None:
             # published twice, or given back and delivered anew: then what came before is acked without effect
             self._broker.ack(before)
-        self._taken[chunk.index] = delivery
+        self._taken[chunk.index] = replace(delivery, body=b"")
+        for body in slices:
+            self._arriving.add(body)
         if not self._assembly.complete:
             return None
-        return CompleteUpdate(self.manifest, self._assembly.payload(), (*self._taken.values(), self.announcement))
+        arrived, self._arriving = self._arriving, None
+        return CompleteUpdate(self.manifest, arrived, (*self._taken.values(), self.announcement))
 
     @property
     def here(self) -> int:
@@ -82,9 +95,15 @@ class Intake:
         """How much of it is here, in words."""
         return f"{self.here} of {self.manifest.chunks} chunks came"
 
+    def stop(self) -> None:
+        """All has come: fetch nothing more. What was delivered may still be acked; then `close`."""
+        self._subscription.stop()
+
     def close(self) -> None:
         """Stop fetching; what was not acked goes back to its queue."""
         self._subscription.close()
+        if self._arriving is not None:
+            self._arriving.discard()
 
 
 class Discard:

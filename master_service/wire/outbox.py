@@ -95,16 +95,15 @@ class Outbox:
             self._items.clear()
             self._changed.notify_all()
 
-    def drain(self) -> None:
-        """Wait until all has left. Raises what ended the thread that serves."""
+    def drain(self, seconds: float | None = None) -> bool:
+        """Wait until all has left, so long at most; whether it has. Raises what ended the thread that serves."""
         if not self._beside:
             self.flush()
-            return
+            return True
         with self._changed:
-            while self._items or self._busy:
-                self._check()
-                self._changed.wait()
+            left = self._changed.wait_for(lambda: self._failure or not (self._items or self._busy), seconds)
             self._check()
+        return bool(left)
 
     def flush(self) -> None:
         """Send all that is here, in this thread."""

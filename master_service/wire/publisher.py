@@ -20,8 +20,8 @@ from common.wire.fields import AssetEntry
 from common.wire.numbering import Numbers
 from common.wire.to_node import Answer, Finish, Notice, Pulse, Rule, StatusReport
 from common.wire.topology import MIB, Topology
-from common.wire.transfer import payload_digest
 from common.wire.versions import publish_version
+from master_service.arithmetic.arithmetic import Encoded
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
 from master_service.log.payloads import Payloads
@@ -111,15 +111,15 @@ class Publisher:
         just_now = self._clock.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS
         return not (effect.again and (epoch, effect.version) == last and just_now)
 
-    def version(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
-        """Write a version, encoded slice by slice, to its encoder's stream."""
-        self.bytes_out += sum(len(body) for body in bodies)
+    def version(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded) -> None:
+        """Write a version to its encoder's stream."""
+        self.bytes_out += sum(len(body) for body in encoded.bodies)
         # until it is there it counts as written just now
         self._written[effect.encoder] = (epoch, effect.version), float("inf")
-        self.outbox.action(partial(self._write, effect, epoch, layout_digest, bodies), large=True)
+        self.outbox.action(partial(self._write, effect, epoch, layout_digest, encoded), large=True)
 
-    def _write(self, effect: Publish, epoch: int, layout_digest: str, bodies: Sequence[bytes]) -> None:
-        digest = payload_digest(bodies)
+    def _write(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded) -> None:
+        bodies, digest = encoded.bodies, encoded.digest
         stream = self._topology.stream(effect.encoder)
 
         def write() -> None:

@@ -17,6 +17,7 @@ from common.wire.to_master import UpdateManifest
 from common.wire.topology import Topology
 from common.wire.versions import SLOW_LINE
 from master_service.decisions.turns import LINE_UPDATES, Turns, Waiting
+from master_service.wire.arriving import Arrived
 from master_service.wire.intake import CompleteUpdate, Discard, Intake
 
 #: After refused updates' chunks were thrown away for some time, for so many times as long none are: what one node
@@ -151,15 +152,15 @@ class Updates:
 
     # --- what is fetched ---------------------------------------------------------------------------------------------
 
-    def fetch(self) -> None:
-        """Begin to fetch the update whose turn it is."""
+    def fetch(self, arriving: Arrived) -> None:
+        """Begin to fetch the update whose turn it is; its slices go into `arriving`."""
         manifest, delivery = self._turns.begun(self._clock.monotonic()).item
         if self._discard is not None and self._discard.manifest.node == manifest.node:
             self._end_discard()
         # an intake throws away what was sent before its own
         self._refused.pop(manifest.node, None)
         queue = self._topology.chunk_queue(manifest.node)
-        self._intakes[queue] = Intake(self._broker, self._topology, manifest, delivery, self._on_delivery)
+        self._intakes[queue] = Intake(self._broker, self._topology, manifest, delivery, self._on_delivery, arriving)
 
     def intake(self, node: str) -> Intake:
         """What is fetched of a node. Raises KeyError if nothing is."""
@@ -189,8 +190,16 @@ class Updates:
         node = self._turns.overdue(self._clock.monotonic())
         return self.intake(node) if node is not None else None
 
+    def taken(self, node: str) -> Intake:
+        """What was fetched of a node has come: its next one may be fetched. The intake is to be closed once its
+        deliveries are acked."""
+        intake = self._intakes.pop(self._topology.chunk_queue(node))
+        intake.stop()
+        self._turns.done(node)
+        return intake
+
     def done(self, node: str) -> None:
-        """What was fetched of a node is dealt with."""
+        """What was fetched of a node is of no use."""
         self._intakes.pop(self._topology.chunk_queue(node)).close()
         self._turns.done(node)
 

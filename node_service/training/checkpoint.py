@@ -1,7 +1,8 @@
 """One moment of a node's training on disk, in one file: the new one whole, or the one before.
 
-The moment is that of the call: until it returns, all numbers are handed to the operating system, in a file beside. To
-get them onto the disk, and the file into its place, takes as long again, and may be done beside training.
+The moment is that of the call: until it returns, all numbers are handed to the operating system, in a file beside, or
+copied from a GPU. To get them onto the disk, and the file into its place, takes as long again, and may be done beside
+training.
 
 `checkpoint.safetensors` holds the private tensors, the optimiser and data position, and while an encoder is being
 trained the path of its shared parameters, so that steps that were not handed in yet outlive the process. `pinned.json`
@@ -104,20 +105,26 @@ def write_tensors(
 ) -> None:
     """Replace a file of tensors, in groups, and what they are: written to a file of another name, synced, renamed.
 
-    The tensors may change once this returns. `beside` syncs and renames, and calls `then` after that. Raises OSError,
-    and what has ended the work that `beside` was given before.
+    The tensors may change once this returns. `beside` syncs and renames, and calls `then` after that; what is on a GPU
+    has to be copied anyway, and is written by it too. Raises OSError, and what has ended the work that `beside` was
+    given before.
     """
     beside.wait()  # what it does is about a file of the same name
+    copied = any(tensor.device.type != "cpu" for named in groups.values() for tensor in named.values())
     tensors = {
-        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        f"{group}/{name}": tensor.detach().to("cpu", copy=copied).contiguous()
         for group, named in groups.items()
         for name, tensor in named.items()
     }
     part = place.with_suffix(".part")
     reached("node before checkpoint")
-    save_tensors(part, tensors, {_FACTS: facts.model_dump_json()}, synced=False)
+    said = {_FACTS: facts.model_dump_json()}
+    if not copied:
+        save_tensors(part, tensors, said, synced=False)
 
     def put_in_place() -> None:
+        if copied:
+            save_tensors(part, tensors, said, synced=False)
         sync(part)
         reached("node during checkpoint")
         part.replace(place)

@@ -101,14 +101,14 @@ class FinishingPhase:
         trainer.load_state(groups["trainer"])
         return cls(trainer, validation, facts.rule, facts.looks, facts.version, groups["best"] or None)
 
-    def step(self) -> float:
-        """One training step, and a look where one is due; gives the training loss."""
-        loss = self._trainer.step(self.looks.rate(self._trainer.inner))
+    def step(self) -> list[float]:
+        """One training step, and a look where one is due; gives the training losses that are known by now."""
+        losses = self._trainer.step(self.looks.rate(self._trainer.inner))
         self.looks.steps += 1
         looked = self._validation is not None and self.looks.due
         if looked and self.looks.look(self._trainer.held_out_loss(self._validation)):
             self._keep()
-        return loss
+        return losses
 
     def save(self, directory: Path, beside: Beside = AT_ONCE) -> None:
         """Write the file: after a crash it is the old one or the new one, whole. Raises as `write_tensors` does."""
@@ -136,6 +136,7 @@ class FinishingPhase:
             if name not in self._moving:
                 parameter.requires_grad_(everything)
                 parameter.grad = None
+        self._trainer.changed()
 
 
 def keep_finished(directory: Path, model: EncoderModel, version: int) -> None:

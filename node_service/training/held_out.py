@@ -22,6 +22,8 @@ def masked_loss(model: EncoderModel, encoded: Any, seed: int = 0, batches: int =
     losses = []
     for _ in range(batches):
         batch = model.batch(encoded, size, generator)
-        losses.append(float(model.loss({name: tensor.to(device) for name, tensor in batch.items()})))
+        placed = {name: tensor.to(device) for name, tensor in model.prepared(batch).items()}
+        losses.append(model.loss(placed).reshape(()))
     model.train(was_training)
-    return sum(losses) / batches
+    known: list[float] = torch.stack(losses).tolist()  # once, at the end: what waits for a GPU
+    return sum(known) / batches

@@ -23,8 +23,11 @@ from node_service.config import Precision
 from node_service.handover.receipt_book import Ledger
 from node_service.training.checkpoint import AT_ONCE, Checkpoint, Facts, PathFacts, write_checkpoint
 from node_service.training.finishing import FinishingPhase, keep_finished
+from node_service.training.following import build
 from node_service.training.looks import HeldOut, Looks, must_evaluate
 from node_service.training.private_parts import load_private, load_spec, save_spec
+from node_service.training.ranks import Ranks
+from node_service.training.together import Together
 from node_service.training.trainer import Trainer
 from node_service.training.trajectory import Trajectory
 from node_service.training.update_rule import SinceReturn, must_return
@@ -40,7 +43,8 @@ class Session:
 
     `ledger` says what became of the updates that earlier processes of this incarnation handed in. `assets` are the
     instruction's, by name; private parts are fitted with them. By the loss of the `validation` samples training is
-    steered; there may be none. `beside` gets checkpoints onto the disk.
+    steered; there may be none. `beside` gets checkpoints onto the disk. `ranks`: other processes of this node train
+    too, each with batches of its own.
     Raises UserError if this node cannot build what the instruction asks for.
     """
 
@@ -54,6 +58,9 @@ class Session:
         seed: int,
         device: str,
         precision: Precision = "float32",
+        compiled: bool = False,
+        micro_batch: int | None = None,
+        ranks: Ranks | None = None,
         ledger: Ledger,
         assets: Mapping[str, bytes],
         validation: Any = (),
@@ -71,7 +78,20 @@ class Session:
         self.model = encoder_type.build(instruction.architecture, spec, seed)
         saved = load_private(directory, self.model)
         encoded = self.model.encode(samples)
-        self.trainer = Trainer(self.model, encoded, UpdateRule().inner, seed=seed, device=device, precision=precision)
+        self._processes = ranks.size if ranks is not None else 1
+        if ranks is not None:
+            build(ranks, instruction, spec, seed)
+        self.trainer = Trainer(
+            self.model,
+            encoded,
+            UpdateRule().inner,
+            seed=seed,
+            device=device,
+            precision=precision,
+            compiled=compiled,
+            micro_batch=micro_batch,
+            together=Together(ranks, seed) if ranks is not None else None,
+        )
         difference = Layout(instruction.layout).difference(self.trainer.layout)
         if difference is not None:
             raise UserError(f"this node builds another encoder than the instruction says: {difference}")
@@ -110,13 +130,14 @@ class Session:
         if measured:
             self._measure(read.version)
         if self._trajectory is None:
-            self._trajectory = Trajectory(target)
+            self._trajectory = Trajectory(target, local.device)
         else:
             self.trainer.set_shared(self._trajectory.adopt(target, local))
         self.version = read.version
         self.trainer.progress = max(self.trainer.progress, read.progress)
 
     def finish(self, read: CompleteVersion, export: Path | None) -> Path | None:
+        self.settle()
         self.trainer.set_shared(self._decoded(read).decode(self.trainer.vector()))
         self.version = read.version
         self._trajectory, self.since, self.trainer.progress = None, SinceReturn(), 0.0
@@ -142,6 +163,7 @@ class Session:
 
     def conclude(self, export: Path | None) -> Path:
         assert self._phase is not None
+        self.settle()
         self._beside.wait()  # a file that is being put in place would come back after it was forgotten
         phase, self._phase, self.since = self._phase, None, SinceReturn()
         phase.end()
@@ -156,12 +178,22 @@ class Session:
         return model
 
     def step(self) -> float:
-        loss = self.trainer.step() if self._phase is None else self._phase.step()
-        self.since.step(self.trainer.inner.batch_size, loss)
+        losses = self.trainer.step() if self._phase is None else self._phase.step()
+        self.since.took(self.trainer.inner.batch_size * self._processes)
+        self._saw(losses)
         return 0.0
+
+    def settle(self) -> None:
+        self._saw(self.trainer.settle())
+
+    def _saw(self, losses: list[float]) -> None:
+        for loss in losses:
+            self.since.saw(loss)
 
     @property
     def must_return(self) -> bool:
+        if self.rule.when.loss_change is not None:
+            self.settle()  # this rule needs the newest loss, and is worth waiting for
         drift = None
         if self.rule.when.drift is not None and self.since.steps % _DRIFT_EVERY == 0 and self._trajectory is not None:
             drift = self._trajectory.drift(self.trainer.vector())
@@ -169,6 +201,7 @@ class Session:
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         assert self._trajectory is not None
+        self.settle()
         since, self.since = self.since, self.since.returned()
         bodies = self._trajectory.hand_in(sequence, self.trainer.vector(), self.rule.encoding)
         return since, bodies
@@ -177,6 +210,7 @@ class Session:
         if self._trajectory is None:
             return
         if receipt.reason == "not-finite":
+            self.settle()
             # what was trained is lost anyway: start over from the newest version, with a fresh optimiser
             log.warning("training diverged, starting again from the shared encoder", encoder=self.instruction.encoder)
             self.trainer.set_shared(self._trajectory.restart(self._trajectory.origin))
@@ -188,6 +222,7 @@ class Session:
             self._trajectory.discard(receipt.sequence)
 
     def save(self, incarnation: str, next_sequence: int) -> None:
+        self.settle()
         if self._phase is not None:
             self._phase.save(self.directory, self._beside)
             return

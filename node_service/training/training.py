@@ -46,6 +46,9 @@ class Training(Protocol):
         """One training step; gives the seconds that it takes from now on: 0 once it is done. Only a model of training,
         under a virtual clock, gives more."""
 
+    def settle(self) -> None:
+        """Wait until the steps that were begun are taken, on whatever device; what is done next is none of them."""
+
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         """Hand in all steps since the last update, as the update of this number; they are the master's from here on.
 

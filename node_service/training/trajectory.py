@@ -37,9 +37,10 @@ class Pending:
 class Trajectory:
     """The path of one node's shared parameters. The model's own are passed in, and moved in place."""
 
-    def __init__(self, start: ParameterSet | EncodedVector) -> None:
-        """`start` is copied, unless it is a version as it came."""
-        self._origin: Point = start if isinstance(start, EncodedVector) else start.vector.clone()
+    def __init__(self, start: ParameterSet | EncodedVector, device: torch.device | str = "cpu") -> None:
+        """`start` is copied, unless it is a version as it came. `device`: that of the model's own."""
+        self._device = device
+        self._origin: Point = start if isinstance(start, EncodedVector) else start.vector.to(device, copy=True)
         self.pending: dict[int, Pending] = {}
         self._feedback = ErrorFeedback()
         self.last_answered = -1
@@ -51,7 +52,7 @@ class Trajectory:
         cls, layout: Layout, saved: Mapping[str, Tensor], last_answered: int, device: str = "cpu"
     ) -> Trajectory:
         """The trajectory whose `state` and `last_answered` were saved."""
-        found = cls(ParameterSet(layout, saved["origin"].to(device)))
+        found = cls(ParameterSet(layout, saved["origin"]), device)
         found.last_answered = last_answered
         residual = saved.get("residual")
         # releases that kept one whatever the encoding wrote zeros where nothing is lost
@@ -94,7 +95,7 @@ class Trajectory:
     def hand_in(self, sequence: int, local: Tensor, encoding: EncodingName) -> list[bytes]:
         """The encoded pseudo-gradient (anchor − local) since the last hand-in; the anchor moves up to `local`."""
         before = self._anchor()
-        after = self._room(local.numel(), local.device)
+        after = self._room(local.numel())
         bodies, left = self._feedback.encode(before, local, after, encoding)
         self.pending[sequence] = Pending(after, left)
         return bodies
@@ -182,10 +183,10 @@ class Trajectory:
         if all(each.left is None or each.left.before is not point for each in self.pending.values()):
             self._spare = point
 
-    def _room(self, size: int, device: torch.device | str = "cpu") -> Tensor:
+    def _room(self, size: int) -> Tensor:
         """A tensor to write a point into."""
         spare, self._spare = self._spare, None
-        return torch.empty(size, device=device) if spare is None else spare
+        return torch.empty(size, device=self._device) if spare is None else spare
 
 
 def _move(part: Part, target: Tensor, origin: Tensor, local: Tensor, anchors: list[Tensor], room: Tensor) -> None:

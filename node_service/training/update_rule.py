@@ -45,8 +45,16 @@ class SinceReturn:
 
     def step(self, samples: int, loss: float) -> None:
         """Count one training step."""
+        self.took(samples)
+        self.saw(loss)
+
+    def took(self, samples: int) -> None:
+        """Count one training step whose loss is seen later."""
         self.steps += 1
         self.samples += samples
+
+    def saw(self, loss: float) -> None:
+        """Count the loss of the next step that has none yet."""
         self.loss_sum += loss
         if math.isnan(self.loss_mean):
             self.loss_mean = self.loss_start = loss
@@ -55,7 +63,7 @@ class SinceReturn:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over the steps since the last return; NaN before the first."""
+        """The mean over the steps since the last return, all of whose losses were seen; NaN before the first."""
         return self.loss_sum / self.steps if self.steps else math.nan
 
     def returned(self) -> SinceReturn:

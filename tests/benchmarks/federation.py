@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Damaged, UserError
-from common.numbers.slicing import EncodingName
+from common.numbers.slicing import EncodingName, payload_size
 from master_service.log.message_log import open_log
-from tests.benchmarks.processes import cpu_seconds, family, peak_bytes
+from tests.benchmarks.party import started
+from tests.benchmarks.processes import cpu_seconds, family, is_forked, peak_bytes
 
-_HERE = Path(__file__).parent
-_ROOT = _HERE.parents[1]
 #: Between two looks at the processes, seconds.
 _LOOK_SECONDS = 0.2
 #: Versions at the beginning that are not counted: everybody is still starting.
@@ -45,13 +42,16 @@ class Shape:
 @dataclass(frozen=True)
 class Run:
     """What came of it. `versions` and `updates`: when each was logged, seconds since 1970. Of each party: seconds of
-    the processor between the versions that are counted, and the most memory it had, bytes; the broker is one."""
+    the processor between the versions that are counted, and the most memory it had, bytes; the broker is one. `notes`:
+    what each but the broker wrote down of itself (see `party`). `adopted`: how many versions each node took."""
 
     shape: Shape
     versions: list[float]
     updates: list[float]
     cpu: dict[str, float]
     peak: dict[str, int]
+    notes: dict[str, dict[str, int]]
+    adopted: dict[str, int]
 
     @property
     def round_seconds(self) -> float:
@@ -64,6 +64,21 @@ class Run:
         """Of those logged between the first counted version and the last."""
         begin, end = self.versions[_WARM_UP], self.versions[-1]
         return sum(begin < at <= end for at in self.updates) / (end - begin)
+
+    @property
+    def sets_above(self) -> dict[str, float]:
+        """The most memory of a party above what it had before there was an encoder, in float32 sets; a node's without
+        the parameters of its model, which has neither gradients nor an optimiser."""
+        one = 4.0 * self.shape.parameters
+        return {
+            party: (notes["peak"] - notes["before"]) / one - (party != "master") for party, notes in self.notes.items()
+        }
+
+    @property
+    def read_per_adopted(self) -> float:
+        """Bytes that all nodes have received from the stream, by those of the versions that they took."""
+        taken = payload_size(self.shape.parameters, self.shape.down) * sum(self.adopted.values())
+        return sum(self.notes[node]["stream_bytes"] for node in self.adopted) / max(1, taken)
 
     def figures(self) -> dict[str, Any]:
         """Plain, for JSON."""
@@ -79,6 +94,11 @@ class Run:
             "updates_per_second": self.updates_per_second,
             "cpu_seconds_a_version": {party: seconds / max(1, rounds) for party, seconds in self.cpu.items()},
             "peak_mib": {party: round(peak / 2**20) for party, peak in self.peak.items()},
+            "before_mib": {party: round(notes["before"] / 2**20) for party, notes in self.notes.items()},
+            "sets_above": {party: round(sets, 2) for party, sets in self.sets_above.items()},
+            "adopted_a_node": statistics.mean(self.adopted.values()),
+            "read_per_adopted": round(self.read_per_adopted, 3),
+            "read_twice": sum(self.notes[node]["stream_repeated"] for node in self.adopted),
         }
 
 
@@ -88,26 +108,27 @@ def run(shape: Shape, url: str, directory: Path, *, patience: float = 300.0) -> 
     directory.mkdir(parents=True)
     names = [f"n{number}" for number in range(shape.nodes)]
     file = _configuration(shape, url, directory, names)
-    mine = set(family(os.getpid()))
-    parties = {"master": _start(file, directory, "master")}
-    parties |= {name: _start(file, directory, "node", name) for name in names}
-    broker = mine - {os.getpid()}
-    meter = _Meter({name: [process.pid] for name, process in parties.items()} | {"broker": sorted(broker)})
+    broker = [pid for pid in family(os.getpid())[1:] if not is_forked(pid)]
+    options = ["--config", str(file), "--json"]
+    parties = {"master": started("master", directory, ["master", *options])}
+    parties |= {name: started(name, directory, ["node", name, *options]) for name in names}
+    meter = _Meter({name: [process.pid or 0] for name, process in parties.items()} | {"broker": broker})
     deadline = time.monotonic() + patience
     try:
-        while any(process.poll() is None for process in parties.values()):
+        while any(process.exitcode is None for process in parties.values()):
             time.sleep(_LOOK_SECONDS)
             meter.look(_count(directory))
-            failed = [name for name, process in parties.items() if process.poll()]
+            failed = [name for name, process in parties.items() if process.exitcode]
             if failed or time.monotonic() > deadline:
                 name = failed[0] if failed else "master"
                 words = (directory / f"{name}.log").read_text(errors="replace")[-1500:]
                 raise RuntimeError(f"{name} {'failed' if failed else 'did not end'}: {words}")
     finally:
         for process in parties.values():
-            if process.poll() is None:
+            if process.exitcode is None:
                 process.kill()
-            process.wait()
+            process.join()
+    notes = {party: json.loads((directory / f"{party}.json").read_text()) for party in parties}
     log = open_log(directory / "master", read_only=True)
     rows = [(row.kind, row.at) for row in log.rows() if row.kind == "versioned" or row.payload is not None]
     log.close()
@@ -116,7 +137,9 @@ def run(shape: Shape, url: str, directory: Path, *, patience: float = 300.0) -> 
         [at for kind, at in rows if kind == "versioned"],
         [at for kind, at in rows if kind == "update"],
         meter.spent(),
-        meter.peak,
+        meter.peak | {party: each["peak"] for party, each in notes.items()},
+        notes,
+        {name: _adopted(directory / f"{name}.log") for name in names},
     )
 
 
@@ -127,11 +150,15 @@ class _Meter:
         self._parties = parties
         self._from: dict[str, float] | None = None
         self._to: dict[str, float] = {}
+        self._now: dict[str, float] = {}
         self._seen = 0
         self.peak = dict.fromkeys(parties, 0)
 
     def look(self, versions: int) -> None:
         now = {party: sum(map(cpu_seconds, pids)) for party, pids in self._parties.items()}
+        # of a process that has ended nothing is said any more
+        now = {party: max(seconds, self._now.get(party, 0.0)) for party, seconds in now.items()}
+        self._now = now
         for party, pids in self._parties.items():
             self.peak[party] = max(self.peak[party], sum(map(peak_bytes, pids)))
         if versions > _WARM_UP and self._from is None:
@@ -142,6 +169,11 @@ class _Meter:
     def spent(self) -> dict[str, float]:
         begun = self._from or {}
         return {party: seconds - begun.get(party, 0.0) for party, seconds in self._to.items()}
+
+
+def _adopted(log: Path) -> int:
+    """How many versions a node took, by its own log; the last one is not adopted but finished with."""
+    return 1 + sum('"version adopted"' in line for line in log.read_text(errors="replace").splitlines())
 
 
 def _count(directory: Path) -> int:
@@ -185,15 +217,3 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + "}"
     return json.dumps(value)
-
-
-def _start(file: Path, directory: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join([str(_HERE / "plugin"), str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    with (directory / f"{arguments[-1]}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", *arguments, "--config", str(file), "--json"],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
-            cwd=directory,
-        )

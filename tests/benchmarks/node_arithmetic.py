@@ -1,7 +1,7 @@
 """What a node spends on an update besides training: adopting a version, handing in, encoding, decoding, a checkpoint
 (for how long training stands still, and until it is on disk).
 
-    python -m tests.benchmarks.node_arithmetic [--parameters 25e6] [--runs 5] [--threads 1]
+    python -m tests.benchmarks.node_arithmetic [--parameters 25e6] [--runs 5] [--threads 1] [--device cuda]
 
 A model that has no samples and needs no step, but is as large as it is told; its optimiser has its moments. Prints
 medians in milliseconds, and how far the process grew above model, optimiser and gradients, in float32 sets of all
@@ -83,7 +83,7 @@ class ConstantType:
         return Constant(self._parameters)
 
 
-def measured(parameters: int, runs: int = 5) -> dict[str, float]:
+def measured(parameters: int, runs: int = 5, device: str = "cpu") -> dict[str, float]:
     """Medians in milliseconds by what was done (`adopt bfloat16`, `hand in int8`), and the highest growth in float32
     sets while an encoding was in use both ways, and in a checkpoint (`peak sets int8`, `peak sets checkpoint`)."""
     figures: dict[str, float] = {}
@@ -92,7 +92,7 @@ def measured(parameters: int, runs: int = 5) -> dict[str, float]:
         patch("node_service.training.session.get_encoder_type", lambda name: ConstantType(parameters)),
     ):
         for encoding in _ENCODINGS:
-            one = _Bench(parameters, Path(folder) / encoding, encoding)
+            one = _Bench(parameters, Path(folder) / encoding, encoding, device)
             figures |= one.updates(runs)
         figures |= one.state(runs)
     figures |= _encodings(parameters, runs)
@@ -102,7 +102,7 @@ def measured(parameters: int, runs: int = 5) -> dict[str, float]:
 class _Bench:
     """One session that hands in by an encoding, and reads versions of it (of bfloat16 where that is int8)."""
 
-    def __init__(self, parameters: int, directory: Path, encoding: EncodingName) -> None:
+    def __init__(self, parameters: int, directory: Path, encoding: EncodingName, device: str) -> None:
         layout = Layout((name, part.shape) for name, part in Constant(parameters).shared_parameters().items())
         self.parameters, self.encoding = parameters, encoding
         self.down: EncodingName = "bfloat16" if encoding == "int8" else encoding
@@ -115,7 +115,7 @@ class _Bench:
             directory,
             private={},
             seed=0,
-            device="cpu",
+            device=device,
             ledger=Ledger("i", {}, {}),
             assets={},
             beside=self.beside,
@@ -138,8 +138,10 @@ class _Bench:
             self.session.adopt(self.read())
             for _ in range(runs):
                 self.session.step()
+                self.session.settle()
                 begun = time.perf_counter()
                 since, bodies = self.session.hand_in(self.sequence)
+                self.session.settle()
                 handed_in.append(time.perf_counter() - begun)
                 begun = time.perf_counter()
                 update_manifest(self.session, since, bodies, "n", "i", self.sequence, wants_version=True)
@@ -149,6 +151,7 @@ class _Bench:
                 read = self.read()
                 begun = time.perf_counter()
                 self.session.adopt(read)
+                self.session.settle()
                 adopted.append(time.perf_counter() - begun)
                 self.sequence += 1
         return {
@@ -235,14 +238,16 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=25e6)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of the model; encodings by themselves are on the CPU")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    figures = measured(int(chosen.parameters), chosen.runs)
+    figures = measured(int(chosen.parameters), chosen.runs, chosen.device)
     if chosen.json:
         print(json.dumps(figures))
         return
-    print(f"{int(chosen.parameters):,} parameters, {chosen.threads} threads, load {os.getloadavg()[0]:.1f}:")
+    where = f"{chosen.device}, {chosen.threads} threads, load {os.getloadavg()[0]:.1f}"
+    print(f"{int(chosen.parameters):,} parameters on {where}:")
     for name, value in figures.items():
         print(f"{name:>22} {value:10.2f}{'' if 'sets' in name else ' ms'}")
 

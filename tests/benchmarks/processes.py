@@ -19,11 +19,20 @@ def cpu_seconds(pid: int) -> float:
 
 def peak_bytes(pid: int) -> int:
     """The most memory that was resident of a process so far (VmHWM); 0 if it is gone."""
+    return _status(pid, "VmHWM")
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory that is resident of a process now (VmRSS); 0 if it is gone."""
+    return _status(pid, "VmRSS")
+
+
+def _status(pid: int, name: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def family(pid: int) -> list[int]:
@@ -33,6 +42,14 @@ def family(pid: int) -> list[int]:
     except (FileNotFoundError, ProcessLookupError):
         return []
     return [pid, *(one for child in children for one in family(int(child)))]
+
+
+def is_forked(pid: int) -> bool:
+    """Whether a process is Python's own, to fork others from, or one that was forked from it."""
+    try:
+        return b"multiprocessing" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def machine_seconds() -> tuple[float, float]:

@@ -76,13 +76,17 @@ def _said(given: Any, parties: list[Any]) -> tuple[list[float], float]:
             raise RuntimeError("a process that moves raw bytes failed; its words are above")
 
 
-def _open(url: str, lean: bool) -> Any:
-    if lean:
-        # private: the driver has no setting for it
-        io_services_utils._AsyncTransportBase._MAX_RECV_BYTES = _LEAN_READ
-        # private: as above
-        io_services_utils._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * _LEAN_READ
+def open_lean(url: str) -> Any:
+    """A connection of pika's that reads its socket in large pieces."""
+    # private: the driver has no setting for it
+    io_services_utils._AsyncTransportBase._MAX_RECV_BYTES = _LEAN_READ
+    # private: as above
+    io_services_utils._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * _LEAN_READ
     return pika.BlockingConnection(pika.URLParameters(url))
+
+
+def _open(url: str, lean: bool) -> Any:
+    return open_lean(url) if lean else pika.BlockingConnection(pika.URLParameters(url))
 
 
 def _publish(channel: Any, queue: str, sizes: list[int], body: bytes, *, lasting: bool) -> None:

@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from tests.benchmarks.__main__ import measured, show
+from common.errors import UserError
 from tests.benchmarks.federation import Shape
+from tests.benchmarks.hand_fed import fixed_cost, master_peak, small_messages
+from tests.benchmarks.hand_out import hand_out
+from tests.benchmarks.measured import PARTS, Parts, asynchronous, measured, merged, synchronous
+from tests.benchmarks.simulated import simulated
+from tests.benchmarks.tables import document, show
+
+#: As PARTS, but all of it small.
+SMALL: Parts = {
+    "synchronous": [lambda bench: synchronous(bench, shape=Shape(2, 3000), versions=6, raw_versions=3)],
+    "asynchronous": [
+        lambda bench: asynchronous(bench, shape=Shape(2, 3000, rule={"preset": "return-count"}), seconds=2.0)
+    ],
+    "fixed-cost": [lambda bench: fixed_cost(bench.url, bench.place(), nodes=2, each=4)],
+    "small-messages": [lambda bench: small_messages(bench.url, bench.place(), nodes=2, each=5)],
+    "master-peak": [lambda bench: master_peak(bench.url, bench.place(), parameters=3000, nodes=2, updates=4)],
+    "hand-out": [lambda bench: hand_out(bench.url, parameters=3000, readers=2, versions=2)],
+    "simulated": [lambda bench: simulated(bench.place(), nodes=50, returns=2)],
+}
 
 
 @pytest.mark.timeout(300)
 def test_the_benchmark_runs_and_adds_up(tmp_path: Path) -> None:
-    free = Shape(2, 3000, rule={"preset": "return-count"})
-    figures = measured([Shape(2, 3000)], [free], tmp_path, versions=6, seconds=3.0)
-    [row], [beside] = figures["synchronous"], figures["asynchronous"]
+    assert SMALL.keys() == PARTS.keys()
+    figures = json.loads(json.dumps(measured(SMALL, tmp_path)))
+    assert figures["run"]["rabbitmq"] and figures["run"]["command"]
+    parts = {name: rows[0] for name, rows in figures["parts"].items()}
+    row, beside = parts["synchronous"], parts["asynchronous"]
     assert row["versions"] == 6 and row["round_seconds"] > 0 and row["lean"]["round_seconds"] > 0
     assert row["updates_per_second"] == pytest.approx(2 / row["round_seconds"], rel=1.0), "two in every round"
-    assert beside["updates_per_second"] > 0
+    assert row["adopted_a_node"] == 7, "each version, and the first"
     for each in (row, beside):
         assert set(each["peak_mib"]) == {"master", "n0", "n1", "broker"} and min(each["peak_mib"].values()) > 10
+        assert each["updates_per_second"] > 0
+        assert each["read_twice"] == 0 and 1.0 <= each["read_per_adopted"] < 1.3
+    assert parts["fixed-cost"]["updates"] == 8 and parts["fixed-cost"]["milliseconds"] > 0
+    assert min(parts["small-messages"]["per_second"].values()) > 0
+    assert parts["master-peak"]["versions"] == 2 and parts["master-peak"]["above_mib"] > 0
+    assert parts["hand-out"]["seconds"] > 0 and parts["hand-out"]["raw_seconds"] > 0
+    assert parts["simulated"]["updates"] == 100
     said = Console(file=io.StringIO(), width=160)
-    show(figures, said)
+    show(figures, said, before=figures)
     assert "2 × 3,000" in said.file.getvalue()  # type: ignore[attr-defined]
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench: hand-out -->\nold\n<!-- end of bench -->\nafter\n")
+    assert document(page, figures) == ["hand-out"]
+    words = page.read_text()
+    assert words.startswith("before\n<!-- bench: hand-out -->\n| readers") and words.endswith("bench -->\nafter\n")
+    assert "| 2 readers, 3,000 |" in words and figures["run"]["date"] in words and "old" not in words
+    assert document(page, figures, before=figures) and page.read_text().count("UTC") == 2
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="no table to write"):
+        document(page, figures)
+
+
+def test_of_several_runs_the_medians_count() -> None:
+    rows = [{"name": "a", "nodes": 7, "raw": {"seconds": seconds}} for seconds in (1.0, 5.0, 2.0)]
+    assert merged(rows) == {"name": "a", "nodes": 7, "raw": {"seconds": 2.0}, "each": rows}
+    assert merged(rows[:1]) == rows[0]

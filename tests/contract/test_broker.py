@@ -205,6 +205,22 @@ def test_unacked_deliveries_come_back_in_order_and_marked(bench: Bench, goes: st
     assert again.next().body == b"after"
 
 
+def test_what_came_before_a_stop_may_still_be_acked_and_the_rest_goes_back_at_the_close(bench: Bench) -> None:
+    name, inbox, again = bench.queue(), Inbox(), Inbox()
+    bench.publish(*(b"%d" % i for i in range(4)))
+    subscription = bench.broker.consume(name, inbox, prefetch=3)
+    got = inbox.take(3)
+    subscription.stop()
+    bench.broker.ack(got[0])
+    assert inbox.is_silent()
+    bench.broker.consume(name, again, prefetch=10)
+    assert again.next().body == b"3", "what was not delivered is for others at once"
+    bench.broker.ack(got[1])
+    subscription.close()
+    back = again.next()
+    assert (back.body, back.redelivered) == (b"2", True) and again.is_silent() and inbox.is_silent()
+
+
 def test_acks_from_another_thread_and_publishers_in_parallel(bench: Bench) -> None:
     name, done = bench.queue(), threading.Event()
     seen: list[bytes] = []

@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from common.broker_url import Access
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, SharedEncoderError
 from common.wire.to_master import Stop
@@ -20,6 +21,7 @@ from deploy.commands.observe import Observer
 from deploy.local_rabbitmq import LocalRabbitMQ
 from master_service.log.message_log import open_log
 from tests.faults.audit import Findings, examine
+from tests.faults.cluster import LocalCluster
 from tests.faults.victim import Victim, live
 
 #: Where a master dies, and how often the step is reached before it does, at most.
@@ -77,12 +79,17 @@ class Arena:
         nodes: int = 3,
         preset: str = "return-count",
         steps_per_second: float = 40.0,
+        cluster: bool = False,
     ) -> None:
+        """`cluster`: over three servers instead of one, all of which keep everything."""
         self.random = random.Random(seed)
         self.directory = directory
         self.namespace = f"faults-{seed}"
-        self.topology = Topology(self.namespace)
+        self.topology = Topology(self.namespace, replicas=3 if cluster else None)
         self.rabbitmq = LocalRabbitMQ(directory / "rabbitmq")
+        self.cluster = LocalCluster(directory / "cluster")
+        self._broker: LocalRabbitMQ | LocalCluster = self.cluster if cluster else self.rabbitmq
+        self.urls = self.cluster.urls if cluster else (self.rabbitmq.url,)
         self.nodes = [chr(ord("a") + index) for index in range(nodes)]
         self.kills = 0
         self.restarts = 0
@@ -98,7 +105,7 @@ class Arena:
         self._former = 0
 
     def __enter__(self) -> Arena:
-        self.rabbitmq.start()
+        self._broker.__enter__()
         self._broker_since = time.monotonic()
         return self
 
@@ -106,7 +113,7 @@ class Arena:
         for process in self._processes.values():
             process.kill()
             process.join()
-        self.rabbitmq.stop()
+        self._broker.__exit__(None, None, None)
 
     def run(self, faults: int, on_fault: Callable[[Arena, str], None] = lambda arena, what: None) -> None:
         """Start everybody and inject so many faults."""
@@ -143,7 +150,7 @@ class Arena:
         time.sleep(2.0)
         self._wait(lambda: self.logged("update") >= updates, seconds, f"{updates} accepted updates")
         broker = open_broker(
-            self.rabbitmq.url, client_name="arena", dead_letters=self.topology.dead_letters, connect_timeout=30.0
+            Access(self.urls), client_name="arena", dead_letters=self.topology.dead_letters, connect_timeout=30.0
         )
         observer = Observer(broker, self.topology)
         observer.say(Stop(sender=observer.name))
@@ -199,9 +206,7 @@ class Arena:
         directory = self.directory / "master" if role == "master" else self.directory / "nodes" / role
         directory.mkdir(parents=True, exist_ok=True)
         log = self.directory / f"{role}.log"
-        victim = Victim(
-            role, self.rabbitmq.url, self.namespace, directory, log, plan, self._preset, self._steps_per_second
-        )
+        victim = Victim(role, self.urls, self.topology, directory, log, plan, self._preset, self._steps_per_second)
         process = self._context.Process(target=live, args=(victim,), name=role)
         process.start()
         self._processes[role], self._plans[role], self._since[role] = process, plan, time.monotonic()
@@ -249,6 +254,20 @@ class Arena:
         self.rabbitmq.start()
         self._broker_since = time.monotonic()
         return "broker lost its disk" if forget else "broker restarted"
+
+    def mistreat_server(self, how: Literal["kill", "cut off", "restore"], number: int) -> None:
+        """Of a cluster: kill one server or cut it off from the others, or make it one of them again."""
+        self._broker_since = time.monotonic()
+        if how == "kill":
+            self.restarts += 1
+            self.cluster.kill(number)
+        elif how == "cut off":
+            self.restarts += 1
+            self.cluster.cut_off(number)
+        elif self.cluster.is_alive(number):
+            self.cluster.join(number)
+        else:
+            self.cluster.start(number)
 
     def mistreat_broker(self) -> str:
         """Kill or stop it; one time in five it loses its disk."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from common import crash_points
+from common.broker_url import Access
 from common.brokers import open_broker
 from common.errors import EXIT_BROKER, EXIT_FAILED, BrokerUnavailable, SharedEncoderError
 from common.wire.topology import Topology
@@ -40,8 +41,8 @@ class Victim:
     """What a process is told. `kill`: die at the n-th time that this label is reached."""
 
     role: str
-    url: str
-    namespace: str
+    urls: tuple[str, ...]
+    topology: Topology
     directory: Path
     log: Path
     kill: tuple[str, int] | None = None
@@ -61,11 +62,11 @@ def live(victim: Victim) -> None:
     sys.path.insert(0, _PLUGIN)
     configure_logging(level="info")
     torch.set_num_threads(1)
-    topology, stop = Topology(victim.namespace), threading.Event()
+    topology, stop = victim.topology, threading.Event()
     with stop_on_signals(stop):
         try:
             broker = open_broker(
-                victim.url,
+                Access(victim.urls),
                 client_name=victim.role,
                 dead_letters=topology.dead_letters,
                 notes=topology.lock,

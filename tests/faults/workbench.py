@@ -12,9 +12,9 @@ from common.numbers.layout import Layout
 from common.numbers.slicing import EncodingName, payload_size, slice_bytes
 from common.wire.assets import asset_entry
 from common.wire.to_node import Instruction, Receipt
-from common.wire.transfer import CompleteVersion
+from common.wire.transfer import CompleteVersion, payload_digest
 from common.wire.update_rule import UpdateRule
-from master_service.arithmetic.arithmetic import Outcome, PayloadsLost, Stepped
+from master_service.arithmetic.arithmetic import Encoded, Outcome, PayloadsLost, Stepped
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.records import Gathering, Generated, Provided
 from node_service.training.update_rule import SinceReturn
@@ -77,8 +77,8 @@ class Tokens:
     def digest(self, encoder: str) -> str:
         return str(self.targets[encoder].digest)
 
-    def measure(self, payload: bytes, size: int, encoding: str) -> tuple[bool, float]:
-        return True, 1.0
+    def measurement(self, size: int, encoding: str) -> Any:
+        return SimpleNamespace(add=lambda body: None, result=lambda: (True, 1.0))
 
     def generated(self, effect: Generate) -> list[Outcome]:
         if self._words and effect.gathered is None:
@@ -96,8 +96,9 @@ class Tokens:
         ]
         return [*provided, Outcome(Generated(encoder=effect.encoder, architecture={}, **plain), b"fresh")]
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> list[bytes]:
-        return bodies_of(self.digest(encoder), encoding)
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+        bodies = bodies_of(self.digest(encoder), encoding)
+        return Encoded(bodies, payload_digest(bodies))
 
     def export(self, directory: Path, encoder: object, settings: object) -> None:
         """Where nothing is written."""
@@ -135,6 +136,9 @@ class TokenTraining:
             for _ in range(10):
                 self.since.step(10, 5.0)
         return 0.0
+
+    def settle(self) -> None:
+        """Every step is taken at once."""
 
     def hand_in(self, sequence: int) -> tuple[SinceReturn, list[bytes]]:
         since, self.since = self.since, self.since.returned()

@@ -24,7 +24,7 @@ from common.wire.topology import Binding, Declarations, Queue
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
-from master_service.log.payloads import FilePayloads
+from master_service.log.payload_files import FilePayloads
 from tests.unit.stepped import ACCOUNTS, TOPOLOGY, SteppedMaster, SteppedNode, account, connection
 
 #: Time that passes between two batches, seconds, and messages of strangers in one.

@@ -127,14 +127,21 @@ class HandNode:
     """Speaks a node's protocol, one message at a time."""
 
     def __init__(
-        self, server: MemoryServer | None, name: str, incarnation: str = "first", *, broker: Broker | None = None
+        self,
+        server: MemoryServer | None,
+        name: str,
+        incarnation: str = "first",
+        *,
+        broker: Broker | None = None,
+        encoder_type: str = "text",
     ) -> None:
         """`broker`: its connection, if that is not to be one to `server`."""
         self.name = name
         self.incarnation = incarnation
+        self.encoder_type = encoder_type
         self.broker = broker or connection(server or MemoryServer(), name)
         self.inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self.broker.declare(TOPOLOGY.node(name, ("text",)))
+        self.broker.declare(TOPOLOGY.node(name, (encoder_type,)))
         self.broker.consume(TOPOLOGY.node_inbox(name), self.inbox.put, prefetch=100)
 
     def say(self, key: str, message: Message | bytes, exchange: str = TOPOLOGY.request) -> None:
@@ -153,7 +160,7 @@ class HandNode:
 
     def enter(self) -> Instruction:
         """Join, accept, and wait for the rule."""
-        self.say(".join", Join(node=self.name, incarnation=self.incarnation, types=["text"]))
+        self.say(".join", Join(node=self.name, incarnation=self.incarnation, types=[self.encoder_type]))
         instruction = self.hear(Instruction)
         ack = InstructionAck(
             node=self.name, incarnation=self.incarnation, encoder=instruction.encoder, accepted=True, samples=10

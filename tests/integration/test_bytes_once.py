@@ -23,6 +23,7 @@ from common.wire.transfer import CompleteVersion
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
 from node_service.handover.reading import Reading, VersionRead
+from tests.builders import encoded
 from tests.integration.harness import eventually
 from tests.unit.scenario import DIGEST
 from tests.unit.stepped import instruction
@@ -66,7 +67,7 @@ class Line:
 
     def write(self, version: int) -> None:
         bodies = encode_vector(torch.full((self.layout.size,), float(version)), "float32")
-        self.publisher.version(Publish("text-1", version, progress=0.0), 1, self.layout.digest, bodies)
+        self.publisher.version(Publish("text-1", version, progress=0.0), 1, self.layout.digest, encoded(bodies))
         self.publisher.send("n", Notice(encoder="text-1", version=version, digest=DIGEST, published_at=0.0))
 
     def told(self, version: int) -> Notice:

@@ -109,7 +109,7 @@ def test_an_update_that_kills_before_it_is_a_row_is_refused_in_the_end(
 
     node = HandNode(server, "a")
     with monkeypatch.context() as patch:
-        patch.setattr("master_service.arithmetic.aggregator.measure", measure)
+        patch.setattr("master_service.arithmetic.measuring.Measurement.add", measure)
         with dying_master(server, tmp_path, dies_of=Bang):
             instruction = node.enter()
             bodies = numbers(instruction)

@@ -31,7 +31,7 @@ from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import StopRule
 from master_service.history.replay import origin, rebuild, verify
 from master_service.log.message_log import open_log
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 from master_service.record import Recorder
 from master_service.service import MasterService
 from master_service.wire.publisher import Publisher

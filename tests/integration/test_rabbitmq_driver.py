@@ -17,8 +17,10 @@ from common.broker_url import Access
 from common.brokers import open_broker
 from common.brokers.amqp import rabbitmq
 from common.brokers.amqp.arguments import body_frames
+from common.errors import PublishRejected
 from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import MIB, Binding, Declarations, Exchange, Queue
+from tests.integration.harness import eventually
 from tests.integration.peers import between, http_proxy
 
 
@@ -66,3 +68,20 @@ def test_sockets_are_read_in_large_pieces_and_bodies_are_written_by_us(
         broker.close()
     assert 4 * MIB in sent
     assert rabbitmq.READ_BYTES in asked and 4096 not in asked
+
+
+def test_a_channel_that_rejected_a_message_is_not_published_on_again(amqp_url: str) -> None:
+    """To a quorum queue whose server died such a channel rejects everything, as long as that server is away."""
+    broker, name = open_broker(amqp_url, client_name="rejected", dead_letters=None), f"full-{secrets.token_hex(4)}"
+    full = Queue(name, "quorum", max_length=1, overflow="reject-publish")
+    broker.declare(Declarations((Exchange(name),), (full,), (Binding(name, name, "#"),)))
+    publisher = broker._publisher  # type: ignore[attr-defined]  # private: no public verb shows a channel
+    before = publisher._channel  # private: as above
+    with pytest.raises(PublishRejected):
+        for _ in range(20):
+            broker.publish(Publication(name, "k", b"one too many"))
+    # private: as above
+    eventually(lambda: publisher._channel not in (None, before) and not before.is_open)
+    roundtrip(broker, b"over another channel")
+    broker.delete_queue(name)
+    broker.close()

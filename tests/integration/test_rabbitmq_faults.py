@@ -25,6 +25,7 @@ from deploy.commands.run import end_of_waiting
 from deploy.local_rabbitmq import LocalRabbitMQ
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
+from tests.builders import encoded
 from tests.integration.harness import eventually
 
 EXCHANGE = Exchange("x")
@@ -190,13 +191,14 @@ def test_a_stream_that_somebody_deleted_is_there_again_with_the_next_version(amq
     reader = VersionReader(somebody, topology, "tiny-1", layout.digest)
     for version in (1, 2):
         bodies = encode_vector(torch.full((3,), float(version)), "float32")
-        master.version(Publish("tiny-1", version, 0.0), 1, layout.digest, bodies)
+        master.version(Publish("tiny-1", version, 0.0), 1, layout.digest, encoded(bodies))
         read = reader.read(version, 0.0, timeout=20.0, patience=1.0)
         assert read.version == version and decode_vector(read.payload, 3, "float32").tolist() == [version] * 3
         somebody.delete_queue(topology.stream("tiny-1"))
     # F8: what the master lets go of itself, it makes anew as well
     master.delete_stream("tiny-1")
-    master.version(Publish("tiny-1", 3, 0.0), 1, layout.digest, encode_vector(torch.full((3,), 3.0), "float32"))
+    bodies = encode_vector(torch.full((3,), 3.0), "float32")
+    master.version(Publish("tiny-1", 3, 0.0), 1, layout.digest, encoded(bodies))
     assert reader.read(3, 0.0, timeout=20.0, patience=1.0).version == 3
     master.delete_stream("tiny-1")
     for queue_name in (topology.master_inbox, topology.master_updates):

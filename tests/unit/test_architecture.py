@@ -42,7 +42,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: list[str] = PROJECT["tool"]["importlinter"]["root_packages"]
 CONTRACTS: list[dict[str, Any]] = PROJECT["tool"]["importlinter"]["contracts"]
 TOPOLOGY = Topology("walk")
-MOST_FILES = 42
+MOST_FILES = 43
 
 #: A function, as the page writes it: file below the root, and qualified name.
 Function = tuple[str, str]

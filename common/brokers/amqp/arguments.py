@@ -26,7 +26,8 @@ def queue_arguments(queue: Queue, server_version: tuple[int, ...]) -> dict[str, 
     """The `x-` arguments of a queue.
 
     Quorum queues must not drop what consumers that died had prefetched. RabbitMQ 4 does so after 20 deliveries unless
-    `x-delivery-limit` is -1; before 4 there is no limit by default.
+    `x-delivery-limit` is -1; before 4 there is no limit by default. A queue is made with as many replicas as are
+    wanted, or as there are servers; those that join later get none by themselves.
     """
     arguments: dict[str, Any] = {"x-queue-type": queue.kind}
     if queue.kind == "quorum" and server_version >= (4,):
@@ -39,6 +40,9 @@ def queue_arguments(queue: Queue, server_version: tuple[int, ...]) -> dict[str, 
         arguments["x-overflow"] = queue.overflow
     if queue.expires is not None:
         arguments["x-expires"] = round(queue.expires * 1000)
+    if queue.replicas is not None:
+        group = "x-initial-cluster-size" if queue.kind == "stream" else "x-quorum-initial-group-size"
+        arguments[group] = queue.replicas
     if queue.segment_bytes is not None:
         arguments["x-stream-max-segment-size-bytes"] = queue.segment_bytes
     return arguments

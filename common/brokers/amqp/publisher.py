@@ -83,6 +83,10 @@ class Publisher:
     one. What another thread has published there meanwhile, and believes stored, is out of reach: one thread alone
     may write to streams.
 
+    Nor on one whose publish was rejected. To a quorum queue a channel of RabbitMQ 3.10.8 finds its way with the first
+    message; opened while the queue's leader is being elected anew, because its server has died, it goes on asking that
+    server, and rejects all until it is back. A channel that is opened later finds the new one.
+
     The broker closes a channel for one bad publish (forbidden, no such exchange, too large), and its words need not say
     which. Only one that was unconfirmed can be it. So, unless there is but one, these are published again one at a
     time: the one after which the channel is closed again is the bad one, its batch fails with the broker's words, and
@@ -132,14 +136,16 @@ class Publisher:
                     continue
                 now = SYSTEM.monotonic()
                 if now - batch.progress_at > timeout:
-                    self._renew(self._channel)
+                    self._doubt(self._channel)
                     raise BrokerUnavailable(f"the broker has confirmed nothing for {timeout:.0f} s{self.link.why()}")
                 silence, on_its_way = now - max(batch.progress_at, batch.sent_at), batch.bytes_left / _SLOW_LINE
                 if silence > DOUBT_SECONDS + on_its_way and self._doubted < self.link.generation:
-                    self._renew(self._channel)
+                    self._doubt(self._channel)
         finally:
             with self._guard:
                 self._batches.remove(batch)
+        if isinstance(batch.error, PublishRejected):
+            self._replace(self._channel)
         if batch.error is not None:
             raise batch.error
 
@@ -150,20 +156,32 @@ class Publisher:
         else:
             self.link.problems.check_waiting()
 
-    def _renew(self, channel: Any) -> None:
-        """Close a channel, if it is still the one in use, and publish every open batch anew on another."""
+    def _doubt(self, channel: Any) -> None:
+        """A confirm of this channel is overdue; once per connection."""
 
-        def renew() -> None:
-            if channel is None or channel is not self._channel or not channel.is_open:
-                return
-            self._doubted = self.link.generation
-            with self._guard:
-                for batch in self._batches:
-                    batch.restart()
-            self._open_channel()
-            channel.close()
+        def doubt() -> None:
+            if self._replaced(channel):
+                self._doubted = self.link.generation
 
-        self.link.post(renew)
+        self.link.post(doubt)
+
+    def _replace(self, channel: Any) -> None:
+        def replace() -> None:
+            self._replaced(channel)
+
+        self.link.post(replace)
+
+    def _replaced(self, channel: Any) -> bool:
+        """In the link's thread: close a channel, if it is still the one in use, and publish every open batch anew on
+        another."""
+        if channel is None or channel is not self._channel or not channel.is_open:
+            return False
+        with self._guard:
+            for batch in self._batches:
+                batch.restart()
+        self._open_channel()
+        channel.close()
+        return True
 
     def _open_channel(self) -> None:
         self._newest = self._channel = None

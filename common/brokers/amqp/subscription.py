@@ -55,13 +55,22 @@ class LinkSubscription:
         self._connection: Any = None
         self._channel: Any = None
         self._unacked: set[int] = set()
-        self._closed = False
+        self._closed = self._stopped = False
+        self._tag = ""
         self._opened_at = 0.0
         self._in_vain = 0
 
+    def stop(self) -> None:
+        self._stopped = True
+        self._link.post(self._cancel)
+
     def close(self) -> None:
-        """Returns when the broker has taken the channel down, so that what was unacked is ready for others."""
+        """Returns when the broker has taken the channel down, so that what was unacked is ready for others; at once if
+        it was stopped before."""
         self._end()
+        if self._stopped:
+            self._link.post(self._close_soon)
+            return
         if not self._link.connected:
             return  # no connection, no channel: the broker has its deliveries back
         try:
@@ -72,7 +81,7 @@ class LinkSubscription:
     def open(self) -> None:
         """In the link's thread: open the channel and consume, once per connection however often it is asked for."""
         connection = self._link.connection
-        if self._closed or connection is self._connection or not connection.is_open:
+        if self._closed or self._stopped or connection is self._connection or not connection.is_open:
             return
         self._connection, self._opened_at = connection, SYSTEM.monotonic()
         connection.channel(on_open_callback=self._channel_open).add_on_close_callback(self._channel_closed)
@@ -83,6 +92,15 @@ class LinkSubscription:
             self._unacked.discard(tag)
             channel.basic_ack(tag)
             self._in_vain = 0
+
+    def _cancel(self) -> None:
+        channel = self._channel
+        if self._tag and channel is not None and channel.is_open:
+            channel.basic_cancel(self._tag)
+
+    def _close_soon(self) -> None:
+        if self._channel is not None and self._channel.is_open:
+            self._channel.close()
 
     def _lost(self) -> None:
         """Warn of a queue on which the connection breaks again and again: a message in it may be the reason."""
@@ -122,12 +140,14 @@ class LinkSubscription:
         channel.basic_qos(prefetch_count=min(self._prefetch, 65_535), callback=lambda frame: self._consume(channel))
 
     def _consume(self, channel: Any) -> None:
-        if self._closed or not channel.is_open:
+        if self._closed or self._stopped or not channel.is_open:
             return
         arguments = {} if self._next is None else {"x-stream-offset": stream_offset(self._next)}
         channel.add_on_cancel_callback(lambda frame: channel.close() if channel.is_open else None)
         try:
-            channel.basic_consume(self._queue, self._delivered, arguments=arguments, callback=self._consuming)
+            self._tag = channel.basic_consume(
+                self._queue, self._delivered, arguments=arguments, callback=self._consuming
+            )
         except Exception as error:  # what cannot be written as AMQP: without this the connection would go, and again
             self._fail(error)
 
@@ -137,7 +157,7 @@ class LinkSubscription:
     def _channel_closed(self, channel: Any, reason: Exception) -> None:
         """Closed by the broker (forbidden, gone, or not there yet): try again after a while."""
         connection, self._connection = self._connection, None
-        if self._closed:
+        if self._closed or self._stopped:
             return
         if not connection.is_open:
             self._lost()
@@ -150,7 +170,7 @@ class LinkSubscription:
         connection.ioloop.call_later(_RETRY_SECONDS, self.open)
 
     def _delivered(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        if self._closed:
+        if self._closed or self._stopped:
             return  # what was on its way when the consumer was closed goes back to its queue
         try:
             self._hand_over(channel, method, properties, body)

@@ -202,6 +202,7 @@ def test_f18_whatever_a_model_raises_is_said_as_its_own(method: str, tmp_path: P
     calls: dict[str, Callable[[], Any]] = {
         "shared_parameters": model.shared_parameters,
         "encode": lambda: model.encode(rows),
+        "counted": lambda: model.counted({}),
         "held_out_losses": lambda: model.held_out_losses(rows, torch.Generator()),
         "pooled": lambda: model.pooled(rows),
         "features": lambda: model.features(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import hypothesis.extra.numpy as hnp
@@ -21,6 +22,7 @@ from common.numbers.encodings import (
     encode_slice,
     encode_vector,
     is_finite,
+    squares_of_steps,
 )
 from common.numbers.slicing import BLOCK, SLICE, EncodingName, block_count, slices
 
@@ -83,11 +85,15 @@ def test_the_bits_are_those_of_whole_slices_whatever_the_pieces(values: Any, pie
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3 * BLOCK), st.sampled_from(ENCODINGS), st.randoms(use_true_random=False))
 def test_any_bytes_tell_whether_they_are_finite(count: int, encoding: Any, random: Any) -> None:
-    """As decoding would tell: a large scale beside large steps included."""
+    """As decoding would tell: a large scale beside large steps included. So do the squares of an int8 slice."""
     body = bytearray(encodings.encoded_size(count, encoding))
     for place in random.sample(range(len(body)), min(len(body), 12)):
         body[place] = random.choice([0x7F, 0x80, 0xFF, 0x7E, 0x01, random.randrange(256)])
-    assert is_finite(body, count, encoding) == bool(plainly_decoded(bytes(body), count, encoding).isfinite().all())
+    plain = plainly_decoded(bytes(body), count, encoding)
+    assert is_finite(body, count, encoding) == bool(plain.isfinite().all())
+    if encoding == "int8":
+        squares = float(plain.double().square().sum()) if is_finite(body, count, encoding) else math.inf
+        assert squares_of_steps(body, count) == pytest.approx(squares, rel=1e-6, abs=0.0)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from common.brokers.amqp.arguments import queue_arguments
 from common.wire.to_master import Get
-from common.wire.topology import Declarations, Topology, note_of
+from common.wire.topology import Declarations, Queue, Topology, note_of
 
 TOPOLOGY = Topology("ns")
 
@@ -75,3 +76,22 @@ def test_with_accounts_of_their_own_parties_declare_what_is_theirs() -> None:
     assert topology.master() == TOPOLOGY.master()
     note = note_of(topology.node_lock("n"), topology.lock)
     assert bound(note) == {("ns.lock", "ns.node.n.lock", "ns.node.n.lock.holder")} and note.queues[0].max_length == 1
+
+
+def test_over_a_cluster_nothing_is_kept_on_one_server_alone() -> None:
+    alone, kept = everything(TOPOLOGY), everything(Topology("ns", replicas=3))
+    for queue in kept:
+        arguments = queue_arguments(queue, (3, 10, 8))
+        stream = queue.name.startswith(("ns.parameters", "ns.assets"))
+        assert arguments["x-queue-type"] == ("stream" if stream else "quorum"), queue
+        assert arguments["x-initial-cluster-size" if stream else "x-quorum-initial-group-size"] == 3
+    limits = [[(each.name, each.max_bytes, each.overflow, each.expires) for each in queues] for queues in (alone, kept)]
+    assert limits[0] == limits[1]
+    # queues that are there already are declared as ever: RabbitMQ refuses other arguments
+    given = {name for queue in alone for name in queue_arguments(queue, ())}
+    assert not given & {"x-initial-cluster-size", "x-quorum-initial-group-size"}
+
+
+def everything(topology: Topology) -> tuple[Queue, ...]:
+    declared = topology.master() + topology.node("n", ("text",))
+    return (declared + topology.parameters("e", 100) + topology.assets("e", 100)).queues

@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.brokers.memory import MemoryBroker, MemoryServer
 from common.clock import SYSTEM
 from common.errors import BrokerUnavailable, Poison
+from common.numbers import memory
+from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE
 from common.wire.broker import Delivery, Publication
@@ -25,7 +28,7 @@ from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payl
 from common.wire.versions import VersionReader, publish_version
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
-from tests.builders import update_chunks, update_manifest
+from tests.builders import encoded, update_chunks, update_manifest
 from tests.integration.harness import eventually
 from tests.unit.scenario import DIGEST
 
@@ -48,13 +51,17 @@ def test_an_update_is_put_together_from_its_own_chunks_in_any_order(data: st.Dat
             {"encoder": "text-2"},
         )
     ]
+    taken: list[bytes] = []
     assembly, seen = UpdateAssembly(MANIFEST), set()
     for chunk in data.draw(st.permutations([*mine, *mine, *others])):
         ours = chunk in mine
-        assert assembly.add(chunk) is ours
+        found = assembly.add(chunk)
+        assert (found is not None) is ours
+        taken += found or []
         seen |= {chunk.index} if ours else set()
         assert assembly.complete is (len(seen) == len(BODIES))
-    assert assembly.payload() == b"".join(BODIES)
+        assert taken == BODIES[: len(taken)], "each once, in order, as soon as all before it are here"
+        assert len(taken) == next(index for index in range(len(BODIES) + 1) if index not in seen)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +99,24 @@ def version_chunks(epoch: int, version: int, encoder: str = "text-1") -> list[Pa
         )
         for index, body in enumerate(bodies)
     ]
+
+
+def test_a_large_version_is_put_together_in_memory_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In huge pages where there are any, and in any order of its chunks."""
+    monkeypatch.setattr(memory, "LARGE", 1)
+    size = SLICE + 3
+    bodies = encode_vector(torch.arange(size).float(), "float32")
+    plain = version_chunks(1, 1)[0].model_dump()
+    plain |= {"encoding": "float32", "chunks": 2, "size": 4 * size, "digest": payload_digest(bodies)}
+    chunks = [
+        ParameterChunk(**{**plain, "index": index, "checksum": checksum(body), "data": body})
+        for index, body in enumerate(bodies)
+    ]
+    for order in (chunks, [chunks[1], chunks[0], chunks[0]]):
+        assembly = VersionAssembly("text-1", DIGEST, elements=size)
+        [found] = [version for chunk in order if (version := assembly.add(chunk)) is not None]
+        assert bytes(found.payload) == b"".join(bodies) and len(found.payload) == 4 * size
+        assert torch.equal(decode_vector(found.payload, size, "float32"), torch.arange(size).float())
 
 
 # each entry: a version whose writer died after so many chunks (3: whole), and whether it then wrote it again
@@ -312,7 +337,7 @@ def test_a_version_that_was_missed_is_not_written_again_a_moment_later(broker: M
         (Publish("text-1", 1, progress=0.0), 2),  # a training that goes on: with another progress
     ):
         if master.is_due(effect, 1):
-            master.version(effect, 1, layout.digest, [b"0" * 12])
+            master.version(effect, 1, layout.digest, encoded([b"0" * 12]))
         arrived: list[Delivery] = []
         reader = broker.read_stream(TOPOLOGY.stream("text-1"), arrived.append, start="first", prefetch=10)
         eventually(lambda arrived=arrived, there=there: len(arrived) >= there)

@@ -13,8 +13,10 @@ from pydantic import Field, SecretStr, ValidationError
 from common.brokers import open_broker
 from common.config import BrokerConfig, Section, explained
 from common.errors import SharedEncoderError, UserError
+from common.wire.update_rule import ReturnWhen
+from deploy.commands.run import topology_of
 from deploy.config import load_config, warn_of_ignored
-from master_service.decisions.settings import settings_of_start
+from master_service.decisions.settings import Settings, settings_of_start
 
 
 class Inner(Section):
@@ -161,8 +163,35 @@ def test_f14_what_is_given_is_known_from_file_environment_and_flags(
     assert load_config(None, {"stop": {"versions": None}, "rule": {"preset": None}}).given() == {}
 
 
+def test_bounds_of_an_update_that_are_given_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default there is one of steps; what file, environment and flags say is put together as ever."""
+    file = tmp_path / "run.toml"
+    for said, bounds in (
+        ("when = { seconds = 30 }", {"seconds": 30.0}),
+        ("when = {}", {"steps": 25}),
+        ("wait = true", {"steps": 25}),
+    ):
+        file.write_text(f"[update]\n{said}\n")
+        config = load_config(file, {})
+        assert config.settings().update_rule.when.model_dump(exclude_none=True) == bounds
+        assert settings_of_start(config.settings(), Settings(), config.given()) == config.settings()
+    monkeypatch.setenv("SHARED_ENCODER_UPDATE__WHEN__SECONDS", "7")
+    assert load_config(file, {}).update.when == ReturnWhen(seconds=7.0)
+    assert load_config(file, {}).update.wait is True
+    both = load_config(None, {"update": {"when": {"samples": 9}}})
+    assert both.update.when == ReturnWhen(seconds=7.0, samples=9)
+
+
 def test_f14_a_first_start_and_a_start_again_with_the_same_configuration_are_the_same(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[rule]\npreset = "diloco"\nbuffer = { grace_seconds = 5 }\n[update]\nwhen = { samples = 9 }\n')
     config = load_config(file, {"stop": {"seconds": 5.0}})
     assert settings_of_start(config.settings(), config.settings(), config.given()) == config.settings()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 11])
+def test_replicas_are_an_odd_number_of_servers(replicas: int) -> None:
+    with pytest.raises(ValidationError):
+        BrokerConfig(replicas=replicas)
+    config = load_config(None, {"broker": {"replicas": 3}})
+    assert topology_of(config).replicas == 3 and topology_of(load_config(None, {})).replicas is None

@@ -20,7 +20,7 @@ from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings
 from master_service.history.replay import rebuild
 from master_service.log.jsonl import export_log, opened
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 from tests.unit.deploy.conftest import Command
 from tests.unit.master.test_fold import Federation, snapshot
 from tests.unit.master.test_replay import flip, rewritten, some_update, trained

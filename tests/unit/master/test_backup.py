@@ -15,7 +15,7 @@ from master_service.history.replay import verify
 from master_service.history.retention import prune
 from master_service.history.snapshot import kept_snapshots, read_snapshot
 from master_service.log.message_log import open_log
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 from tests.unit.master.test_fold import Federation, snapshot
 from tests.unit.master.test_replay import trained
 

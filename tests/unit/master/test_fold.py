@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ from common.errors import Damaged
 from common.numbers.encodings import encode_vector
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
+from common.numbers.slicing import EncodingName
 from common.wire.assets import asset_entry
 from common.wire.to_master import Get, InstructionAck, Join, UpdateManifest
 from common.wire.transfer import payload_digest
-from master_service.arithmetic.aggregator import Aggregator, Target, measure
+from master_service.arithmetic.aggregator import Aggregator, Target
 from master_service.arithmetic.arithmetic import PayloadsLost
+from master_service.arithmetic.measuring import Measurement, scratch
 from master_service.decisions.effects import Contribution, Generate, Step
 from master_service.decisions.records import Configured, Generated, Loggable, Provided, Started, UpdateFacts
 from master_service.decisions.rules.model import OuterOptimizer, aggregation_rule
@@ -27,7 +29,7 @@ from master_service.history.fold import Fold
 from master_service.history.replay import rebuild, verify
 from master_service.history.snapshot import read_snapshot, write_snapshot
 from master_service.log.message_log import MessageLog, open_log
-from master_service.log.payloads import FilePayloads, payload_path
+from master_service.log.payload_files import FilePayloads, payload_path
 from tests.builders import update_manifest
 
 
@@ -89,7 +91,7 @@ class Federation:
     def update(self, node: str, sequence: int, loss: float = 3.0) -> None:
         bodies = encode_vector(torch.randn(self.layout.size, generator=self.random) * 0.01, "int8")
         payload = b"".join(bodies)
-        finite, norm = measure(payload, self.layout.size, "int8")
+        finite, norm = measured(bodies, self.layout.size, "int8")
         digest = self.log.payloads.write(payload)
         assert digest == payload_digest(bodies)
         changes = {"incarnation": "i", "encoder": self.encoder, "base_version": self.state.version}
@@ -212,11 +214,24 @@ def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half
     assert aggregator.targets["e"].parameters.digest() == before
 
 
+def measured(bodies: Sequence[bytes], size: int, encoding: EncodingName) -> tuple[bool, float]:
+    measurement = Measurement(size, encoding, scratch())
+    for body in bodies:
+        measurement.add(body)
+    return measurement.result()
+
+
 def test_measure_sees_what_is_not_finite() -> None:
     vector = torch.full((5000,), 2.0)
-    finite, norm = measure(b"".join(encode_vector(vector, "float32")), 5000, "float32")
+    finite, norm = measured(encode_vector(vector, "float32"), 5000, "float32")
     assert finite and norm == pytest.approx(2.0 * 5000**0.5)
     vector[4999] = float("nan")
     for encoding in ("float32", "bfloat16", "int8"):
-        assert measure(b"".join(encode_vector(vector, encoding)), 5000, encoding) == (False, 0.0)
-    assert measure(b"short", 5000, "int8") == (False, 0.0)
+        assert measured(encode_vector(vector, encoding), 5000, encoding) == (False, 0.0)
+    for others in (
+        [b"short"],
+        [],
+        encode_vector(torch.ones(5001), "int8"),
+        encode_vector(torch.ones(5000), "int8") * 2,
+    ):
+        assert measured(others, 5000, "int8") == (False, 0.0)

@@ -34,7 +34,7 @@ from master_service.decisions.records import (
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import LossPlateau, Settings, StopRule
 from master_service.log.message_log import open_log
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 from tests.builders import LAYOUT
 from tests.unit.common.test_codec import instances
 from tests.unit.scenario import DIGEST, Scenario

@@ -55,7 +55,7 @@ def test_beside_messages_leave_together_and_a_mark_is_behind_what_it_stands_for(
     fill(outbox, line)
     thread = threading.Thread(target=outbox.serve, daemon=True)
     thread.start()
-    assert outbox.left == -1, "nothing has left"
+    assert outbox.left == -1 and not outbox.drain(0.01), "nothing has left"
     line.open.set()
     outbox.drain()
     assert line.left == ["a b", "version", "notice"] and outbox.left == 7

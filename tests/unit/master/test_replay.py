@@ -35,7 +35,7 @@ from master_service.history.snapshot import kept_snapshots, read_snapshot
 from master_service.history.state_directory import Journal, open_journal
 from master_service.log.jsonl import export_log, opened
 from master_service.log.message_log import MessageLog, open_log
-from master_service.log.payloads import payload_path
+from master_service.log.payload_files import payload_path
 from tests.unit.master.test_fold import Federation, checkpoint_wal, snapshot
 
 PLAIN = {"staleness": "constant", "count": "none"}

@@ -92,6 +92,14 @@ def test_f14_the_limits_given_are_all_limits_there_are() -> None:
     ]
 
 
+def test_f14_the_bounds_given_are_all_bounds_there_are() -> None:
+    assert lines({"update_rule": {"when": {"seconds": 30.0}}}) == [
+        "update.when.steps: 10 in the log, not set wanted",
+        "update.when.seconds: not set in the log, 30.0 wanted",
+    ]
+    assert merged(LOGGED, {"update_rule": {"when": {}, "wait": True}}).update_rule.when == LOGGED.update_rule.when
+
+
 def test_f14_what_is_said_of_new_encoders_is_a_setting_too() -> None:
     given = {"generation": "continue", "source": "there", "seed": 7, "architecture": {"hidden_size": 32}}
     assert lines(given) == [

@@ -32,6 +32,7 @@ from tests.unit.stepped import (
     SlowBroker,
     SteppedMaster,
     SteppedNode,
+    chunk_bytes,
     connection,
     instruction,
     sent_to,
@@ -97,9 +98,9 @@ class Sender:
         self.say(TOPOLOGY.update, "a.ready", self.manifest)
 
 
-def slow_master(server: MemoryServer, clock: VirtualClock) -> tuple[SteppedMaster, Any]:
+def slow_master(server: MemoryServer, clock: VirtualClock, **more: Any) -> tuple[SteppedMaster, Any]:
     broker = SlowBroker(server, "master", SLOW)
-    master = SteppedMaster(server, clock, broker=broker, layout=LARGE).start()
+    master = SteppedMaster(server, clock, broker=broker, layout=LARGE, **more).start()
 
     def carry(seconds: float) -> None:
         until = clock.monotonic() + seconds
@@ -124,6 +125,25 @@ def test_f6_an_update_of_any_size_gets_through_on_a_slow_line(server: MemoryServ
     [receipt] = answers
     assert isinstance(receipt, Receipt) and receipt.accepted, "it was never asked for again"
     assert clock.monotonic() - began > CHUNKS * 4 * MIB / SLOW > 20 * master.master.config.chunk_timeout_seconds
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_chunks_of_an_update_that_is_decided_on_are_gone(
+    server: MemoryServer, clock: VirtualClock, size: int
+) -> None:
+    """Given back, they would come once more before those of the node's next update. `size`: updates of a version."""
+    settings = Settings(
+        rule=aggregation_rule("fedbuff", {"buffer": {"size": size}}),
+        update_rule=UpdateRule(when=ReturnWhen(steps=4), encoding="float32"),
+        stop=StopRule(versions=1000),
+    )
+    master, carry = slow_master(server, clock, settings=settings)
+    sender = Sender(server, master, carry)
+    sender.send(CHUNKS)
+    encoder = master.master.state.encoders[sender.encoder]
+    while not (encoder.buffer or encoder.version):
+        carry(5.0)
+    assert chunk_bytes(server, "a") == []
 
 
 def test_f6_a_sender_whose_chunks_stay_away_is_told_how_many_came(server: MemoryServer, clock: VirtualClock) -> None:

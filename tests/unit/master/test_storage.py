@@ -3,6 +3,7 @@ F19: what retention looks at, and in which thread."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import sqlite3
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from master_service.config import MasterConfig
 from master_service.decisions.records import Skipped, Started, Tick, UpdateFacts
 from master_service.history.snapshot import SnapshotDirectory
 from master_service.history.state_directory import Journal
+from master_service.log import payload_files
 from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import MessageLog, Row, open_log
-from master_service.log.payloads import FilePayloads, MemoryPayloads, Payloads, payload_path
+from master_service.log.payload_files import FilePayloads, payload_path
+from master_service.log.payloads import Incoming, MemoryPayloads, Payloads
 from master_service.log.room import Room
 from tests.unit.master.test_replay import trained
 from tests.unit.scenario import Scenario
@@ -65,6 +68,42 @@ class PayloadsCases:
         assert payloads.damage(digest) == "damaged" and payloads.size(digest) == 4 and payloads.stored() == {digest}
         assert payloads.write(b"whole") == digest and payloads.damage(digest) is None
 
+    def test_what_comes_piece_by_piece_has_no_name_until_it_is_kept(self, tmp_path: Path) -> None:
+        payloads = self.payloads(tmp_path)
+        pieces, whole = [b"01", b"", b"23456", b"789"], b"0123456789"
+        incoming, given_up = payloads.receive(10), payloads.receive(10)
+        for piece in pieces:
+            incoming.add(piece)
+            given_up.add(piece)
+        assert payloads.stored() == set()
+        given_up.discard()
+        digest = incoming.keep()
+        assert digest == incoming.keep() == hashlib.sha256(whole).hexdigest() and payloads.stored() == {digest}
+        payloads.settle()
+        incoming.discard()
+        assert payloads.read(digest) == whole and payloads.damage(digest) is None
+        shorter = payloads.receive(10)
+        shorter.add(b"short")
+        assert payloads.read(shorter.keep()) == b"short"
+        again = payloads.receive(10)
+        again.add(whole)
+        assert again.keep() == digest and payloads.read(digest) == whole
+        room = bytearray(4)
+        payloads.read_into(digest, 3, room)
+        assert room == b"3456"
+        with pytest.raises(ValueError, match=digest):
+            payloads.read_into(digest, 8, room)
+        payloads.settle()
+
+    def test_what_was_hashed_here_is_read_again_only_if_somebody_has_touched_it(self, tmp_path: Path) -> None:
+        payloads = self.payloads(tmp_path)
+        digest = payloads.write(b"whole")
+        assert payloads.damage(digest, again=False) is None
+        self.spoil(payloads, tmp_path, digest, b"whale")
+        assert payloads.damage(digest, again=False) == payloads.damage(digest) == "damaged"
+        payloads.remove(digest)
+        assert payloads.damage(digest, again=False) == "missing"
+
 
 class TestFilePayloads(PayloadsCases):
     def payloads(self, directory: Path) -> Payloads:
@@ -72,6 +111,49 @@ class TestFilePayloads(PayloadsCases):
 
     def spoil(self, payloads: Payloads, directory: Path, digest: str, content: bytes) -> None:
         payload_path(directory / "payloads", digest).write_bytes(content)
+
+    def test_a_start_forgets_what_a_process_that_died_was_receiving(self, tmp_path: Path) -> None:
+        log = open_log(tmp_path)
+        log.payloads.receive(1 << 20).add(b"half")
+        assert [path.stat().st_size for path in (tmp_path / "payloads/incoming").iterdir()] == [1 << 20]
+        log.close()
+        open_log(tmp_path, read_only=True).close()
+        assert len(list((tmp_path / "payloads/incoming").iterdir())) == 1, "who only reads deletes nothing"
+        open_log(tmp_path).close()
+        assert list((tmp_path / "payloads/incoming").iterdir()) == []
+
+    def test_room_that_is_missing_is_said_before_anything_comes(self, tmp_path: Path) -> None:
+        payloads = self.payloads(tmp_path)
+        with pytest.raises(OSError):
+            payloads.receive(1 << 55)
+        assert list((tmp_path / "payloads/incoming").iterdir()) == []
+
+    def test_where_room_cannot_be_taken_beforehand_a_payload_comes_all_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unsupported(*_: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, "operation not supported")
+
+        monkeypatch.setattr(payload_files.os, "posix_fallocate", unsupported)
+        payloads = self.payloads(tmp_path)
+        assert payloads.read(payloads.write(b"whole")) == b"whole"
+
+    def test_a_file_that_does_not_reach_the_disk_is_an_error_that_waiting_does_not_mend(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        payloads = self.payloads(tmp_path)
+        payloads.remove(payloads.write(b"lost"))
+
+        def broken(handle: int) -> None:
+            raise OSError(errno.ENOSPC, "no space left")
+
+        monkeypatch.setattr(payload_files.os, "fsync", broken)
+        incoming = payloads.receive(4)
+        incoming.add(b"lost")
+        incoming.keep()
+        with pytest.raises(OSError) as failed:
+            payloads.settle()
+        assert failed.value.errno == errno.EIO
 
 
 class TestMemoryPayloads(PayloadsCases):
@@ -235,9 +317,20 @@ class Watched:
         self.looks.append("read")
         return self._inner.read(digest, start, length)
 
-    def damage(self, digest: str) -> str | None:
+    def receive(self, size: int) -> Incoming:
+        self.looks.append("receive")
+        return self._inner.receive(size)
+
+    def settle(self) -> None:
+        self._inner.settle()
+
+    def read_into(self, digest: str, start: int, out: bytearray) -> None:
+        self.looks.append("read")
+        self._inner.read_into(digest, start, out)
+
+    def damage(self, digest: str, *, again: bool = True) -> str | None:
         self.looks.append("damage")
-        return self._inner.damage(digest)
+        return self._inner.damage(digest, again=again)
 
     def size(self, digest: str) -> int:
         self.looks.append("size")

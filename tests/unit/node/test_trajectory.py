@@ -114,6 +114,38 @@ def test_the_path_has_the_bits_of_plain_arithmetic(events: list[str], up: Encodi
         assert path.hand_in(sequence, local, "int8") == [plain.hand_in(sequence, other, "int8")]
 
 
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+def test_the_path_is_where_the_model_is(device: str, encoding: EncodingName) -> None:
+    """On a GPU the arithmetic is done there; a checkpoint, from the disk too, does not take the path anywhere else."""
+    random = torch.Generator().manual_seed(1)
+
+    def version() -> EncodedVector:
+        return EncodedVector([encode_slice(torch.randn(SIZE, generator=random), "bfloat16")], SIZE, "bfloat16")
+
+    start = version()
+    other = start.decode(torch.empty(SIZE))
+    local, path, plain = other.to(device, copy=True), Trajectory(start, device), PlainTrajectory(other)
+    for sequence in range(4):
+        step = torch.randn(SIZE, generator=random) * 1e-2
+        local, other = local - step.to(device), other - step
+        assert path.drift(local) > 0.0
+        [mine], theirs = path.hand_in(sequence, local, encoding), plain.hand_in(sequence, other, encoding)
+        sent, wanted = (decode_slice(body, SIZE, encoding) for body in (mine, theirs))
+        torch.testing.assert_close(sent, wanted, rtol=1e-2, atol=1e-3)
+        state = path.state()
+        assert {each.device.type for name, each in state.items() if "/" not in name or name[0] == "a"} == {device}
+        if sequence == 2:
+            saved = {name: each.cpu().clone() for name, each in state.items()}
+            path = Trajectory.restored(LAYOUT, saved, path.last_answered, device)
+        path.count(sequence)
+        plain.answer(sequence, True)
+        target = version()
+        other = plain.adopt(target.decode(torch.empty(SIZE)), other)
+        assert path.adopt(target, local) is local
+        torch.testing.assert_close(local.cpu(), other, rtol=1e-3, atol=1e-3)
+
+
 def test_a_float32_path_keeps_nothing_for_later_and_an_old_checkpoint_of_one_is_read() -> None:
     path = Trajectory(ParameterSet(LAYOUT, torch.zeros(SIZE)))
     path.hand_in(0, torch.full((SIZE,), 3.0), "float32")

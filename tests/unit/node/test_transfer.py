@@ -11,7 +11,7 @@ import torch
 
 import node_service.evaluation.transfer as measured
 from common.encoders import get_encoder_type
-from common.encoders.text_model import WITH_PRIVATE, TextModel
+from common.encoders.text_model import WITHOUT_PRIVATE, TextModel
 from common.wire.update_rule import InnerOptimizer
 from node_service.evaluation.transfer import Advance, Column, Mode, Prepared, TransferBudget
 from node_service.training.trainer import Trainer
@@ -147,7 +147,7 @@ def test_an_export_with_its_vocabulary_is_a_row_and_frozen_steps_all_go_to_the_p
     original = TextModel.loss
 
     def loss(model: TextModel, batch: Any) -> Any:
-        alone.append(not batch.get(WITH_PRIVATE, True))
+        alone.append(WITHOUT_PRIVATE in batch)
         return original(model, batch)
 
     monkeypatch.setattr(TextModel, "loss", loss)
