@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from common.numbers.compiled import add_slice, kernels
 from common.numbers.encodings import encoded_slices
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.numbers.slicing import EncodingName, encoded_size, slices
+from common.numbers.slicing import SLICE, EncodingName, encoded_size, slices
 from master_service.arithmetic import robust
 from master_service.arithmetic.arithmetic import Encoded, Outcome, PayloadsLost, Stepped
 from master_service.arithmetic.export import export_encoder
@@ -62,16 +63,15 @@ class Aggregator:
             raise PayloadsLost(lost)
         if target.momentum is None:
             target.momentum = new_momentum(size, step.outer)
-        total, digest, vector = 0.0, hashlib.sha256(), target.parameters.vector
+        total, vector = 0.0, target.parameters.vector
         gradients = robust.gradients if step.combine.robust else self._means
-        # what is moved already is hashed beside the rest
-        with ThreadPoolExecutor(1) as beside:
+        with _Digest(size) as digest:
             for start, stop, gradient in gradients(step, self._payloads, size):
                 for squares in squares_of(gradient.numpy()):
                     total += squares
                 momentum = None if target.momentum is None else target.momentum[start:stop]
                 outer_step(vector[start:stop], gradient, momentum, step.outer)
-                beside.submit(digest.update, vector[start:stop].numpy().data)
+                digest.add(vector[start:stop].numpy().data)
         return Stepped(digest.hexdigest(), math.sqrt(total))
 
     def _means(self, step: Step, payloads: Payloads, size: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -97,10 +97,10 @@ class Aggregator:
         return generated(effect)
 
     def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
-        bodies, digest = [], hashlib.sha256()
-        with ThreadPoolExecutor(1) as beside:
-            for body in encoded_slices(self.targets[encoder].parameters.vector, encoding):
-                beside.submit(digest.update, body)
+        bodies, vector = [], self.targets[encoder].parameters.vector
+        with _Digest(vector.numel()) as digest:
+            for body in encoded_slices(vector, encoding):
+                digest.add(body)
                 bodies.append(body)
         return Encoded(bodies, digest.hexdigest())
 
@@ -109,3 +109,29 @@ class Aggregator:
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint()
+
+
+class _Digest:
+    """sha256 of slices that are added in order; of a vector of several, beside whatever goes on. A context manager:
+    `hexdigest` after it."""
+
+    def __init__(self, size: int) -> None:
+        self._sha256 = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1) if size > SLICE else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._beside is not None:
+            self._beside.shutdown()
+
+    def add(self, body: memoryview | bytes) -> None:
+        """The slice that comes next."""
+        if self._beside is None:
+            self._sha256.update(body)
+        else:
+            self._beside.submit(self._sha256.update, body)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()

@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from common.crash_points import reached
@@ -21,6 +23,8 @@ from master_service.log.payloads import REMEMBERED, Incoming
 
 #: Where payloads lie that are still coming, below the folder `payloads`.
 _INCOMING = "incoming"
+#: Bytes below which a payload is synced when that is waited for, and no thread begun for it.
+_SMALL = 1 << 20
 #: Threads that wait for the disk.
 _SYNCING = 4
 
@@ -42,6 +46,8 @@ class FilePayloads:
         self._whole: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._syncing: ThreadPoolExecutor | None = None
         self._unsettled: list[Future[None]] = []
+        #: Of those that are small: their files, open, and their folders.
+        self._small: list[tuple[int, Path]] = []
         if directory.exists():
             self._sync(directory)  # a folder that was made in it just before a power cut
 
@@ -59,15 +65,13 @@ class FilePayloads:
 
     def settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
+        small, self._small = self._small, []
+        _settled(partial(_all_to_disk, small))
         if self._syncing is not None:
             self._syncing.shutdown()
             self._syncing = None
         for each in unsettled:
-            try:
-                each.result()
-            except OSError as error:
-                # whether the pages of a failed sync are still to be written, nobody knows
-                raise OSError(errno.EIO, f"a payload did not reach the disk ({error})") from error
+            _settled(each.result)
 
     def kept(self, incoming: Path, handle: int, digest: str) -> None:
         """A file is complete: give it its name, and let it reach the disk. Takes over the handle."""
@@ -85,6 +89,9 @@ class FilePayloads:
         self._remember(digest, os.fstat(handle))
         if not self._lasting:
             os.close(handle)
+            return
+        if os.fstat(handle).st_size < _SMALL:
+            self._small.append((handle, path.parent))
             return
         if self._syncing is None:
             self._syncing = ThreadPoolExecutor(_SYNCING, thread_name_prefix="payloads")
@@ -144,6 +151,26 @@ class FilePayloads:
 def _as_it_is(status: os.stat_result) -> tuple[int, ...]:
     """What changes when somebody touches a file."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _settled(wait: Callable[[], None]) -> None:
+    try:
+        wait()
+    except OSError as error:
+        # whether the pages of a failed sync are still to be written, nobody knows
+        raise OSError(errno.EIO, f"a payload did not reach the disk ({error})") from error
+
+
+def _all_to_disk(files: list[tuple[int, Path]]) -> None:
+    """Files that are small: their folders are synced once."""
+    try:
+        for handle, _ in files:
+            os.fsync(handle)
+    finally:
+        for handle, _ in files:
+            os.close(handle)
+    for folder in {folder for _, folder in files}:
+        sync(folder)
 
 
 def _to_disk(handle: int, folder: Path) -> None:
