@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import structlog
@@ -23,7 +23,12 @@ LEAST = 4_000_000
 #: Arrays of one slice, as `kernels` takes them.
 Slice = tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
-_KINDS: dict[EncodingName, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+#: What of such a slice is read.
+PLAIN: Final = 0
+HALVES: Final = 1
+SCALED: Final = 2
+
+_KINDS: dict[EncodingName, int] = {"float32": PLAIN, "bfloat16": HALVES, "int8": SCALED}
 _NOTHING = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int8)
 
 
@@ -45,7 +50,7 @@ def _imported() -> ModuleType | None:
 def slice_of(vector: Tensor | EncodedVector, index: int) -> Slice:
     """Slice `index` of a vector, float32 on the processor or encoded, to be read."""
     if isinstance(vector, Tensor):
-        return _read_only((_KINDS["float32"], part_of(vector, index), *_NOTHING[1:]))
+        return _read_only((PLAIN, part_of(vector, index), *_NOTHING[1:]))
     return read_slice(vector.bodies[index], slice_length(vector.size, index), vector.encoding)
 
 

@@ -6,7 +6,7 @@ moved (numba does neither unless it is told to). Only what is no number may be a
 when these run.
 
 A vector is given as four arrays of one slice, of which `kind` says which are read: PLAIN numbers, the upper HALVES of
-numbers (bfloat16), or SCALED steps, a block of 256 with one scale. All functions let go of the interpreter.
+numbers (bfloat16), or else steps, a block of them with one scale. All functions let go of the interpreter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-PLAIN: Final = 0
-HALVES: Final = 1
-SCALED: Final = 2
+from common.numbers.compiled import HALVES, PLAIN
+from common.numbers.slicing import BLOCK
 
-_BLOCK: Final = 256
 #: The pattern of bits of infinity; above it is no number. And all but the sign.
 _INFINITE: Final = 0x7F800000
 _NO_SIGN: Final = 0x7FFFFFFF
@@ -60,7 +58,7 @@ def _load(
         for i in range(count):
             bits[i] = np.uint32(halves[start + i]) << np.uint32(16)
     else:
-        scale = scales[start // _BLOCK]
+        scale = scales[start // BLOCK]
         for i in range(count):
             out[i] = np.float32(steps[start + i]) * scale
 
@@ -85,11 +83,11 @@ def hand_in(
     """Encode a slice of what a vector is ahead of `local`, plus the residual; what that loses is added to it, and
     `local` copied to `after`."""
     size = len(local)
-    update, sent = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    update, sent = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     update_bits, sent_bits = update.view(np.uint32), sent.view(np.uint32)
-    for block in range((size + _BLOCK - 1) // _BLOCK):
-        start = block * _BLOCK
-        count = min(_BLOCK, size - start)
+    for block in range((size + BLOCK - 1) // BLOCK):
+        start = block * BLOCK
+        count = min(BLOCK, size - start)
         _load(kind, plain, halves, scales, steps, start, count, update, update_bits)
         for i in range(count):
             update[i] = update[i] - local[start + i]
@@ -154,11 +152,11 @@ def accumulate(
 ) -> None:
     """Add a slice, times the coefficient, to `total`."""
     size = len(total)
-    values = np.empty(_BLOCK, np.float32)
+    values = np.empty(BLOCK, np.float32)
     bits = values.view(np.uint32)
-    for block in range((size + _BLOCK - 1) // _BLOCK):
-        start = block * _BLOCK
-        count = min(_BLOCK, size - start)
+    for block in range((size + BLOCK - 1) // BLOCK):
+        start = block * BLOCK
+        count = min(BLOCK, size - start)
         _load(kind, plain, halves, scales, steps, start, count, values, bits)
         for i in range(count):
             total[start + i] = total[start + i] + values[i] * coefficient

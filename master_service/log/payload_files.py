@@ -66,7 +66,7 @@ class FilePayloads:
     def settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
         small, self._small = self._small, []
-        _settled(partial(_all_to_disk, small))
+        _settled(partial(_to_disk, small))
         if self._syncing is not None:
             self._syncing.shutdown()
             self._syncing = None
@@ -77,25 +77,15 @@ class FilePayloads:
         """A file is complete: give it its name, and let it reach the disk. Takes over the handle."""
         path = self._path(digest)
         if path.exists() and self.damage(digest, again=False) is None:
+            # whoever gave it its name may have died before it was on disk
+            there = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             os.close(handle)
             incoming.unlink()
-            return
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
-            for directory in (self._directory, self._directory.parent):
-                self._sync(directory)
-        reached("payload before rename")
-        incoming.replace(path)
+            handle = there
+        else:
+            self._name(incoming, path)
         self._remember(digest, os.fstat(handle))
-        if not self._lasting:
-            os.close(handle)
-            return
-        if os.fstat(handle).st_size < _SMALL:
-            self._small.append((handle, path.parent))
-            return
-        if self._syncing is None:
-            self._syncing = ThreadPoolExecutor(_SYNCING, thread_name_prefix="payloads")
-        self._unsettled.append(self._syncing.submit(_to_disk, handle, path.parent))
+        self._let_reach_the_disk(handle, path.parent)
 
     def forget_incoming(self) -> None:
         """Delete what a process that died was receiving. Only whoever alone writes here may."""
@@ -135,6 +125,24 @@ class FilePayloads:
     def stored(self) -> set[str]:
         return {path.name for path in self._directory.glob("??/*") if path.suffix != ".part"}
 
+    def _name(self, incoming: Path, path: Path) -> None:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            for directory in (self._directory, self._directory.parent):
+                self._sync(directory)
+        reached("payload before rename")
+        incoming.replace(path)
+
+    def _let_reach_the_disk(self, handle: int, folder: Path) -> None:
+        if not self._lasting:
+            os.close(handle)
+        elif os.fstat(handle).st_size < _SMALL:
+            self._small.append((handle, folder))
+        else:
+            if self._syncing is None:
+                self._syncing = ThreadPoolExecutor(_SYNCING, thread_name_prefix="payloads")
+            self._unsettled.append(self._syncing.submit(_to_disk, [(handle, folder)]))
+
     def _remember(self, digest: str, status: os.stat_result) -> None:
         self._whole[digest] = _as_it_is(status)
         while len(self._whole) > REMEMBERED:
@@ -161,8 +169,8 @@ def _settled(wait: Callable[[], None]) -> None:
         raise OSError(errno.EIO, f"a payload did not reach the disk ({error})") from error
 
 
-def _all_to_disk(files: list[tuple[int, Path]]) -> None:
-    """Files that are small: their folders are synced once."""
+def _to_disk(files: list[tuple[int, Path]]) -> None:
+    """Open files and their folders, each of these once; the files are closed."""
     try:
         for handle, _ in files:
             os.fsync(handle)
@@ -171,14 +179,6 @@ def _all_to_disk(files: list[tuple[int, Path]]) -> None:
             os.close(handle)
     for folder in {folder for _, folder in files}:
         sync(folder)
-
-
-def _to_disk(handle: int, folder: Path) -> None:
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    sync(folder)
 
 
 def _take_room(handle: int, size: int) -> None:

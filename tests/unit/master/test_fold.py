@@ -203,7 +203,10 @@ def test_a_step_is_the_weighted_sum_whatever_the_threads_and_leaves_nothing_half
             digests.append(aggregator.step(step))
     finally:
         torch.set_num_threads(threads)
-    assert digests[0] == digests[1]
+    assert digests[0] == digests[1] and digests[0].digest == aggregator.digest("e")
+    encoded = aggregator.encoded("e", "bfloat16")
+    assert encoded.bodies == encode_vector(aggregator.targets["e"].parameters.vector, "bfloat16")
+    assert encoded.digest == payload_digest(encoded.bodies)
     mean = sum(update.double() * weight for update, weight in zip(updates, weights, strict=True))
     assert torch.allclose(aggregator.targets["e"].parameters.vector.double(), start.double() - 0.7 * mean, atol=1e-6)
     assert digests[0].norm == pytest.approx(float(mean.norm()), rel=1e-6)

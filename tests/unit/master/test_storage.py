@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,21 @@ class TestFilePayloads(PayloadsCases):
         monkeypatch.setattr(payload_files.os, "posix_fallocate", unsupported)
         payloads = self.payloads(tmp_path)
         assert payloads.read(payloads.write(b"whole")) == b"whole"
+
+    @pytest.mark.parametrize("size", [10, 2 << 20])
+    def test_what_somebody_who_died_has_named_is_synced_before_it_counts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        before, synced, fsync = self.payloads(tmp_path), list[int](), os.fsync
+        unsettled = before.receive(size)
+        unsettled.add(bytes(size))
+        digest = unsettled.keep()  # and never settled: its writer dies
+        monkeypatch.setattr(
+            payload_files.os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle))
+        )
+        assert self.payloads(tmp_path).write(bytes(size)) == digest
+        assert payload_path(tmp_path / "payloads", digest).stat().st_ino in synced
+        before.settle()
 
     def test_a_file_that_does_not_reach_the_disk_is_an_error_that_waiting_does_not_mend(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
