@@ -86,6 +86,8 @@ class Reading:
         self._readers: dict[str, VersionReader] = {}
         #: The digests of versions that the master has named, by encoder.
         self._named: dict[str, dict[int, str]] = {}
+        #: Readers of encoders that are trained no more, to be closed by whoever reads.
+        self._forgotten: queue.SimpleQueue[VersionReader] = queue.SimpleQueue()
         self._assets: AssetReader | None = None
         self._asked: queue.SimpleQueue[_Wanted | _Gather] = queue.SimpleQueue()
         self._wanted: _Wanted | _Gather | None = None
@@ -121,6 +123,7 @@ class Reading:
 
     def read_one(self, wait: float = 0.0) -> VersionRead | AssetRead | None:
         """Go on with what is wanted, for about `wait` seconds; what came of it, once that is known."""
+        self._close_idle()
         try:
             if self._begin(wait):
                 wanted = self._wanted
@@ -144,14 +147,23 @@ class Reading:
 
     def forget(self, encoder: str) -> None:
         """The training of an encoder has ended: should it go on, its stream may be a new one."""
-        self._readers.pop(encoder, None)
+        if (reader := self._readers.pop(encoder, None)) is not None:
+            self._forgotten.put(reader)
         self._named.pop(encoder, None)
 
     def close(self) -> None:
         """Stop reading."""
         self._close_assets()
+        self._close_idle()
         for reader in self._readers.values():
             reader.close()
+
+    def _close_idle(self) -> None:
+        """Readers that rest keep a consumer each: not of what nobody reads any more."""
+        for reader in tuple(self._readers.values()):
+            reader.tire()
+        while not self._forgotten.empty():
+            self._forgotten.get().close()
 
     def _begin(self, wait: float) -> bool:
         """Turn to what was asked for last, if nothing but a look is going on; whether anything is wanted.

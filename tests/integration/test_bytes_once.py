@@ -109,8 +109,8 @@ def lines(amqp_url: str) -> Iterator[list[Line]]:
         line.close()
 
 
-def test_of_many_small_versions_a_slow_reader_receives_those_that_it_adopts(amqp_url: str, lines: list[Line]) -> None:
-    lines.append(line := Line(amqp_url, 2_000))
+def test_of_many_versions_a_slow_reader_receives_those_that_it_adopts(amqp_url: str, lines: list[Line]) -> None:
+    lines.append(line := Line(amqp_url, 20_000))  # larger than what it is worth to read past
     versions = 300
     writing = threading.Thread(target=lambda: [line.write(version) for version in range(versions)], daemon=True)
     writing.start()

@@ -9,23 +9,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.brokers.memory import MemoryBroker, MemoryServer
-from common.clock import SYSTEM
+from common.clock import SYSTEM, VirtualClock
 from common.errors import BrokerUnavailable, Poison
 from common.numbers import memory
 from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
 from common.numbers.slicing import SLICE
-from common.wire.broker import Delivery, Publication
+from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition, Subscription
 from common.wire.codec import encode
 from common.wire.to_master import UpdateChunk
 from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest
-from common.wire.versions import VersionReader, publish_version
+from common.wire.versions import REST_SECONDS, VersionReader, publish_version
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
 from tests.builders import encoded, update_chunks, update_manifest
@@ -291,6 +291,50 @@ def test_what_was_read_is_not_read_again_because_of_the_margin_of_a_hint(broker:
     broker.delete_queue(TOPOLOGY.stream("text-1"))
     again = write(broker, 2, 21)
     assert reader.read(21, min(hint, again), patience=0.1).version == 21
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.integers(1, 12_000))
+def test_a_reader_keeps_its_consumer_over_what_costs_less_to_read(gaps: list[int], elements: int) -> None:
+    """By how many versions each read passes over; an element of theirs has four bytes."""
+    broker, clock = MemoryBroker(MemoryServer(), user="master", dead_letters=None), VirtualClock()
+    broker.declare(TOPOLOGY.master())
+    named: dict[int, str] = {}
+    reader = VersionReader(broker, TOPOLOGY, "text-1", DIGEST, elements=elements, named=named, clock=clock)
+    begun: list[StreamPosition] = []
+    offsets: list[int | None] = []
+    read_stream = broker.read_stream
+
+    def looked_at(stream: str, on_delivery: OnDelivery, *, start: StreamPosition, prefetch: int = 16) -> Subscription:
+        begun.append(start)
+
+        def came(delivery: Delivery) -> None:
+            offsets.append(delivery.offset)
+            on_delivery(delivery)
+
+        return read_stream(stream, came, start=start, prefetch=prefetch)
+
+    broker.read_stream = looked_at  # type: ignore[method-assign]
+    version, expected = -1, 0
+    for gap in gaps:
+        for number in range(version + 1, version + gap + 2):
+            bodies = encode_vector(torch.full((elements,), float(number)), "float32")
+            plain = {"encoding": "float32", "layout_digest": DIGEST, "bodies": bodies, "progress": 0.0}
+            publish_version(broker, TOPOLOGY, encoder="text-1", epoch=1, version=number, **plain)  # type: ignore[arg-type]
+            named[number] = payload_digest(bodies)
+        expected += version == -1 or gap * 4 * elements > 64 * 1024
+        version += gap + 1
+        found = reader.read(version, offset=version, timeout=5.0)
+        assert found.version == version and found.payload == b"".join(bodies)
+        assert len(begun) == expected
+    assert len(offsets) == len(set(offsets)), "nothing comes twice"
+    clock.time += REST_SECONDS
+    reader.tire()
+    publish_version(broker, TOPOLOGY, encoder="text-1", epoch=1, version=version + 1, **plain)  # type: ignore[arg-type]
+    named[version + 1] = named[version]
+    assert reader.read(version + 1, offset=version + 1).version == version + 1
+    assert len(begun) == expected + 1, "it did not rest for ever"
+    broker.close()
 
 
 def test_a_very_version_that_is_lost_is_not_waited_for_as_long_as_others_come(broker: MemoryBroker) -> None:
