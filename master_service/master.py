@@ -36,7 +36,7 @@ from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
 from master_service.wire.arriving import Arrived
 from master_service.wire.inbox import identity, refusal, understood
-from master_service.wire.intake import CompleteUpdate, Intake
+from master_service.wire.intake import CompleteUpdate
 from master_service.wire.outbox import Outbox
 from master_service.wire.pace import Pace, sender_of
 from master_service.wire.publisher import Publisher
@@ -354,14 +354,18 @@ class Master:
                     self._updates.hold()
             elif not self._coordinator.has_place(manifest):
                 self._updates.hold()
-            elif not (self._updates.has_room(manifest.size, self._intake_bytes()) and self._fetch(manifest)):
+            elif not (self._has_room(manifest) and self._fetch(manifest)):
                 return False
             if self._clock.monotonic() > until:
                 return True
         return False
 
+    def _has_room(self, manifest: UpdateManifest) -> bool:
+        """Whether an update can be fetched now; one that carries its payload is here already."""
+        return manifest.data is not None or self._updates.has_room(manifest.size, self._intake_bytes())
+
     def _fetch(self, manifest: UpdateManifest) -> bool:
-        """Begin to fetch the update whose turn it is, if there is room on the disk."""
+        """Begin to fetch the update whose turn it is, or take it if it is here, if there is room on the disk."""
         size = self.state.encoders[manifest.encoder].size
         try:
             arrived = Arrived(
@@ -373,7 +377,10 @@ class Master:
         except StorageBlocked as error:
             self.recorder.wait(error, lambda: self.journal.receive_payload(manifest.size).discard())
             return False
-        self._updates.fetch(arrived)
+        if manifest.data is None:
+            self._updates.fetch(arrived)
+        else:
+            self._take(self._updates.carried(arrived))
         return True
 
     def _incarnation(self, node: str) -> str | None:
@@ -401,7 +408,8 @@ class Master:
     def _refuse(self, manifest: UpdateManifest) -> None:
         """The row of an update that does not count leads to its answer; nobody waits for its chunks."""
         delivery = self._updates.answered()
-        todo = Todo(manifest, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,))
+        row = manifest.model_copy(update={"data": None})
+        todo = Todo(row, _delivery_id(manifest), work=_work(manifest), deliveries=(delivery,))
         self.recorder.record(todo, more=True)
         self._ask_for_later(manifest.node)
 
@@ -419,14 +427,15 @@ class Master:
         """Chunks that do not come are sent again."""
         while (intake := self._updates.in_vain()) is not None:
             then = "later ones" if intake.overtaken else "none for a while"
-            self._ask_again(intake, f"{intake.progress}, and then {then}")
+            why = f"{intake.progress}, and then {then}"
+            self._ask_again(intake.manifest, intake.announcement, why, beyond=intake.overtaken)
 
     def _take(self, update: CompleteUpdate) -> None:
-        """All chunks are here: make the update durable, then decide on it, then remove it from the broker."""
+        """All of it is here: make the update durable, then decide on it, then remove it from the broker."""
         manifest = update.manifest
         if self._coordinator.wants_payload(manifest) and self._is_spent(_delivery_id(manifest)):
             update.arrived.discard()
-            self._ask_again(self._updates.intake(manifest.node), "this attempt was looked at already")
+            self._ask_again(manifest, update.deliveries[-1], "this attempt was looked at already")
             return
         self.recorder.record(
             Todo(
@@ -435,18 +444,17 @@ class Master:
                 arrived=update.arrived,
                 work=_work(manifest),
                 deliveries=update.deliveries,
-                acked=self._updates.taken(manifest.node).close,
+                acked=self._updates.taken(manifest.node),
             ),
             more=True,
         )
         self._ask_for_later(manifest.node)
 
-    def _ask_again(self, intake: Intake, why: str) -> None:
-        """The node sends the chunks again as another attempt."""
-        manifest = intake.manifest
+    def _ask_again(self, manifest: UpdateManifest, announcement: Delivery, why: str, *, beyond: int = 0) -> None:
+        """The node sends the update again as another attempt."""
         log.warning("asking a node to send its update again", node=manifest.node, update=manifest.update_id, why=why)
-        self._publisher.send(manifest.node, resend(manifest.encoder, manifest, why, beyond=intake.overtaken))
-        self._broker.ack(intake.announcement)
+        self._publisher.send(manifest.node, resend(manifest.encoder, manifest, why, beyond=beyond))
+        self._broker.ack(announcement)
         self._done(manifest.node)
 
     def _done(self, node: str) -> None:

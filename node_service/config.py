@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from common.config import Section
+from common.wire.fields import INLINE_BYTES
 from node_service.accept import Accept
 from node_service.corpus.corpus import CorpusConfig
 
@@ -23,9 +24,10 @@ class NodeConfig(Section):
     which takes a minute or more before the first step. Where it fails, training goes on without.
     `micro_batch`: at most so many samples of the rule's batch go through the model at once, for a memory that holds no
     more; their gradients are added up, and the result is the same. `max_steps_per_second` leaves the machine to others.
-    `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`, it
-    is away: then a node trains on beyond what it may hand in. `private` are the settings of the private parts (for
-    text: see `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
+    `get` asks the master for an encoder of a type. Without a sign of life from the master for `away_after_seconds`,
+    it is away: then a node trains on beyond what it may hand in. Updates of up to `inline_bytes` (0: none) are one
+    message, longer ones are sent in chunks. `private` are the settings of the private parts (for text: see
+    `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
     number there. `accept`: what its owner agrees to.
     """
 
@@ -39,6 +41,7 @@ class NodeConfig(Section):
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     threads: Annotated[int, Field(ge=1)] = 1
     seed: int = 0
+    inline_bytes: Annotated[int, Field(ge=0, le=INLINE_BYTES)] = INLINE_BYTES
     get: str | None = None
     named: bool = False
     accept: Accept = Accept()

@@ -90,7 +90,7 @@ class NodeService:
             self._serve(stop, state, build)
 
     def _serve(self, stop: threading.Event, state: LocalState, build: Build) -> None:
-        outbox = Outbox(self.broker, self.topology, self.name, state.chunk)
+        outbox = Outbox(self.broker, self.topology, self.name, state.chunk, inline_bytes=self.config.inline_bytes)
         node = Node(
             self.name,
             self.config,

@@ -67,6 +67,9 @@ LayoutEntries = Annotated[
 Checksum = Annotated[str, Field(max_length=16)]
 #: The largest slice is of float32.
 ChunkData = Annotated[bytes, Field(max_length=slice_bytes("float32"))]
+#: A payload that is no longer than this, bytes, travels in its announcement: a message of its own costs more.
+INLINE_BYTES = 128 * 1024
+InlineData = Annotated[bytes, Field(max_length=INLINE_BYTES)]
 #: One of a few words.
 Term = Annotated[str, Field(max_length=64)]
 

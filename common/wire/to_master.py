@@ -26,6 +26,7 @@ from common.wire.fields import (
     Digest,
     HeldOut,
     Id,
+    InlineData,
     LayoutEntries,
     Loss,
     Seconds,
@@ -173,7 +174,7 @@ class InstructionAck(NodeMessage):
 
 
 class UpdateManifest(NodeMessage):
-    """An update whose chunks are all confirmed by the broker.
+    """An update whose chunks are all confirmed by the broker, or which carries the whole payload as its `data`.
 
     The payload is the pseudo-gradient of the shared encoder (base − local), encoded. `steps`, `samples` and `seconds`
     are those of this update alone; `loss` is the mean training loss over its steps. `layout` is sent only by a node
@@ -202,10 +203,15 @@ class UpdateManifest(NodeMessage):
     digest: Digest
     held_out: HeldOut | None = None
     held_out_version: Count | None = None
+    data: InlineData | None = None
 
     @property
     def update_id(self) -> str:
         return update_id(self)
+
+    def bare(self) -> UpdateManifest:
+        """Without what is not needed to name it, and may be long."""
+        return self.model_copy(update={"layout": None, "data": None})
 
 
 class UpdateChunk(NodeMessage):

@@ -74,5 +74,9 @@ def refusal(message: Message, delivery: Delivery, topology: Topology, config: Ma
 
 def identity(delivery: Delivery) -> str:
     """What a delivery is known by when it comes again."""
-    name = f"{delivery.routing_key}:{delivery.message_id}".encode() if delivery.message_id else delivery.body
-    return f"delivery {hashlib.sha256(name).hexdigest()}"
+    return named(f"{delivery.routing_key}:{delivery.message_id}" if delivery.message_id else delivery.body)
+
+
+def named(name: str | bytes) -> str:
+    """The same of a delivery of which only sender, kind and message id are there, or only its bytes."""
+    return f"delivery {hashlib.sha256(name.encode() if isinstance(name, str) else name).hexdigest()}"

@@ -27,7 +27,7 @@ _DISCARD_SECONDS = (0.1, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class CompleteUpdate:
-    """An update whose chunks are all here. `deliveries` are to be acked once it is durable."""
+    """An update that is here as a whole. `deliveries` are to be acked once it is durable; the last is its manifest."""
 
     manifest: UpdateManifest
     arrived: Arrived

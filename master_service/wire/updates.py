@@ -90,7 +90,7 @@ class Updates:
         if known and out is waiting and not self._turns.waits(manifest.node, update):
             later = self._later.setdefault(manifest.node, OrderedDict())
             later.pop(update, None)
-            later[update] = manifest.model_copy(update={"layout": None})
+            later[update] = manifest.bare()
             if len(later) > LINE_UPDATES:
                 later.popitem(last=False)
                 self._dropped.add(manifest.node)
@@ -137,9 +137,19 @@ class Updates:
         """The update whose turn it is does not count: its chunks are thrown away when there is time for it. Gives its
         manifest's delivery, which is still to be acked."""
         manifest, delivery = self._turns.answered().item
-        self._refused.pop(manifest.node, None)
-        self._refused[manifest.node] = manifest.model_copy(update={"layout": None})
+        if manifest.data is None:
+            self._refused.pop(manifest.node, None)
+            self._refused[manifest.node] = manifest.bare()
         return delivery
+
+    def carried(self, arriving: Arrived) -> CompleteUpdate:
+        """The update whose turn it is carries its payload: it is here, and goes into `arriving`."""
+        manifest, delivery = self._turns.answered().item
+        assert manifest.data is not None, "it is to be fetched"
+        length = slice_bytes(manifest.encoding)
+        for start in range(0, len(manifest.data), length):
+            arriving.add(manifest.data[start : start + length])
+        return CompleteUpdate(manifest.model_copy(update={"data": None}), arriving, (delivery,))
 
     def later(self, node: str) -> UpdateManifest | None:
         """An update that found no place in its node's line, if there is one now: it is to be asked for again."""
@@ -190,18 +200,20 @@ class Updates:
         node = self._turns.overdue(self._clock.monotonic())
         return self.intake(node) if node is not None else None
 
-    def taken(self, node: str) -> Intake:
-        """What was fetched of a node has come: its next one may be fetched. The intake is to be closed once its
-        deliveries are acked."""
-        intake = self._intakes.pop(self._topology.chunk_queue(node))
+    def taken(self, node: str) -> Callable[[], None] | None:
+        """What was fetched of a node has come: its next one may be fetched. What this gives is to be called once the
+        update's deliveries are acked; None if nothing was fetched for it."""
+        if (intake := self._intakes.pop(self._topology.chunk_queue(node), None)) is None:
+            return None
         intake.stop()
         self._turns.done(node)
-        return intake
+        return intake.close
 
     def done(self, node: str) -> None:
-        """What was fetched of a node is of no use."""
-        self._intakes.pop(self._topology.chunk_queue(node)).close()
-        self._turns.done(node)
+        """What was fetched of a node, if anything was, is of no use."""
+        if (intake := self._intakes.pop(self._topology.chunk_queue(node), None)) is not None:
+            intake.close()
+            self._turns.done(node)
 
     def look(self) -> None:
         """Do what time has made due: who keeps others waiting in vain goes behind them, and chunks of refused updates

@@ -28,11 +28,13 @@ log = structlog.get_logger()
 M = TypeVar("M", bound=BaseModel)
 
 _IDENTITY, _CURRENT, _FINISHING, _OWED = "identity.json", "current.json", "finishing.json", "owed"
+#: Orders that are noted as given out at a time, so that not each is a write to the disk.
+_ORDERS = 64
 
 
 class Identity(BaseModel):
-    """The node's id, its incarnation (new when the state directory is), the next update's number, and the next number
-    of what is sent, repeats included."""
+    """The node's id, its incarnation (new when the state directory is), the next update's number, and a number of what
+    is sent, repeats included, above all that were given out."""
 
     node: str
     incarnation: str
@@ -87,6 +89,7 @@ class LocalState:
                 f"{store.place} belongs to node {found.node!r}, not {node!r}; give each node its own --state"
             )
         self.identity = found or Identity(node=node, incarnation=new_incarnation())
+        self._next_order = self.identity.next_order
         if found is None:
             self._save()
         self.assets = AssetCache(store)
@@ -111,6 +114,7 @@ class LocalState:
     def reincarnate(self) -> None:
         """Begin anew under another incarnation; what was owed and trained belonged to the old one."""
         self.identity = Identity(node=self.identity.node, incarnation=self._new_incarnation())
+        self._next_order = self.identity.next_order
         self._save()
         self.forget_current()
         self._sweep(set())
@@ -124,9 +128,11 @@ class LocalState:
 
     def next_order(self, beyond: int = 0) -> int:
         """The next number of what is sent, above `beyond`; never given out again, even after a crash."""
-        order = max(self.identity.next_order, beyond + 1)
-        self.identity = self.identity.model_copy(update={"next_order": order + 1})
-        self._save()
+        order = max(self._next_order, beyond + 1)
+        if order >= self.identity.next_order:
+            self.identity = self.identity.model_copy(update={"next_order": order + _ORDERS})
+            self._save()
+        self._next_order = order + 1
         return order
 
     # --- what its owner may read --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from common.numbers.slicing import slice_bytes
 from common.wire.base import Message
 from common.wire.broker import Broker, Publication
 from common.wire.codec import encode
+from common.wire.fields import INLINE_BYTES
 from common.wire.to_master import InstructionAck, UpdateManifest
 from common.wire.topology import MIB, Topology
 from common.wire.transfer import update_chunk
@@ -55,13 +56,16 @@ class Outbox:
         node: str,
         read_chunk: ReadChunk,
         *,
+        inline_bytes: int = INLINE_BYTES,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
+        """`inline_bytes`: a payload that is no longer travels in its manifest."""
         self.problem = ""
         self._broker = broker
         self._topology = topology
         self._node = node
         self._read_chunk = read_chunk
+        self._inline_bytes = inline_bytes
         self._new_id = new_id
         self._waiting: deque[Publication | _Update] = deque()
         self._some = threading.Event()
@@ -76,7 +80,8 @@ class Outbox:
         self._put(Publication(exchange, key, encode(message), message_id=self._new_id()))
 
     def update(self, manifest: UpdateManifest) -> None:
-        """Send an owed update: its chunks, then, once all of them are confirmed, its manifest."""
+        """Send an owed update: its chunks, then, once all of them are confirmed, its manifest; a small one as one
+        message."""
         self._put(_Update(manifest))
 
     @property
@@ -120,11 +125,17 @@ class Outbox:
         return True
 
     def _send_update(self, update: _Update) -> bool:
-        """The next window of chunks, or, after the last, the manifest; whether that was the manifest."""
+        """The next window of chunks, or, after the last, the manifest; whether that was the manifest. A small payload
+        travels in that."""
         manifest, exchange = update.manifest, self._topology.update
+        if manifest.size <= self._inline_bytes:
+            slices = [self._read_chunk(manifest, index) for index in range(manifest.chunks)]
+            here = [body for body in slices if body is not None]
+            if len(here) < len(slices):
+                return True  # answered meanwhile
+            return self._announce(manifest.model_copy(update={"data": b"".join(here)}))
         if update.sent == manifest.chunks:
-            delivery_id = f"{manifest.update_id}/{manifest.attempt}"
-            return self._send(Publication(exchange, f"{self._node}.ready", encode(manifest), message_id=delivery_id))
+            return self._announce(manifest)
         window = max(1, _WINDOW_BYTES // slice_bytes(manifest.encoding))
         until = min(update.sent + window, manifest.chunks)
         publications = []
@@ -138,6 +149,10 @@ class Outbox:
         self._broker.publish(*publications)
         update.sent = until
         return False
+
+    def _announce(self, manifest: UpdateManifest) -> bool:
+        key, delivery_id = f"{self._node}.ready", f"{manifest.update_id}/{manifest.attempt}"
+        return self._send(Publication(self._topology.update, key, encode(manifest), message_id=delivery_id))
 
     def _put(self, item: Publication | _Update) -> None:
         self._waiting.append(item)

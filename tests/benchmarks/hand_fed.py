@@ -29,6 +29,7 @@ from common.numbers.encodings import encode_vector
 from common.wire.base import Message
 from common.wire.broker import Broker, Publication
 from common.wire.codec import encode
+from common.wire.fields import INLINE_BYTES
 from common.wire.to_master import Fetch, InstructionAck, Join
 from common.wire.to_node import Instruction, Receipt
 from master_service.config import MasterConfig
@@ -162,9 +163,12 @@ class Feeder:
             self.broker.publish(*publications[first : first + _AT_ONCE])
 
     def update(self, node: HandNode, sequence: int, bodies: list[bytes], **changes: Any) -> list[Publication]:
-        """Chunks and manifest as a node sends them."""
+        """Chunks and manifest, or a small update as one message, as a node sends them."""
         plain = {"order": sequence + 1, "encoding": "int8", **changes}
         manifest = node.manifest(self.instruction, sequence, bodies, **plain)
+        if manifest.size <= INLINE_BYTES:
+            whole = manifest.model_copy(update={"data": b"".join(bodies)})
+            return [self.letter(node, ".ready", whole, TOPOLOGY.update)]
         chunks = update_chunks(manifest, bodies)
         return [
             *(Publication(TOPOLOGY.update, f"{node.name}.chunk", encode(each), persistent=False) for each in chunks),

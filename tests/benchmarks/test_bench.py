@@ -44,7 +44,8 @@ def test_the_benchmark_runs_and_adds_up(tmp_path: Path) -> None:
     for each in (row, beside):
         assert set(each["peak_mib"]) == {"master", "n0", "n1", "broker"} and min(each["peak_mib"].values()) > 10
         assert each["updates_per_second"] > 0
-        assert each["read_twice"] == 0 and 1.0 <= each["read_per_adopted"] < 1.3
+        assert each["read_twice"] == 0 and each["read_per_adopted"] >= 1.0
+    assert row["read_per_adopted"] < 1.3, "in a round each takes every version; beside that it reads past small ones"
     assert parts["fixed-cost"]["updates"] == 8 and parts["fixed-cost"]["milliseconds"] > 0
     assert min(parts["small-messages"]["per_second"].values()) > 0
     assert parts["master-peak"]["versions"] == 2 and parts["master-peak"]["above_mib"] > 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.brokers.memory import MemoryServer, MemorySubscription
 from common.errors import BrokerUnavailable, Unroutable
+from common.wire.base import update_id
 from common.wire.broker import Publication
 from common.wire.codec import decode, encode
 from common.wire.to_master import Continue, Get, Stop, UpdateManifest
@@ -26,6 +27,7 @@ from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule, WordsRule
 from master_service.history.fold import Fold
 from master_service.history.replay import Refold
+from master_service.wire.inbox import named
 from tests.faults.simulated import (
     ALIVE,
     TOPOLOGY,
@@ -111,6 +113,8 @@ class World:
         self.tokens = itertools.count()
         self.kill_in = -1
         self.deadly: set[str] = set()
+        #: How often the master died while it said that it worked on this, be it by chance.
+        self.died_of: Counter[str] = Counter()
         self.deadly_next, self.rows = False, -1
         self._ids = itertools.count()
         self._incarnations = itertools.count()
@@ -536,6 +540,8 @@ class World:
     def _reasons(self, receipt: Receipt) -> set[str]:
         """Why a receipt may refuse an update; no node here sends what is wrong in itself."""
         reasons = {"finished", "set-aside"} if self.disk.log().skipped() else {"finished"}
+        if self.died_of[f"update {update_id(receipt)}"] >= 2:
+            reasons.add("set-aside")  # its row was never durable
         if receipt.incarnation in self.restored:
             # two updates of one number: the later is in conflict, unless the chunks of both were mixed up
             reasons |= {"conflict", "digest"}
@@ -559,7 +565,8 @@ class World:
         answered; the stream tells no other version."""
         inbox = {TOPOLOGY.ack, TOPOLOGY.request}
         letters = [each.publication for each in self.server.queue(TOPOLOGY.dead_letters).ready]
-        aside = {f"{letter.headers.get('x-routing-key')}:{letter.message_id}" for letter in letters} & self.deadly
+        found = {f"{letter.headers.get('x-routing-key')}:{letter.message_id}" for letter in letters}
+        aside = {name for name in found if name in self.deadly or self.died_of[named(name)] >= 2}
         for publication in self.confirmed:
             if publication.exchange in inbox and not publication.routing_key.endswith(".alive"):
                 name = f"{publication.routing_key}:{publication.message_id}"
@@ -677,6 +684,7 @@ class World:
 
     def _master_died(self) -> None:
         if self.master is not None:
+            self.died_of.update(self.disk.mark.read().splitlines())
             self.master.wire.close()
             self.master, self.kill_in = None, -1
             self.disk.db.rollback()  # rows that were not committed went with it

@@ -56,6 +56,7 @@ from node_service.handover.reading import AssetRead
 from node_service.handover.receipt_book import RECEIPTS, Ledger
 from node_service.handover.store import MemoryStore
 from node_service.node import Node
+from tests.faults.tiny import sends_whole
 from tests.faults.workbench import ASSETS, EVERYBODYS, SLICE, WORDS, Tokens, TokenTraining, demand
 
 if TYPE_CHECKING:
@@ -381,7 +382,8 @@ class SimNode:
         self.wire = Wire(world, name)
         self.alive, self.kill_in = True, -1
         state = LocalState(MemoryStore(files), name, new_incarnation=lambda: world.incarnation(name))
-        outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, new_id=world.message_id)
+        inline_bytes = NodeConfig().inline_bytes if sends_whole(name) else 0
+        outbox = Outbox(self.wire, TOPOLOGY, name, state.chunk, inline_bytes=inline_bytes, new_id=world.message_id)
         samples = [f"{EVERYBODYS} {name} {number}" for number in range(WORDS)] + ["sample"] * (100 - WORDS)
         corpora = {kind: Corpus(kind, samples, None, [], None) for kind in TYPES}
         clock = StandingClock(world)

@@ -26,6 +26,7 @@ from master_service.log.message_log import MessageLog
 from master_service.record import Recorder
 from tests.faults.interleavings import FAULTS, RULES, STOPS, Act, Plan, weather
 from tests.faults.simulated import MemorySnapshots, simulated
+from tests.faults.tiny import sends_whole
 from tests.faults.workbench import Violation
 
 EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "600"))
@@ -148,12 +149,12 @@ def test_a_node_is_killed_at_every_step() -> None:
 
 
 def test_chunks_that_a_broker_lost_when_it_restarted_are_sent_again() -> None:
-    """They are transient; the manifests that announce them are not."""
+    """They are transient; the manifests that announce them are not, nor what travels in these."""
     sent = (("run", 20), ("train", 0), ("train", 1), *[("send", 0), ("send", 1)] * 3)
     world = weather(Plan("return-count", 2, 2, warm=False, actions=(*sent, ("kill_broker", 0))))
     assert world.seen["transient: gone"] >= 2
     again = [body for body in world.disk.log().bodies("update") if isinstance(body, UpdateManifest) and body.attempt]
-    assert {body.node for body in again} == {node.name for node in world.nodes.values()}
+    assert {body.node for body in again} == {name for name in world.nodes if not sends_whole(name)}
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------

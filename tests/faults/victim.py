@@ -31,7 +31,7 @@ from master_service.service import MasterService
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.service import NodeService
-from tests.faults.tiny import samples
+from tests.faults.tiny import samples, sends_whole
 
 _PLUGIN = str(Path(__file__).parent / "plugin")
 
@@ -117,6 +117,7 @@ def _node(victim: Victim, broker: Any, topology: Topology, stop: threading.Event
         ask_after_seconds=2.0,
         resend_after_seconds=4.0,
         checkpoint_every_seconds=0.3,
+        inline_bytes=NodeConfig().inline_bytes if sends_whole(victim.role) else 0,
         exit_when_finished=victim.exit_when_finished,
     )
     seed = sum(victim.role.encode())

@@ -234,11 +234,17 @@ class SteppedNode:
         incarnations = (f"{name}-{incarnation}{f'-{number}' if number else ''}" for number in itertools.count())
         state = LocalState(store or MemoryStore(), name, new_incarnation=lambda: next(incarnations))
         ids = itertools.count()
-        outbox = Outbox(self.broker, TOPOLOGY, name, state.chunk, new_id=lambda: f"{name}{next(ids)}")
-        corpora = {"text": Corpus("text", ["one", "two"], None, [], None)}
-        self.node = Node(
-            name, NodeConfig(**config), corpora, self.broker, topology, state, self._build, outbox, clock=clock
+        made = NodeConfig(**config)
+        outbox = Outbox(
+            self.broker,
+            TOPOLOGY,
+            name,
+            state.chunk,
+            inline_bytes=made.inline_bytes,
+            new_id=lambda: f"{name}{next(ids)}",
         )
+        corpora = {"text": Corpus("text", ["one", "two"], None, [], None)}
+        self.node = Node(name, made, corpora, self.broker, topology, state, self._build, outbox, clock=clock)
 
     def start(self) -> SteppedNode:
         self.node.start()

@@ -174,7 +174,7 @@ class Federation:
             on_delivery=self.for_master.append,
         )
         self.state = open_local_state(directory / "a", "a")
-        outbox = Outbox(self.brokers[1], TOPOLOGY, "a", self.state.chunk)
+        outbox = Outbox(self.brokers[1], TOPOLOGY, "a", self.state.chunk, inline_bytes=0)
 
         def build(instruction: Instruction, corpus: Corpus, ledger: Ledger, assets: Mapping[str, bytes]) -> Session:
             place = directory / "a/encoders" / instruction.encoder
