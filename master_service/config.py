@@ -29,6 +29,12 @@ def _not_the_master(name: str) -> str:
     return name
 
 
+def _of_weights(encoding: EncodingName) -> EncodingName:
+    if encoding == "int4":
+        raise ValueError("int4 is for updates, where what it loses is sent later; take bfloat16 for versions")
+    return encoding
+
+
 Operator = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=LONGEST_OPERATOR), AfterValidator(_not_the_master)
 ]
@@ -40,6 +46,8 @@ class MasterConfig(Section):
     `retention`: keep the payloads of all updates (`all`: every version can be rebuilt), those since the oldest kept
     snapshot (`since-snapshot`), or as many as fit into a size ("20GiB"). Below `min_free` bytes of free disk nothing is
     accepted until there is room again.
+
+    `encoding`: of versions; that of updates is `update.encoding`.
 
     Where `broker.accounts` is "required", `operators` are those who may ask for encoders, for more training of one, and
     for an end; nodes may ask for encoders and more training if `nodes_may_request`. Where accounts are open, everybody
@@ -56,7 +64,7 @@ class MasterConfig(Section):
     export_dir: Path | None = None
     presence_timeout_seconds: Annotated[float, Field(gt=0)] = 90.0
     chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 15.0
-    encoding: EncodingName = "bfloat16"
+    encoding: Annotated[EncodingName, AfterValidator(_of_weights)] = "bfloat16"
     retention: Literal["all", "since-snapshot"] | ByteSize = "all"
     min_free: ByteSize = ByteSize(64 * MIB)
     snapshot_every_seconds: Annotated[float, Field(gt=0)] = 60.0

@@ -26,9 +26,10 @@ Slice = tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 #: What of such a slice is read.
 PLAIN: Final = 0
 HALVES: Final = 1
-SCALED: Final = 2
+STEPS: Final = 2
+PAIRS: Final = 3
 
-_KINDS: dict[EncodingName, int] = {"float32": PLAIN, "bfloat16": HALVES, "int8": SCALED}
+_KINDS: dict[EncodingName, int] = {"float32": PLAIN, "bfloat16": HALVES, "int8": STEPS, "int4": PAIRS}
 _NOTHING = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.float32), np.empty(0, np.int8)
 
 
@@ -80,8 +81,8 @@ def _arrays(body: Bytes, count: int, encoding: EncodingName) -> Slice:
     elif encoding == "bfloat16":
         halves = np.frombuffer(body, np.uint16)
     else:
-        scales = np.frombuffer(body, np.float32, block_count(count))
-        steps = np.frombuffer(body, np.int8, count, 4 * block_count(count))
+        scales = np.frombuffer(body, np.float32, block_count(count, encoding))
+        steps = np.frombuffer(body, np.int8, offset=scales.nbytes)
     return _KINDS[encoding], plain, halves, scales, steps
 
 

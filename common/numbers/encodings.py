@@ -1,7 +1,8 @@
-"""How a slice of a vector becomes bytes: float32, bfloat16, or int8 in blocks of 256 with one float32 scale each.
+"""How a slice of a vector becomes bytes: float32, bfloat16, or steps of scales that blocks share (int8, int4; see
+`steps`).
 
 A vector is encoded slice by slice (see `slicing`), so that every slice is a chunk of its own, fits the cache and is
-decoded without its neighbours. int8 loses up to half a step per element; `feedback` carries what was lost into the next
+decoded without its neighbours. Steps lose up to half of one per element; `feedback` carries what was lost into the next
 update. Inside a slice all work goes piece by piece: a piece stays in a core's cache between one operation and the next,
 and what is written is a buffer that is there already. The bits do not depend on where a piece ends.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from common.numbers.memory import Bytes
 from common.numbers.slicing import (
-    BLOCK,
+    BLOCKS,
     SLICE,
     EncodingName,
     block_count,
@@ -29,11 +30,15 @@ from common.numbers.slicing import (
     slice_length,
     slices,
 )
+from common.numbers.steps import Stepper, read_steps, squares_of_steps
 
 #: Elements of a piece on a CPU: 512 KiB, so that the few that an operation reads and writes stay in the cache of a
 #: core, and calling it is little beside what it does. A multiple of BLOCK. On another device a piece is a slice: there
 #: it counts how few operations there are.
 PIECE = 1 << 17
+
+#: How a number is held in the encodings that have no steps.
+_TYPES: dict[EncodingName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 #: The largest scale with which no step is infinite.
 _LARGEST_SCALE = np.float32(np.finfo(np.float32).max / 128)
@@ -58,10 +63,7 @@ class SliceEncoder:
         self._device = device
         self._count = 0
         self._body = torch.empty(0, dtype=torch.uint8, device=device)
-        self._scratch: tuple[Tensor, Tensor] | None = None
-        if encoding == "int8":
-            one, other = torch.empty((2, piece_length(device) // BLOCK, BLOCK), device=device)
-            self._scratch = one, other
+        self._stepper = Stepper(encoding, device, piece_length(device)) if encoding in BLOCKS else None
 
     def begin(self, count: int) -> None:
         """Begin a slice of so many elements, over the one before."""
@@ -72,51 +74,28 @@ class SliceEncoder:
 
     def put(self, start: int, values: Tensor) -> None:
         """Encode the slice's elements from `start`, a multiple of BLOCK, on. `values` is float32 of shape (count,)."""
-        stop = start + values.numel()
-        if self.encoding == "int8":
-            self._steps(start, values)
+        scales, numbers = self._part(start, start + values.numel())
+        if self._stepper is None:
+            numbers.copy_(values)
         else:
-            self._view()[start:stop].copy_(values)
+            self._stepper.put(values, scales, numbers)
 
     def back(self, start: int, out: Tensor) -> Tensor:
         """What the elements from `start` on are decoded as, into `out`, float32 of shape (count,)."""
-        stop = start + out.numel()
-        out.copy_(self._view()[start:stop])
-        return out if self.encoding != "int8" else _scale(out, self._scales()[start // BLOCK :])
+        scales, numbers = self._part(start, start + out.numel())
+        return out.copy_(numbers) if self._stepper is None else read_steps(scales, numbers, self.encoding, out)
 
     def body(self) -> bytes:
         """The bytes of the slice."""
         return self._body.cpu().numpy().tobytes()
 
-    def _view(self) -> Tensor:
-        """One number of the encoding for each element."""
-        if self.encoding == "int8":
-            return self._body[4 * block_count(self._count) :].view(torch.int8)
-        return self._body.view(torch.float32 if self.encoding == "float32" else torch.bfloat16)
-
-    def _scales(self) -> Tensor:
-        return self._body[: 4 * block_count(self._count)].view(torch.float32)
-
-    def _steps(self, start: int, values: Tensor) -> None:
-        assert self._scratch is not None
-        count = values.numel()
-        rows = block_count(count)
-        blocks, absolute = self._scratch if rows == len(self._scratch[0]) else (each[:rows] for each in self._scratch)
-        if count < rows * BLOCK:
-            # the last block of a slice may be short: it is filled up with zeros
-            blocks.view(-1)[:count].copy_(values)
-            blocks.view(-1)[count:] = 0
-            given = blocks
-        else:
-            given = values.view(rows, BLOCK)
-        scales = torch.amax(torch.abs(given, out=absolute), dim=1, keepdim=True).div_(127.0)
-        self._scales()[start // BLOCK : start // BLOCK + rows].copy_(scales.view(-1))
-        # a block of zeros has scale 0: dividing by 1 instead keeps it at zero
-        torch.div(given, scales.masked_fill(scales == 0, 1.0), out=blocks).round_()
-        # steps are finite where the scale is; another device is not asked, because asking would wait for it
-        if blocks.device.type != "cpu" or not math.isfinite(scales.amax()):
-            blocks.nan_to_num_(0)
-        self._view()[start : start + count].copy_(blocks.view(-1)[:count])
+    def _part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The scales of some elements, if any, and their numbers, to be read and written."""
+        ranges = part_ranges(self._count, self.encoding, start, stop)
+        *scales, numbers = (self._body[offset : offset + length] for offset, length in ranges)
+        if scales:
+            return scales[0].view(torch.float32), numbers
+        return self._body[:0], numbers.view(_TYPES[self.encoding])
 
 
 class EncodedVector:
@@ -198,21 +177,10 @@ def is_finite(payload: Bytes, size: int, encoding: EncodingName) -> bool:
     return all(_is_finite(body, slice_length(size, index), encoding) for index, body in enumerate(vector.bodies))
 
 
-def squares_of_steps(body: Bytes, count: int) -> float:
-    """The sum of squares of the numbers of an int8 slice, in float64, without decoding it: Σ scale² Σ steps², block by
-    block. The inner sums are of whole numbers below 2^24, so float32 holds them in whatever order they are added.
-    Infinite or no number where one of the decoded numbers is."""
-    if not _is_finite(body, count, "int8"):
-        return math.inf
-    rows = block_count(count)
-    scales, steps = np.frombuffer(body, np.float32, rows), np.frombuffer(body, np.int8, count, 4 * rows)
-    sums, room = np.empty(rows), np.zeros((PIECE // BLOCK, BLOCK), np.float32)
-    for start, stop in pieces(0, count, PIECE):
-        first, some = start // BLOCK, block_count(stop - start)
-        room.reshape(-1)[: stop - start] = steps[start:stop]
-        room.reshape(-1)[stop - start : some * BLOCK] = 0.0
-        sums[first : first + some] = np.einsum("ij,ij->i", room[:some], room[:some])
-    return float((sums * np.square(scales, dtype=np.float64)).sum())
+def squares_of_slice(body: Bytes, count: int, encoding: EncodingName) -> float:
+    """The sum of squares of the numbers of a slice that has steps, in float64, without decoding it; infinite where one
+    of the decoded numbers is, or is no number."""
+    return squares_of_steps(body, count, encoding) if _is_finite(body, count, encoding) else math.inf
 
 
 def _encoded(encoder: SliceEncoder, values: Tensor) -> bytes:
@@ -233,22 +201,14 @@ def _decode(data: Bytes, count: int, encoding: EncodingName, start: int, out: Te
         return out
     # a copy that fits the cache: torch takes no bytes that it might not write to
     *scales, numbers = (torch.from_numpy(part.copy()).to(out.device) for part in parts)
-    out.copy_(numbers.view(torch.int8 if scales else torch.float32 if encoding == "float32" else torch.bfloat16))
-    return _scale(out, scales[0].view(torch.float32)) if scales else out
-
-
-def _scale(steps: Tensor, scales: Tensor) -> Tensor:
-    """Multiply each block of `steps`, shape (count,), with its scale, in place."""
-    whole = steps.numel() // BLOCK
-    steps[: whole * BLOCK].view(whole, BLOCK).mul_(scales[:whole].unsqueeze(1))
-    if whole * BLOCK < steps.numel():
-        steps[whole * BLOCK :].mul_(scales[whole])
-    return steps
+    if scales:
+        return read_steps(scales[0].view(torch.float32), numbers, encoding, out)
+    return out.copy_(numbers.view(_TYPES[encoding]))
 
 
 def _is_finite(body: Bytes, count: int, encoding: EncodingName) -> bool:
-    if encoding == "int8":
-        scales = np.abs(np.frombuffer(body, np.float32, block_count(count)))
+    if encoding in BLOCKS:
+        scales = np.abs(np.frombuffer(body, np.float32, block_count(count, encoding)))
         if bool((scales <= _LARGEST_SCALE).all()):
             return True
         # too large a scale may still stand beside small steps

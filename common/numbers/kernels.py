@@ -6,7 +6,8 @@ moved (numba does neither unless it is told to). Only what is no number may be a
 when these run.
 
 A vector is given as four arrays of one slice, of which `kind` says which are read: PLAIN numbers, the upper HALVES of
-numbers (bfloat16), or else steps, a block of them with one scale. All functions let go of the interpreter.
+numbers (bfloat16), or else scales and steps, STEPS with a byte each (int8) or PAIRS of them in a byte (int4; see
+`steps`). All functions let go of the interpreter.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from common.numbers.compiled import HALVES, PLAIN
-from common.numbers.slicing import BLOCK
+from common.numbers.compiled import HALVES, PAIRS, PLAIN, STEPS
+from common.numbers.slicing import BLOCK, BLOCKS
+from common.numbers.steps import LARGEST, MIDDLE
 
 #: The pattern of bits of infinity; above it is no number. And all but the sign.
 _INFINITE: Final = 0x7F800000
 _NO_SIGN: Final = 0x7FFFFFFF
+
+#: Of PAIRS: elements that share a scale, and half of them. Then the largest step, what is added to a step, the bits of
+#: the lower half of a byte, and how many they are; of 32 bits each, because numba counts in 64, which is slower here.
+_SHORT: Final = BLOCKS["int4"]
+_HALF: Final = _SHORT // 2
+_MOST: Final = np.int32(LARGEST["int4"])
+_MIDDLE: Final = np.int32(MIDDLE)
+_LOWER: Final = np.int32(15)
+_FOUR: Final = np.int32(4)
 
 Floats = NDArray[np.float32]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,10 +68,45 @@ def _load(
     elif kind == HALVES:
         for i in range(count):
             bits[i] = np.uint32(halves[start + i]) << np.uint32(16)
-    else:
+    elif kind == STEPS:
         scale = scales[start // BLOCK]
         for i in range(count):
             out[i] = np.float32(steps[start + i]) * scale
+    else:
+        for short in range((count + _SHORT - 1) // _SHORT):
+            number, first = start // _SHORT + short, _SHORT * short
+            scale = scales[number]
+            for i in range(_HALF):
+                pair = np.int32(steps[_HALF * number + i])
+                out[first + i] = np.float32((pair & _LOWER) - _MIDDLE) * scale
+                out[first + _HALF + i] = np.float32(((pair >> _FOUR) & _LOWER) - _MIDDLE) * scale
+
+
+@partial(_compiled, inline="always")
+def _pack(
+    sent: Floats, bits: NDArray[np.uint32], first: int, number: int, scales: Floats, pairs: NDArray[np.int8]
+) -> None:
+    """Write the whole block of pairs of this number, and its scale. What it is made of begins in `sent`, whose bits are
+    `bits`, at `first`, and becomes what is read."""
+    largest = np.uint32(0)
+    for i in range(_SHORT):
+        largest = max(largest, bits[first + i] & np.uint32(_NO_SIGN))
+    scale = _number(largest) / np.float32(_MOST)
+    scales[number] = scale
+    divisor = np.float32(1.0) if scale == 0 else scale
+    if largest < np.uint32(_INFINITE):
+        for i in range(_HALF):
+            # a subnormal scale is rounded so much that there would be more steps
+            one = min(max(np.int32(np.rint(sent[first + i] / divisor)), -_MOST), _MOST)
+            other = min(max(np.int32(np.rint(sent[first + _HALF + i] / divisor)), -_MOST), _MOST)
+            sent[first + i] = np.float32(one) * scale
+            sent[first + _HALF + i] = np.float32(other) * scale
+            pairs[_HALF * number + i] = np.int8(one + _MIDDLE + ((other + _MIDDLE) << _FOUR))
+    else:
+        for i in range(_HALF):
+            sent[first + i] = np.float32(0.0) * scale
+            sent[first + _HALF + i] = np.float32(0.0) * scale
+            pairs[_HALF * number + i] = np.int8(_MIDDLE + (_MIDDLE << _FOUR))
 
 
 @_compiled
@@ -109,6 +155,10 @@ def hand_in(
                 no_number = (sent_bits[i] & np.uint32(_NO_SIGN)) > np.uint32(_INFINITE)
                 out_halves[start + i] = np.uint16(0x7FC0) if no_number else np.uint16(half)
                 sent_bits[i] = np.uint32(out_halves[start + i]) << np.uint32(16)
+        elif out_kind == PAIRS:
+            sent[count:] = 0.0
+            for short in range((count + _SHORT - 1) // _SHORT):
+                _pack(sent, sent_bits, _SHORT * short, start // _SHORT + short, out_scales, out_steps)
         else:
             largest = np.uint32(0)
             for i in range(count):

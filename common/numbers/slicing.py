@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 #: How the numbers of a slice become bytes; see `encodings`.
-EncodingName = Literal["float32", "bfloat16", "int8"]
+EncodingName = Literal["float32", "bfloat16", "int8", "int4"]
 
-#: Elements of one slice, which is also one chunk: 1 MiB of int8, 2 MiB of bfloat16, 4 MiB of float32.
+#: Elements of one slice, which is also one chunk: 0.53 MiB of int4, 1 MiB of int8, 2 MiB of bfloat16, 4 MiB of float32.
 SLICE = 1 << 20
-#: Elements that share one int8 scale.
+#: Wherever a part of a slice begins, it is at a multiple of so many elements: a scale begins there in every encoding.
 BLOCK = 256
+#: Elements that share one float32 scale, in the encodings that have steps and scales. On real updates 128 instead of
+#: 256 lowers what int4 loses by more than its bits would as finer steps, and 64 by less (docs/learning.md).
+BLOCKS: dict[EncodingName, int] = {"int8": BLOCK, "int4": 128}
 
 
 def slices(size: int) -> Iterator[tuple[int, int]]:
@@ -30,9 +33,9 @@ def slice_length(size: int, index: int) -> int:
     return min(SLICE, size - index * SLICE)
 
 
-def block_count(count: int) -> int:
-    """How many int8 scales a slice of `count` elements has."""
-    return -(-count // BLOCK)
+def block_count(count: int, encoding: EncodingName) -> int:
+    """How many scales a slice of `count` elements has, of an encoding of BLOCKS."""
+    return -(-count // BLOCKS[encoding])
 
 
 def encoded_size(count: int, encoding: EncodingName) -> int:
@@ -41,18 +44,22 @@ def encoded_size(count: int, encoding: EncodingName) -> int:
         return 4 * count
     if encoding == "bfloat16":
         return 2 * count
-    return count + 4 * block_count(count)
+    return 4 * block_count(count, encoding) + _steps_size(count, encoding)
 
 
 def part_ranges(count: int, encoding: EncodingName, start: int, stop: int) -> list[tuple[int, int]]:
     """(offset, length) of the bytes that elements `start` to `stop` of an encoded slice of `count` elements consist of:
-    put together they are what these elements alone would be encoded as. `start` is a multiple of BLOCK."""
+    put together they are what these elements alone would be encoded as. `start` is a multiple of BLOCK; `stop` is one
+    too, or the slice's end, else others have a share in the last block."""
     assert start % BLOCK == 0, "a part begins with a scale"
-    if encoding != "int8":
+    if encoding not in BLOCKS:
         width = encoded_size(1, encoding)
         return [(width * start, width * (stop - start))]
-    scales = 4 * block_count(count)
-    return [(4 * (start // BLOCK), 4 * block_count(stop - start)), (scales + start, stop - start)]
+    before, steps = 4 * block_count(start, encoding), 4 * block_count(count, encoding)
+    return [
+        (before, 4 * block_count(stop - start, encoding)),
+        (steps + _steps_size(start, encoding), _steps_size(stop - start, encoding)),
+    ]
 
 
 def payload_size(size: int, encoding: EncodingName) -> int:
@@ -63,3 +70,8 @@ def payload_size(size: int, encoding: EncodingName) -> int:
 def slice_bytes(encoding: EncodingName) -> int:
     """Bytes of a whole slice, and so the most that a chunk carries."""
     return encoded_size(SLICE, encoding)
+
+
+def _steps_size(count: int, encoding: EncodingName) -> int:
+    """Bytes of so many steps: one each, or half of one and whole blocks."""
+    return count if encoding == "int8" else block_count(count, encoding) * BLOCKS[encoding] // 2

@@ -68,6 +68,8 @@ class FinishRule(BaseModel):
 class UpdateRule(BaseModel):
     """When a node returns an update, and how.
 
+    `encoding`: how the numbers of an update travel; what int8, bfloat16 and int4 (half of int8's bytes) lose
+    goes into the next update. A node of a release that does not know the word cannot read the rule that has it.
     `away_steps`: how many steps a node trains on beyond its last hand-in while the master gives no sign of life; None:
     without end. `evaluate_every`: a node measures the loss of its validation samples with its first version, and with
     one of every so many from there on; 0: never. A measurement takes about as long as five training steps, and there

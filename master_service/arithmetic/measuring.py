@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.numbers.encodings import decode_into, squares_of_steps
+from common.numbers.encodings import decode_into, squares_of_slice
 from common.numbers.memory import Bytes
-from common.numbers.slicing import SLICE, EncodingName, encoded_size, slice_count, slice_length
+from common.numbers.slicing import BLOCKS, SLICE, EncodingName, encoded_size, slice_count, slice_length
 
 #: Elements summed at once for a norm; a fixed block and a single thread give the same sum everywhere.
 _NORM_BLOCK = 1 << 16
@@ -46,8 +46,8 @@ class Measurement:
         if len(body) != encoded_size(count, self._encoding):
             self._fits = False
             return
-        if self._encoding == "int8":
-            self._total += squares_of_steps(body, count)
+        if self._encoding in BLOCKS:
+            self._total += squares_of_slice(body, count, self._encoding)
             return
         if self._encoding == "float32":
             values = np.frombuffer(body, np.float32)

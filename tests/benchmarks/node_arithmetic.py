@@ -1,5 +1,5 @@
 """What a node spends on an update besides training: adopting a version, handing in, encoding, decoding, a checkpoint
-(for how long training stands still, and until it is on disk).
+(for how long training stands still, and until it is on disk); and what the master does to add four updates.
 
     python -m tests.benchmarks.node_arithmetic [--parameters 25e6] [--runs 5] [--threads 1] [--device cuda]
 
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from common.encoders.base import Batch, EncoderModel
+from common.numbers.compiled import add_slice, kernels
 from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
-from common.numbers.slicing import EncodingName
+from common.numbers.slicing import BLOCKS, SLICE, EncodingName, slices
 from common.wire.to_node import Instruction, ParameterChunk, Receipt
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import ReturnWhen, UpdateRule
@@ -100,12 +101,12 @@ def measured(parameters: int, runs: int = 5, device: str = "cpu") -> dict[str, f
 
 
 class _Bench:
-    """One session that hands in by an encoding, and reads versions of it (of bfloat16 where that is int8)."""
+    """One session that hands in by an encoding, and reads versions of it (of bfloat16 where that has steps)."""
 
     def __init__(self, parameters: int, directory: Path, encoding: EncodingName, device: str) -> None:
         layout = Layout((name, part.shape) for name, part in Constant(parameters).shared_parameters().items())
         self.parameters, self.encoding = parameters, encoding
-        self.down: EncodingName = "bfloat16" if encoding == "int8" else encoding
+        self.down: EncodingName = "bfloat16" if encoding in BLOCKS else encoding
         plain: dict[str, Any] = {"layout": layout.plain(), "layout_digest": layout.digest, "architecture": {}}
         instruction = Instruction(encoder="constant-1", encoder_type="constant", **plain)
         self.beside = OneBeside("checkpoint", lambda error: None)
@@ -181,8 +182,17 @@ class _Bench:
 
 def _encodings(parameters: int, runs: int) -> dict[str, float]:
     vector, figures = torch.randn(parameters), {}
+    total, room, loops = torch.zeros(parameters), torch.empty(SLICE), kernels(vector.device, parameters)
+
+    def add_four(bodies: list[bytes], encoding: EncodingName) -> None:
+        for body, (start, stop) in zip(bodies, slices(parameters), strict=True):
+            for _ in range(4):
+                add_slice(total[start:stop], body, encoding, 0.25, room[: stop - start], loops)
+
     for encoding in _ENCODINGS:
-        payload = b"".join(encode_vector(vector, encoding))
+        bodies = encode_vector(vector, encoding)
+        payload = b"".join(bodies)
+        figures[f"add four {encoding}"] = _timed(lambda name=encoding, data=bodies: add_four(data, name), runs)
         figures[f"encode {encoding}"] = _timed(lambda name=encoding: encode_vector(vector, name), runs)
         figures[f"decode {encoding}"] = _timed(
             lambda name=encoding, data=payload: decode_vector(data, parameters, name), runs

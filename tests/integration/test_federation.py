@@ -8,14 +8,14 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from common.brokers.memory import MemoryBroker, MemoryServer
-from common.numbers.slicing import payload_size
+from common.numbers.slicing import EncodingName, payload_size
 from common.wire.broker import Publication
 from common.wire.codec import decode
 from common.wire.to_master import Stop, UpdateChunk, UpdateManifest
@@ -164,7 +164,7 @@ def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(Session, "hand_in", hand_in)
-    for encoding in ("float32", "bfloat16", "int8"):
+    for encoding in get_args(EncodingName):
         settings = decided(stop=StopRule(updates=4), update_rule=UpdateRule(encoding=encoding))
         with running_master(server := MemoryServer(), tmp_path / encoding / "m", settings) as master:
             state = master.service.master.state
@@ -193,7 +193,7 @@ def test_what_leaves_a_node_holds_no_private_parameter_and_no_text(
                 assert not {word.encode() for word in WORDS if len(word) > 4} & set(re.findall(rb"[a-z]+", body))
         manifests = [m for p in node.broker.left if isinstance(m := decode(p.body), UpdateManifest)]
         # nothing but the shared encoder's numbers fits into what was sent
-        assert manifests and payload == len(manifests) * payload_size(encoder.size, encoding)  # type: ignore[arg-type]
+        assert manifests and payload == len(manifests) * payload_size(encoder.size, encoding)
         assert len(private_bytes) > 4
 
 

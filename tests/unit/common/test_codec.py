@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import Poison
+from common.numbers.slicing import EncodingName
 from common.wire.base import Message
 from common.wire.bounds import MAX_FLOAT, MAX_WHOLE, REPORT
 from common.wire.codec import decode, encode
@@ -47,7 +48,7 @@ BY_NAME = {
         ),
         max_size=3,
     ),
-    "encoding": st.sampled_from(["float32", "bfloat16", "int8"]),
+    "encoding": st.sampled_from(get_args(EncodingName)),
     "data": st.binary(max_size=64),
     "checksum": st.text(max_size=16),
     "chunks": st.integers(1, 9),

@@ -22,9 +22,9 @@ from common.numbers.encodings import (
     encode_slice,
     encode_vector,
     is_finite,
-    squares_of_steps,
+    squares_of_slice,
 )
-from common.numbers.slicing import BLOCK, SLICE, EncodingName, block_count, slices
+from common.numbers.slicing import BLOCK, BLOCKS, SLICE, EncodingName, block_count, slices
 
 ENCODINGS: tuple[EncodingName, ...] = get_args(EncodingName)
 
@@ -35,13 +35,16 @@ def plainly_encoded(values: Tensor, encoding: EncodingName) -> bytes:
         return values.contiguous().numpy().tobytes()
     if encoding == "bfloat16":
         return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    count = values.numel()
-    blocks = torch.zeros(block_count(count) * BLOCK)
+    count, block, largest = values.numel(), BLOCKS[encoding], {"int8": 127, "int4": 7}[encoding]
+    blocks = torch.zeros(block_count(count, encoding) * block)
     blocks[:count] = values
-    blocks = blocks.view(-1, BLOCK)
-    scales = blocks.abs().amax(dim=1, keepdim=True).div_(127.0)
-    steps = blocks.div_(torch.where(scales == 0, torch.ones_like(scales), scales)).round_()
-    return scales.numpy().tobytes() + steps.nan_to_num_(0).to(torch.int8).view(-1)[:count].numpy().tobytes()
+    blocks = blocks.view(-1, block)
+    scales = blocks.abs().amax(dim=1, keepdim=True).div_(float(largest))
+    steps = blocks.div_(torch.where(scales == 0, torch.ones_like(scales), scales)).round_().nan_to_num_(0)
+    if encoding == "int8":
+        return scales.numpy().tobytes() + steps.to(torch.int8).view(-1)[:count].numpy().tobytes()
+    halves = steps.clamp_(-largest, largest).add_(8).int().view(-1, 2, block // 2)
+    return scales.numpy().tobytes() + (halves[:, 0] + 16 * halves[:, 1]).to(torch.uint8).numpy().tobytes()
 
 
 def plainly_decoded(data: bytes, count: int, encoding: EncodingName) -> Tensor:
@@ -49,10 +52,14 @@ def plainly_decoded(data: bytes, count: int, encoding: EncodingName) -> Tensor:
         return torch.from_numpy(np.frombuffer(data, np.float32).copy())
     if encoding == "bfloat16":
         return torch.from_numpy(np.frombuffer(data, np.int16).copy()).view(torch.bfloat16).float()
-    cut = 4 * block_count(count)
+    cut = 4 * block_count(count, encoding)
     scales = torch.from_numpy(np.frombuffer(data[:cut], np.float32).copy())
-    steps = torch.from_numpy(np.frombuffer(data[cut:], np.int8).copy()).float()
-    return steps.mul_(scales.repeat_interleave(BLOCK)[:count])
+    if encoding == "int8":
+        steps = torch.from_numpy(np.frombuffer(data[cut:], np.int8).copy()).float()
+    else:
+        pairs = np.frombuffer(data[cut:], np.uint8).reshape(-1, BLOCKS[encoding] // 2)
+        steps = torch.from_numpy(np.hstack([pairs % 16, pairs // 16]).reshape(-1)[:count] - np.float32(8))
+    return steps.mul_(scales.repeat_interleave(BLOCKS[encoding])[:count])
 
 
 def bits(values: Tensor) -> bytes:
@@ -85,21 +92,27 @@ def test_the_bits_are_those_of_whole_slices_whatever_the_pieces(values: Any, pie
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3 * BLOCK), st.sampled_from(ENCODINGS), st.randoms(use_true_random=False))
 def test_any_bytes_tell_whether_they_are_finite(count: int, encoding: Any, random: Any) -> None:
-    """As decoding would tell: a large scale beside large steps included. So do the squares of an int8 slice."""
+    """As decoding would tell: a large scale beside large steps included. So do the squares where there are steps. Each
+    byte is read in one way: as it is by itself, whatever nobody writes."""
     body = bytearray(encodings.encoded_size(count, encoding))
     for place in random.sample(range(len(body)), min(len(body), 12)):
         body[place] = random.choice([0x7F, 0x80, 0xFF, 0x7E, 0x01, random.randrange(256)])
     plain = plainly_decoded(bytes(body), count, encoding)
     assert is_finite(body, count, encoding) == bool(plain.isfinite().all())
-    if encoding == "int8":
+    assert bits(decode_slice(bytes(body), count, encoding)) == bits(plain)
+    if encoding in BLOCKS:
         squares = float(plain.double().square().sum()) if is_finite(body, count, encoding) else math.inf
-        assert squares_of_steps(body, count) == pytest.approx(squares, rel=1e-6, abs=0.0)
+        assert squares_of_slice(body, count, encoding) == pytest.approx(squares, rel=1e-6, abs=0.0)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_vectors_of_several_slices_and_pieces(encoding: EncodingName) -> None:
     size = SLICE + encodings.PIECE + BLOCK + 3
     vector = torch.arange(size, dtype=torch.float32).sin_()
+    if encoding in BLOCKS:
+        for body, (start, stop) in zip(encode_vector(vector, encoding), slices(size), strict=True):
+            squares = float(plainly_decoded(body, stop - start, encoding).double().square().sum())
+            assert squares_of_slice(body, stop - start, encoding) == pytest.approx(squares, rel=1e-6)
     vector[[5, SLICE - 1, size - 1]] = torch.tensor([float("nan"), float("inf"), -0.0])
     bodies = encode_vector(vector, encoding)
     assert bodies == [plainly_encoded(vector[start:stop], encoding) for start, stop in slices(size)]

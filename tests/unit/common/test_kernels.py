@@ -18,7 +18,7 @@ from common.numbers import compiled
 from common.numbers.compiled import LEAST, add_slice, kernels
 from common.numbers.encodings import EncodedVector, decode_slice, encode_slice, encode_vector
 from common.numbers.feedback import ErrorFeedback
-from common.numbers.slicing import BLOCK, SLICE, EncodingName
+from common.numbers.slicing import BLOCK, BLOCKS, SLICE, EncodingName, block_count, encoded_size
 
 ENCODINGS: tuple[EncodingName, ...] = get_args(EncodingName)
 COUNT = 2 * BLOCK + 9
@@ -36,15 +36,16 @@ def bits(values: Tensor) -> bytes:
 
 def numbers(body: bytes, encoding: EncodingName) -> bytes:
     """An encoded slice, whatever is no number in it made the same."""
-    if encoding != "int8":
+    if encoding not in BLOCKS:
         return bits(decode_slice(body, COUNT, encoding))
-    cut = 4 * -(-COUNT // BLOCK)
+    cut = 4 * block_count(COUNT, encoding)
     return bits(torch.from_numpy(np.frombuffer(body[:cut], np.float32).copy())) + body[cut:]
 
 
 @settings(max_examples=100, deadline=None)
 @given(VECTOR, VECTOR, VECTOR, st.sampled_from(ENCODINGS), st.sampled_from([None, *ENCODINGS]), st.booleans())
 @example(torch.full((COUNT,), 190e-45), torch.zeros(COUNT), torch.zeros(COUNT), "int8", None, True)
+@example(torch.full((COUNT,), 10e-45), torch.zeros(COUNT), torch.zeros(COUNT), "int4", None, True)
 @example(torch.full((COUNT,), -0.0), torch.zeros(COUNT), torch.zeros(COUNT), "float32", None, False)
 def test_handing_in(
     before: Tensor, local: Tensor, residual: Tensor, encoding: EncodingName, came_as: EncodingName | None, lost: bool
@@ -63,9 +64,15 @@ def test_handing_in(
 
 
 @settings(max_examples=60, deadline=None)
-@given(VECTOR, VECTOR, st.sampled_from(ENCODINGS), st.floats(-3.0, 3.0))
-def test_adding_a_slice(total: Tensor, values: Tensor, encoding: EncodingName, coefficient: float) -> None:
+@given(VECTOR, VECTOR, st.sampled_from(ENCODINGS), st.floats(-3.0, 3.0), st.booleans())
+def test_adding_a_slice(
+    total: Tensor, values: Tensor, encoding: EncodingName, coefficient: float, hostile: bool
+) -> None:
     body, room = encode_slice(values, encoding), torch.empty(COUNT)
+    if hostile:
+        # steps that are never written among them, and something in the half byte that no element has
+        cut = 4 * block_count(COUNT, encoding) if encoding in BLOCKS else 0
+        body = body[:cut] + np.random.default_rng(cut).bytes(encoded_size(COUNT, encoding) - cut)
     for loops in (kernels(CPU, LEAST), None):
         add_slice(ours := total.clone(), body, encoding, coefficient, room, loops)
         assert bits(ours) == bits(total + decode_slice(body, COUNT, encoding).mul_(coefficient))

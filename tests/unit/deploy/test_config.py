@@ -131,6 +131,12 @@ def test_variables_that_are_no_settings_are_ignored_with_one_line(monkeypatch: p
         load_config(None, {})
 
 
+def test_versions_are_not_in_an_encoding_that_only_updates_make_up_for() -> None:
+    assert load_config(None, {"update": {"encoding": "int4"}}).update.encoding == "int4"
+    with pytest.raises(UserError, match=r"master\.encoding: int4 is for updates, .*take bfloat16 for versions"):
+        load_config(None, {"master": {"encoding": "int4"}})
+
+
 def test_f14_what_is_given_is_known_from_file_environment_and_flags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_directory_in_which_a_simulation_runs_is_left_to_it(command: Command, 
         (("--late", 2), "late: input should be less than or equal to 1"),
         (("--rule", "best"), "no aggregation rule 'best'"),
         (("--set", "outer.speed=1"), "there is no setting 'outer.speed'"),
-        (("--set", "update.encoding=int4"), "--set update: encoding: "),
+        (("--set", "update.encoding=int2"), "--set update: encoding: "),
     ],
 )
 def test_what_is_wrong_is_one_line(command: Command, tmp_path: Path, arguments: tuple[object, ...], words: str) -> None:
@@ -234,14 +234,14 @@ def test_a_slow_line_makes_updates_stale(tmp_path: Path) -> None:
 
 def test_losses_fall_and_the_rule_says_how_updates_travel(tmp_path: Path) -> None:
     found = {}
-    for encoding in ("int8", "float32"):
+    for encoding in ("int8", "int4", "float32"):
         rule = UpdateRule.model_validate({"encoding": encoding})
         run = simulated(tmp_path / encoding, nodes=4, returns=10, speeds=(4,), parameters=512, update=rule)
         report = figures(run, tmp_path / encoding)
         assert report["loss"]["last"] < 0.5 * report["loss"]["first"] and report["refused"].keys() <= {"finished"}
         with closing(logged(tmp_path / encoding)) as log:
             found[encoding] = {body.size for body in log.bodies("update") if isinstance(body, UpdateManifest)}
-    assert found == {"int8": {512 + 2 * 4}, "float32": {4 * 512}}
+    assert found == {"int8": {512 + 2 * 4}, "int4": {256 + 4 * 4}, "float32": {4 * 512}}
 
 
 def test_a_run_that_makes_no_headway_is_ended_and_says_so(command: Command, tmp_path: Path) -> None:

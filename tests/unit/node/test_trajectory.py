@@ -3,7 +3,7 @@ the shared parameters of a model are one vector without anybody noticing."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ EVENTS = ["train", "hand in", "accept first", "refuse first", "accept last", "re
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from(["train", "hand in", *EVENTS, "save", "restart", "another encoding"]), max_size=30),
-    st.sampled_from(["int8", "bfloat16", "float32"]),
+    st.sampled_from(get_args(EncodingName)),
     st.sampled_from(["bfloat16", "float32"]),
 )
 def test_the_path_has_the_bits_of_plain_arithmetic(events: list[str], up: EncodingName, down: EncodingName) -> None:
@@ -115,7 +115,7 @@ def test_the_path_has_the_bits_of_plain_arithmetic(events: list[str], up: Encodi
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("encoding", get_args(EncodingName))
 def test_the_path_is_where_the_model_is(device: str, encoding: EncodingName) -> None:
     """On a GPU the arithmetic is done there; a checkpoint, from the disk too, does not take the path anywhere else."""
     random = torch.Generator().manual_seed(1)
