@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from common.events import MARK
+from common.events import MARK, no_events
 
 
 def configure_logging(*, json: bool = False, level: str = "info") -> None:
@@ -22,7 +22,7 @@ def configure_logging(*, json: bool = False, level: str = "info") -> None:
     )
     structlog.configure(
         processors=[
-            _all_events if json or level.lower() == "debug" else _no_events,
+            _all_events if json or level.lower() == "debug" else no_events,  # people see what needs them
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso" if json else "%H:%M:%S", utc=json),
@@ -39,11 +39,4 @@ def configure_logging(*, json: bool = False, level: str = "info") -> None:
 def _all_events(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Events are lines like others: the mark goes."""
     line.pop(MARK, None)
-    return line
-
-
-def _no_events(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """People see what needs them, not every update."""
-    if MARK in line:
-        raise structlog.DropEvent
     return line

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 from common.clock import Clock
 from common.events import happened
 from node_service.figures import Lost, NodeFigures
 from node_service.training.training import Training
+
+_NO_TIME = 0.0, 0.0
+#: What time goes to.
+Work = Literal["steps"] | Lost
 
 
 class TimeSpent:
@@ -29,6 +32,8 @@ class TimeSpent:
         self._busy_until = self._looked_at
         #: What the time since the last look goes to, as far as no work is named for it.
         self._goes_to: Literal["training", "waiting", "nothing"] = "nothing"
+        works: tuple[Work, ...] = ("steps", *get_args(Lost))
+        self._on = {work: _On(self, work) for work in works}
 
     def look(self, training: Training | None, *, ready: bool, waits: bool) -> None:
         """Where the time since the last look went: to training, pauses of a throttled node included, or to waiting.
@@ -38,7 +43,7 @@ class TimeSpent:
         """
         now = self._clock.monotonic()
         passed, self._looked_at = now - self._looked_at, now
-        self._place_rest()
+        self.place_rest()
         if self._goes_to == "training":
             self._figures.training_seconds += passed
             if training is not None:
@@ -51,11 +56,20 @@ class TimeSpent:
             about = {"encoder": training.instruction.encoder, "version": training.version}
             happened("waiting for the master", node=self._node, **about)
 
-    @contextmanager
-    def on(self, work: Literal["steps"] | Lost) -> Iterator[None]:
+    def on(self, work: Work) -> AbstractContextManager[None]:
         """Inside, the time goes to this."""
-        self._place_rest()
-        yield
+        return self._on[work]
+
+    def place_rest(self) -> None:
+        """What has no place yet goes to what was going on at the last look."""
+        passed, lost = self._since_placed()
+        if self._goes_to == "training":
+            self._figures.lost_seconds["other"] += lost
+        elif self._goes_to == "waiting":
+            self._figures.waiting_seconds += passed
+
+    def place(self, work: Work) -> None:
+        """What has no place yet goes to this."""
         passed, lost = self._since_placed()
         if work == "steps":
             self._figures.step_seconds += passed
@@ -71,16 +85,11 @@ class TimeSpent:
         self._looked_at = self._placed = self._clock.monotonic()
         self._goes_to = "nothing"
 
-    def _place_rest(self) -> None:
-        passed, lost = self._since_placed()
-        if self._goes_to == "training":
-            self._figures.lost_seconds["other"] += lost
-        elif self._goes_to == "waiting":
-            self._figures.waiting_seconds += passed
-
     def _since_placed(self) -> tuple[float, float]:
         """The seconds that have no place yet, and how many of them come after `until`."""
         now, begun = self._clock.monotonic(), self._placed
+        if now == begun:
+            return _NO_TIME
         self._placed = now
         return now - begun, max(0.0, now - max(begun, self._busy_until))
 
@@ -89,3 +98,18 @@ class TimeSpent:
         if since is not None:
             waited = max(0.0, self._clock.now() - since)
             happened("waiting ended", node=self._node, encoder=self._figures.encoder, seconds=waited)
+
+
+class _On:
+    """One work of a node, entered again and again: at every step."""
+
+    def __init__(self, spent: TimeSpent, work: Work) -> None:
+        self._spent = spent
+        self._work = work
+
+    def __enter__(self) -> None:
+        self._spent.place_rest()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._spent.place(self._work)

@@ -4,7 +4,7 @@ a rule. What has ended it twice is not tried again."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import structlog
 
@@ -21,6 +21,7 @@ from node_service.training.update_rule import impossible
 
 log = structlog.get_logger()
 
+_TRIED = nullcontext()
 #: Makes the training of an instruction's encoder on samples; the ledger says what became of earlier updates, and the
 #: instruction's assets come by name. Raises UserError if this node cannot.
 Build = Callable[[Instruction, Corpus, Ledger, Mapping[str, bytes]], Training]
@@ -56,12 +57,14 @@ class Trials:
         """Why this node does not train by a rule; empty if it does."""
         return impossible(rule.update_rule) or self._state.guard.fatal(_trial(rule.encoder, rule.update_rule))
 
-    @contextmanager
-    def step(self, training: Training) -> Iterator[None]:
+    def step(self, training: Training) -> AbstractContextManager[None]:
         """While a step is taken."""
-        if self._tried == training.rule:
-            yield
-            return
+        rule = training.rule
+        return _TRIED if rule is self._tried or rule == self._tried else self._first(training)
+
+    @contextmanager
+    def _first(self, training: Training) -> Iterator[None]:
+        """The first step by a rule."""
         with self._state.guard.at(_trial(training.instruction.encoder, training.rule)):
             yield
             training.settle()  # what a GPU cannot take is known only then

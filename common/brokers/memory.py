@@ -53,6 +53,8 @@ class _Queue:
     ready: deque[_Message] = field(default_factory=deque)
     bytes: int = 0
     next_offset: int = 0
+    #: It was deleted; another one may have its name.
+    gone: bool = False
 
 
 class _Bindings:
@@ -108,6 +110,11 @@ class MemoryServer:
             self._permissions[user] = permissions
             self.changed.notify_all()
 
+    @property
+    def open(self) -> bool:
+        """Whether everybody may do everything."""
+        return not self._permissions
+
     def forbidden(self, user: str, operation: Operation, name: str) -> str:
         """Why the user may not do this; empty if it may."""
         permissions = self._permissions.get(user)
@@ -133,7 +140,8 @@ class MemoryServer:
 
     def delete_queue(self, name: str) -> None:
         with self.changed:
-            self._queues.pop(name, None)
+            if (queue := self._queues.pop(name, None)) is not None:
+                queue.gone = True
             self._bindings.drop(name)
 
     def find(self, name: str) -> _Queue | None:
@@ -227,6 +235,7 @@ class MemoryBroker:
         self._closed = False
         self._bytes_out = 0
         self._bytes_in = 0
+        self._status = BrokerStatus(connected=True, blocked=None, reconnects=0, bytes_out=0, bytes_in=0)
         self._thread = threading.Thread(target=self._dispatch, name=f"memory-broker-{user}", daemon=True)
         if threaded:
             self._thread.start()
@@ -307,8 +316,11 @@ class MemoryBroker:
             holder.on_lost()
 
     def status(self) -> BrokerStatus:
-        problems = self._problems
-        return BrokerStatus(
+        problems, before = self._problems, self._status
+        quiet = not (self._closed or problems.exist or before.problem)
+        if quiet and before.bytes_out == self._bytes_out and before.bytes_in == self._bytes_in:
+            return before  # whoever trains looks before each step
+        self._status = BrokerStatus(
             connected=not self._closed,
             blocked=None,
             reconnects=0,
@@ -318,6 +330,7 @@ class MemoryBroker:
             refused=problems.refused,
             failed=problems.failed,
         )
+        return self._status
 
     def close(self) -> None:
         with self._server.changed:
@@ -332,10 +345,17 @@ class MemoryBroker:
     def deliver(self) -> bool:
         """Hand over one message of each subscription that has one ready; whether any had. Callbacks run outside the
         lock."""
+        ready, closed = [], False
         with self._server.changed:
-            usable = [each for each in self._subscriptions if self._is_usable(each)]
-            self._subscriptions = [each for each in self._subscriptions if not each.closed]
-            ready = [(each, delivery) for each in usable if (delivery := each.take()) is not None]
+            is_open = self._server.open
+            for each in self._subscriptions:
+                closed |= each.closed
+                if is_open and each.is_idle:
+                    continue  # most are, and whoever has many parties asks often
+                if self._is_usable(each) and (delivery := each.take()) is not None:
+                    ready.append((each, delivery))
+            if closed:
+                self._subscriptions = [each for each in self._subscriptions if not each.closed]
         for subscription, delivery in ready:
             self._bytes_in += len(delivery.body)
             try:
@@ -393,22 +413,35 @@ class MemorySubscription:
         self.closed = self._stopped = False
         self.unacked: dict[int, _Message] = {}
         self._server = server
+        #: The queue as it was found last.
+        self._found: _Queue | None = None
         self._prefetch = prefetch
         self._position = position
         self._tags = itertools.count()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether its queue is there, as it was when it was looked at last, and nothing is in it."""
+        queue = self._found
+        return queue is not None and not queue.ready and not queue.gone
+
     def has_ready(self) -> bool:
         """Whether `take` would give one; the server's lock is held."""
-        queue = self._server.find(self.queue)
-        if self.closed or self._stopped or len(self.unacked) >= self._prefetch or queue is None or not queue.ready:
-            return False
-        return self._position is None or max(self._position, queue.ready[0].offset) < queue.next_offset
+        return self._with_ready() is not None
+
+    def _with_ready(self) -> _Queue | None:
+        """The queue, if there is something in it and prefetch allows one more."""
+        queue = self._found = self._server.find(self.queue)
+        if queue is None or not queue.ready or self.closed or self._stopped or len(self.unacked) >= self._prefetch:
+            return None
+        ready = self._position is None or max(self._position, queue.ready[0].offset) < queue.next_offset
+        return queue if ready else None
 
     def take(self) -> Delivery | None:
         """The next delivery, if prefetch allows one; the server's lock is held."""
-        if not self.has_ready():
+        if (queue := self._with_ready()) is None:
             return None
-        message = self._next(self._server.queue(self.queue))
+        message = self._next(queue)
         tag = next(self._tags)
         self.unacked[tag] = message
         publication = message.publication
@@ -444,7 +477,7 @@ class MemorySubscription:
 
     def move(self, server: MemoryServer) -> None:
         """To another server, one that has lost its disk: what was unacked is gone."""
-        self._server = server
+        self._server, self._found = server, None
         self.unacked.clear()
 
     def _give_back(self) -> None:

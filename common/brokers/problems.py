@@ -94,6 +94,8 @@ class Problems:
 
     def over(self, what: str) -> None:
         """`what` works again, or is no longer wanted."""
+        if what not in self._now:
+            return
         with self._guard:
             problem = self._now.pop(what, None)
             if problem is None:
@@ -109,6 +111,11 @@ class Problems:
         log.error(text, exc_info=error)
         with self._guard:
             self._failed = self._failed or text
+
+    @property
+    def exist(self) -> bool:
+        """Whether something does not work, or a bug has ended something."""
+        return bool(self._now or self._failed)
 
     @property
     def problem(self) -> str:
@@ -131,7 +138,7 @@ class Problems:
 
     def check(self) -> None:
         """Raises InternalError after a bug: whoever goes on to publish would believe that it still hears."""
-        if failed := self.failed:
+        if failed := self._failed:
             raise InternalError(failed)
 
     def check_waiting(self) -> None:

@@ -20,6 +20,9 @@ from common.numbers.slicing import SLICE, EncodingName, block_count, encoded_siz
 #: Elements of the shortest vector for which it is worth its memory, about 100 MiB, and a second at the start.
 LEAST = 4_000_000
 
+#: Whether the length makes no difference.
+_for_all = False
+
 #: Arrays of one slice, as `kernels` takes them.
 Slice = tuple[int, NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -35,7 +38,14 @@ _NOTHING = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.float
 
 def kernels(device: torch.device, size: int) -> Any | None:
     """The module `kernels`, if it is for vectors of so many elements on this device; else None."""
-    return _imported() if device.type == "cpu" and size >= LEAST else None
+    return _imported() if device.type == "cpu" and (size >= LEAST or _for_all) else None
+
+
+def take_for_all() -> None:
+    """From now on vectors of every length go through the compiled loops in this process: for whoever has so many short
+    ones that the start is worth it. A loop is called in a fraction of the time that torch's operations are."""
+    global _for_all
+    _for_all = True
 
 
 @cache

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from common.errors import Poison
 from common.wire.topology import MAX_BODY_BYTES, MIB
@@ -19,6 +21,10 @@ from common.wire.topology import MAX_BODY_BYTES, MIB
 MAX_DEPTH = 32
 #: Bytes of one string.
 MAX_WORD_BYTES = 64 << 10
+#: Bytes of a body that may be built unlooked at: each of a thousand nested lists may claim as many values as those.
+_SMALL = 2048
+#: Levels of lists and tables in what is built of one; of deeper ones every token is looked at.
+_FLAT = 8
 #: The largest whole number that a message may carry, and its negative: exact in JSON and in a float64.
 MAX_WHOLE = 1 << 53
 #: The largest finite number: whatever was computed in float32 is below it, and sums of many stay finite in float64.
@@ -79,6 +85,33 @@ def check(body: bytes, limits: Limits = CONTROL) -> None:
         _walk(body, limits)
     except (IndexError, struct.error):
         raise Poison("not-msgpack", "it ends in the middle") from None
+
+
+def is_small(body: bytes, limits: Limits) -> bool:
+    """Whether a body is so short that it may be built before it is looked at: then `is_within` says the same of what is
+    built, in a fraction of the time. Nearly all messages are."""
+    return len(body) <= min(_SMALL, limits.values, limits.words)
+
+
+def is_within(values: Iterable[Any], depth: int = 1) -> bool:
+    """Whether `check` finds nothing in a small body of which these values were built. What it cannot say at once, it
+    says no to."""
+    for value in values:
+        kind = type(value)
+        if kind is str or kind is bytes or kind is bool or value is None:
+            continue
+        if kind is int:
+            if not -MAX_WHOLE <= value <= MAX_WHOLE:
+                return False
+        elif kind is float:
+            if MAX_FLOAT < abs(value) < math.inf:
+                return False
+        elif kind is dict or kind is list:
+            if depth >= _FLAT or not is_within(value.values() if kind is dict else value, depth + 1):
+                return False
+        else:
+            return False
+    return True
 
 
 def _walk(body: bytes, limits: Limits) -> None:

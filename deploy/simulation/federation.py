@@ -57,12 +57,16 @@ class SteppedFederation:
 
     def run(self, on_progress: Callable[[int], None] = lambda updates: None) -> None:
         """From what was ordered first to the last answer; `on_progress` is given the number of counted updates, after
-        every event while the master is there."""
+        every turn of the master."""
+        turns = 0
         self.at(self._estimated * _PATIENCE + _AFTERWARDS, self._give_up)
         try:
             while self._heap and not self._is_over():
                 self.clock.time, _, what = heapq.heappop(self._heap)
                 what()
+                if turns == self.master.turns:
+                    continue  # nothing else changes what the log has led to
+                turns = self.master.turns
                 if (encoder := self.master.encoder) is not None:
                     on_progress(encoder.updates)
                     if self.ended_at is None and encoder.status in ("finished", "failed"):

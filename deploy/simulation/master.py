@@ -33,6 +33,8 @@ class SimulatedMaster:
         snapshots: Callable[[MessageLog], SnapshotDirectory] = SnapshotDirectory,
     ) -> None:
         self.killed = 0
+        #: How often it had something to do.
+        self.turns = 0
         #: Chunks of versions that it published, and at the end of the run what became of the encoder.
         self.stream_chunks = 0
         self.result: EncoderState | None = None
@@ -77,6 +79,7 @@ class SimulatedMaster:
             new_id=self._ids.message,
         )
         self._master.start()
+        self.turns += 1
         self._broker.consume(world.topology.master_inbox, self._arrived.append, prefetch=INBOX_PREFETCH)
         self._broker.consume(world.topology.master_updates, self._arrived.append, prefetch=UPDATES_PREFETCH)
         self._next(world.clock.now())
@@ -114,10 +117,12 @@ class SimulatedMaster:
         master, broker = self._master, self._broker
         if master is None or broker is None or self._world.clock.now() < self._due:
             return  # killed meanwhile, or it had this turn already
+        self.turns += 1
         wait = master.look()
         while broker.deliver():
             while self._arrived:
-                master.hear(self._arrived.popleft())
+                delivery = self._arrived.popleft()
+                master.hear(delivery, more=bool(self._arrived))
             wait = master.look()
         self._next(self._world.clock.now() + wait)
 

@@ -224,7 +224,7 @@ class _Process:
         self._here += self._coming
         self._coming.clear()
         reading, link = self._node.reading, self._world.link
-        if (read := reading.read_one()) is not None:
+        if reading.busy and (read := reading.read_one()) is not None:
             self._here.append(read)
             self._owner.versions_read += isinstance(read, VersionRead) and read.version is not None
         before = self._broker.bytes_in

@@ -9,26 +9,26 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from master_service.decisions.rules.buffer import Turnout
 from master_service.decisions.rules.weights import Totals
-from master_service.decisions.state import Buffered, EncoderState, Member
+from master_service.decisions.state import Buffered, EncoderState, Member, Tally
 
 
 @contextmanager
 def changing(encoder: EncoderState, member: Member) -> Iterator[None]:
     """Around whatever changes a member's activity, samples, returns, updates in the buffer, or what is usual for it."""
-    _add(encoder, member, -1)
+    before = _share(member)
     yield
-    _add(encoder, member, 1)
+    _move(encoder.tally, before, _share(member))
 
 
 def enrolled(encoder: EncoderState, member: Member) -> Member:
     """A new member of the encoder."""
     encoder.members[member.node] = member
-    _add(encoder, member, 1)
+    _move(encoder.tally, _NOTHING, _share(member))
     return member
 
 
@@ -93,24 +93,55 @@ def _key(update: UpdateManifest | UpdateChunk | Buffered) -> str:
     return f"{update.incarnation}/{update.sequence}"
 
 
-def _add(encoder: EncoderState, member: Member, sign: int) -> None:
-    tally = encoder.tally
-    tally.returned += sign * (member.buffered > 0)
-    if member.active:
-        tally.active += sign
-        tally.returns += sign * member.returns
-        tally.samples += sign * max(member.samples, 1)
-        tally.active_returned += sign * (member.buffered > 0)
-        _keep(tally.norms, member.usual_norm, sign)
-        _keep(tally.steps, member.usual_steps, sign)
-        _keep(tally.losses, member.claimed_loss, sign)
+class _Share(NamedTuple):
+    """What a member adds to the sums; those that are of active members alone are nothing of one that is not."""
+
+    returned: int
+    active: int = 0
+    returns: int = 0
+    samples: int = 0
+    active_returned: int = 0
+    norm: float | None = None
+    steps: int | None = None
+    loss: float | None = None
 
 
-def _keep(values: list[Any], value: float | None, sign: int) -> None:
-    """Put a member's value into a list in order, or take it out."""
-    if value is None:
-        return
-    if sign > 0:
-        insort(values, value)
-    else:
-        del values[bisect_left(values, value)]
+_NOTHING = _Share(0)
+
+
+def _share(member: Member) -> _Share:
+    returned = int(member.buffered > 0)
+    if not member.active:
+        return _Share(returned)
+    return _Share(
+        returned,
+        1,
+        member.returns,
+        max(member.samples, 1),
+        returned,
+        member.usual_norm,
+        member.usual_steps,
+        member.claimed_loss,
+    )
+
+
+def _move(tally: Tally, before: _Share, after: _Share) -> None:
+    """A member adds something else than before. Only what changed is touched: this is done several times an update."""
+    for name in ("returned", "active", "returns", "samples", "active_returned"):
+        if more := getattr(after, name) - getattr(before, name):
+            setattr(tally, name, getattr(tally, name) + more)
+    for values, old, new in (
+        (tally.norms, before.norm, after.norm),
+        (tally.steps, before.steps, after.steps),
+        (tally.losses, before.loss, after.loss),
+    ):
+        if old != new:
+            _keep(values, old, new)
+
+
+def _keep(values: list[Any], old: float | None, new: float | None) -> None:
+    """In a list in order, a member's value takes the place of the one before."""
+    if old is not None:
+        del values[bisect_left(values, old)]
+    if new is not None:
+        insort(values, new)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -79,23 +78,23 @@ class Attempts:
             log.count_death(what)
         mark.write("")
 
-    @contextmanager
-    def at(self, *what: str) -> Iterator[None]:
+    def at(self, *what: str) -> AbstractContextManager[None]:
         """Mark what is being worked on, by all its names, while it could kill this process or raise what nobody
         expects.
 
         Do not wait inside: a process that is killed while it waits was not killed by a message.
         """
+        return _Work(self, "\n".join(what))
+
+    def begin(self, what: str) -> None:
         self._working = True
-        self._mark.write("\n".join(what))
-        try:
-            yield
-        except SharedEncoderError:
-            self._mark.write("")  # raised on purpose
-            raise
-        finally:
-            self._working = False
-        self._mark.write("")
+        self._mark.write(what)
+
+    def end(self, error: type[BaseException] | None) -> None:
+        """It is over; by an error, where it was not raised on purpose, this is what is worked on still."""
+        self._working = False
+        if error is None or issubclass(error, SharedEncoderError):
+            self._mark.write("")
 
     def fatal(self, what: str) -> bool:
         """Whether this has killed the master often enough."""
@@ -106,3 +105,17 @@ class Attempts:
         if self._working:
             self._mark.write("")
         self._mark.close()
+
+
+class _Work:
+    """What is worked on; entered once."""
+
+    def __init__(self, attempts: Attempts, what: str) -> None:
+        self._attempts = attempts
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._attempts.begin(self._what)
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._attempts.end(error)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,16 +30,25 @@ class Ledger(sqlite3.Connection):
     copied: tempfile.TemporaryDirectory[str] | None = None
 
     def execute(self, *arguments: Any) -> sqlite3.Cursor:
-        with _telling_locks():
+        try:
             return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            _tell_of_locks(error)
+            raise
 
     def executemany(self, *arguments: Any) -> sqlite3.Cursor:
-        with _telling_locks():
+        try:
             return super().executemany(*arguments)
+        except sqlite3.OperationalError as error:
+            _tell_of_locks(error)
+            raise
 
     def executescript(self, *arguments: Any) -> sqlite3.Cursor:
-        with _telling_locks():
+        try:
             return super().executescript(*arguments)
+        except sqlite3.OperationalError as error:
+            _tell_of_locks(error)
+            raise
 
     def close(self) -> None:
         super().close()
@@ -100,13 +107,9 @@ def _connected(name: str) -> Ledger:
     )
 
 
-@contextlib.contextmanager
-def _telling_locks() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in _HELD:
-            raise
+def _tell_of_locks(error: sqlite3.OperationalError) -> None:
+    """Raises LedgerHeld if it is for a lock of another process."""
+    if error.sqlite_errorcode & 0xFF in _HELD:
         raise LedgerHeld(
             f"another process holds a lock on the message log ({error}); end that one, `fuser {LEDGER}` names it"
         ) from None

@@ -131,6 +131,10 @@ class MessageLog:
             db.rollback()  # of one who died before a commit
         #: Held from the first row of a group until its commit: another thread's writes would be part of it.
         self._writing = threading.RLock()
+        #: Whether a payload may be noted as dropped.
+        self._notes = True
+        #: How often the master has died of what, once somebody asked; nobody else counts.
+        self._deaths: dict[str, int] | None = None
         #: Rows that are written and not committed yet.
         self._group: list[tuple[Any, ...]] = []
         path = directory / LEDGER
@@ -146,6 +150,8 @@ class MessageLog:
             elif not self._has_rows():
                 raise Damaged(f"{path} is empty; {repair_hint(directory)}")
             last = self._last_row()
+            if not read_only:
+                self._notes = bool(self._db.execute("SELECT EXISTS (SELECT 1 FROM dropped)").fetchone()[0])
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                 raise  # a full disk, a lock, no permission: no damage
@@ -344,6 +350,7 @@ class MessageLog:
                 continue
             # noted first: a file that is gone without a note would count as lost
             with self._writing:
+                self._notes = True
                 self._db.execute("INSERT OR REPLACE INTO dropped VALUES (?,?,?)", (payload, reason, at))
             freed += self.payloads.size(payload)
             self.payloads.remove(payload)
@@ -355,6 +362,7 @@ class MessageLog:
 
     def note_dropped(self, notes: Iterable[tuple[str, str, float]]) -> None:
         """Take over notes of another ledger: (payload, reason, at)."""
+        self._notes = True
         self._db.executemany("INSERT OR REPLACE INTO dropped VALUES (?,?,?)", notes)
 
     def why_dropped(self, payload: str) -> str | None:
@@ -371,7 +379,8 @@ class MessageLog:
         return self._stored(incoming.keep())
 
     def _stored(self, digest: str) -> str:
-        self._db.execute("DELETE FROM dropped WHERE payload = ?", (digest,))
+        if self._notes:
+            self._db.execute("DELETE FROM dropped WHERE payload = ?", (digest,))
         return digest
 
     def uses(self, payload: str) -> int:
@@ -402,12 +411,14 @@ class MessageLog:
 
     def count_death(self, what: str) -> None:
         """The master died while it handled this."""
+        self._deaths = None
         self._db.execute("INSERT INTO deaths VALUES (?, 1) ON CONFLICT (what) DO UPDATE SET count = count + 1", (what,))
 
     def deaths(self, what: str) -> int:
         """How often the master has died of this."""
-        row = self._db.execute("SELECT count FROM deaths WHERE what = ?", (what,)).fetchone()
-        return int(row[0]) if row else 0
+        if self._deaths is None:
+            self._deaths = dict(self._db.execute("SELECT what, count FROM deaths").fetchall())
+        return self._deaths.get(what, 0)
 
     def copy_into(self, empty: sqlite3.Connection) -> None:
         """Copy the ledger as it is at one moment; whoever writes meanwhile does not wait."""

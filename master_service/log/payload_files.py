@@ -6,6 +6,7 @@ kept is durable once `settle` returns; until then its file is on the way to the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -40,6 +41,8 @@ class FilePayloads:
 
     def __init__(self, directory: Path, *, lasting: bool = True) -> None:
         self._directory = directory
+        # as words: several paths are put together for each payload
+        self._root, self._incoming = str(directory), str(directory / _INCOMING)
         self._lasting = lasting
         self._numbers = itertools.count()
         #: What was hashed here: the file as it was then.
@@ -47,7 +50,7 @@ class FilePayloads:
         self._syncing: ThreadPoolExecutor | None = None
         self._unsettled: list[Future[None]] = []
         #: Of those that are small: their files, open, and their folders.
-        self._small: list[tuple[int, Path]] = []
+        self._small: list[tuple[int, str]] = []
         if directory.exists():
             self._sync(directory)  # a folder that was made in it just before a power cut
 
@@ -59,9 +62,12 @@ class FilePayloads:
         return digest
 
     def receive(self, size: int) -> Incoming:
-        folder = self._directory / _INCOMING
-        folder.mkdir(parents=True, exist_ok=True)
-        return _IncomingFile(self, folder / f"{os.getpid()}-{next(self._numbers)}", size)
+        path = f"{self._incoming}/{os.getpid()}-{next(self._numbers)}"
+        try:
+            return _IncomingFile(self, path, size)
+        except FileNotFoundError:
+            os.makedirs(self._incoming, exist_ok=True)
+            return _IncomingFile(self, path, size)
 
     def settle(self) -> None:
         unsettled, self._unsettled = self._unsettled, []
@@ -73,19 +79,19 @@ class FilePayloads:
         for each in unsettled:
             _settled(each.result)
 
-    def kept(self, incoming: Path, handle: int, digest: str) -> None:
+    def kept(self, incoming: str, handle: int, digest: str) -> None:
         """A file is complete: give it its name, and let it reach the disk. Takes over the handle."""
-        path = self._path(digest)
-        if path.exists() and self.damage(digest, again=False) is None:
+        folder, path = f"{self._root}/{digest[:2]}", self._path(digest)
+        if os.path.exists(path) and self.damage(digest, again=False) is None:
             # whoever gave it its name may have died before it was on disk
             there = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             os.close(handle)
-            incoming.unlink()
+            os.unlink(incoming)
             handle = there
         else:
-            self._name(incoming, path)
+            self._name(incoming, folder, path)
         self._remember(digest, os.fstat(handle))
-        self._let_reach_the_disk(handle, path.parent)
+        self._let_reach_the_disk(handle, folder)
 
     def forget_incoming(self) -> None:
         """Delete what a process that died was receiving. Only whoever alone writes here may."""
@@ -93,21 +99,24 @@ class FilePayloads:
             path.unlink(missing_ok=True)
 
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
-        with self._path(digest).open("rb") as file:
+        with open(self._path(digest), "rb") as file:
             file.seek(start)
             return file.read(length)
 
     def read_into(self, digest: str, start: int, out: bytearray) -> None:
-        with self._path(digest).open("rb", buffering=0) as file:
-            file.seek(start)
-            if file.readinto(out) != len(out):
+        handle = os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.preadv(handle, [out], start) != len(out):
                 raise ValueError(f"payload {digest} ends before {start + len(out)} bytes")
+        finally:
+            os.close(handle)
 
     def damage(self, digest: str, *, again: bool = True) -> str | None:
+        path = self._path(digest)
         try:
-            with self._path(digest).open("rb") as file:
-                if not again and self._whole.get(digest) == _as_it_is(os.fstat(file.fileno())):
-                    return None
+            if not again and self._whole.get(digest) == _as_it_is(os.stat(path)):
+                return None
+            with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             return "missing"
@@ -115,25 +124,26 @@ class FilePayloads:
 
     def size(self, digest: str) -> int:
         try:
-            return self._path(digest).stat().st_size
+            return os.stat(self._path(digest)).st_size
         except FileNotFoundError:
             return 0
 
     def remove(self, digest: str) -> None:
-        self._path(digest).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(digest))
 
     def stored(self) -> set[str]:
         return {path.name for path in self._directory.glob("??/*") if path.suffix != ".part"}
 
-    def _name(self, incoming: Path, path: Path) -> None:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True)
+    def _name(self, incoming: str, folder: str, path: str) -> None:
+        if not os.path.exists(folder):
+            os.makedirs(folder)
             for directory in (self._directory, self._directory.parent):
                 self._sync(directory)
         reached("payload before rename")
-        incoming.replace(path)
+        os.replace(incoming, path)
 
-    def _let_reach_the_disk(self, handle: int, folder: Path) -> None:
+    def _let_reach_the_disk(self, handle: int, folder: str) -> None:
         if not self._lasting:
             os.close(handle)
         elif os.fstat(handle).st_size < _SMALL:
@@ -148,8 +158,9 @@ class FilePayloads:
         while len(self._whole) > REMEMBERED:
             self._whole.popitem(last=False)
 
-    def _path(self, digest: str) -> Path:
-        return payload_path(self._directory, digest)
+    def _path(self, digest: str) -> str:
+        """As `payload_path` has it."""
+        return f"{self._root}/{digest[:2]}/{digest}"
 
     def _sync(self, path: Path) -> None:
         if self._lasting:
@@ -169,7 +180,7 @@ def _settled(wait: Callable[[], None]) -> None:
         raise OSError(errno.EIO, f"a payload did not reach the disk ({error})") from error
 
 
-def _to_disk(files: list[tuple[int, Path]]) -> None:
+def _to_disk(files: list[tuple[int, str]]) -> None:
     """Open files and their folders, each of these once; the files are closed."""
     try:
         for handle, _ in files:
@@ -178,7 +189,7 @@ def _to_disk(files: list[tuple[int, Path]]) -> None:
         for handle, _ in files:
             os.close(handle)
     for folder in {folder for _, folder in files}:
-        sync(folder)
+        sync(Path(folder))
 
 
 def _take_room(handle: int, size: int) -> None:
@@ -196,7 +207,7 @@ def _take_room(handle: int, size: int) -> None:
 class _IncomingFile:
     """Writes into a file beside the payloads, whose room is taken at once: what was begun can be ended."""
 
-    def __init__(self, payloads: FilePayloads, path: Path, size: int) -> None:
+    def __init__(self, payloads: FilePayloads, path: str, size: int) -> None:
         self._payloads = payloads
         self._path = path
         self._digest = hashlib.sha256()
@@ -229,4 +240,5 @@ class _IncomingFile:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)

@@ -66,7 +66,10 @@ class Outbox:
 
     def mark(self, offset: int) -> None:
         """All effects of the log's rows up to this one were put."""
-        self._put(_Mark(offset))
+        if self._beside or self._items:
+            self._put(_Mark(offset))
+        else:
+            self.left = offset  # they have left
 
     def beside(self) -> None:
         """From now on another thread serves."""
@@ -111,7 +114,6 @@ class Outbox:
             with self._changed:
                 items = self._next()
                 self._busy = bool(items)
-                self._changed.notify_all()
             if not items:
                 return
             letters = [item() for item in items if not isinstance(item, _Action | _Mark)]
@@ -124,6 +126,10 @@ class Outbox:
                     self.left = item.offset
             with self._changed:
                 self._large -= sum(isinstance(item, _Action) and item.large for item in items)
+                self._busy = False
+                self._changed.notify_all()
+                if not self._items:
+                    return
 
     def _next(self) -> list[Letter | _Action | _Mark]:
         """What leaves next: messages that follow each other, with the marks between and behind them; or an action."""

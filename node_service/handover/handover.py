@@ -85,8 +85,10 @@ class Handover:
     def numbers_used_up(self) -> bool:
         """Whether what is sent next would have a number that no master reads. Whoever counts alone does not live so
         long, but a message may say which number to go on from."""
-        attempts = (manifest.attempt for manifest in self._state.owed.values())
-        return self._state.identity.next_order > MAX_WHOLE or max(attempts, default=0) >= MAX_ATTEMPT
+        if self._state.identity.next_order > MAX_WHOLE:
+            return True
+        owed = self._state.owed
+        return bool(owed) and max(manifest.attempt for manifest in owed.values()) >= MAX_ATTEMPT
 
     def forget(self) -> None:
         """What was sent belongs to another incarnation."""

@@ -13,6 +13,8 @@ _SMOOTHING = 0.1
 _MAX_BATCH = 1 << 16
 #: The highest learning rate, weight decay and share of a finishing phase that are no slip.
 _MAX_RATE, _MAX_SHARE = 1e3, 1e3
+#: Steps of an update where the rule sets no bound.
+_UNBOUNDED_STEPS = 25
 
 
 def impossible(rule: UpdateRule) -> str:
@@ -90,5 +92,6 @@ def must_return(when: ReturnWhen, since: SinceReturn, drift: float | None = None
         reached.append(change >= when.loss_change * abs(since.loss_start))
     if when.drift is not None and drift is not None:
         reached.append(drift >= when.drift)
-    unbounded = when == ReturnWhen()
-    return any(reached) or (unbounded and since.steps >= 25)
+    if not reached and when.drift is None:
+        return since.steps >= _UNBOUNDED_STEPS
+    return any(reached)

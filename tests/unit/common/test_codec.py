@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import Poison
 from common.numbers.slicing import EncodingName
 from common.wire.base import Message
-from common.wire.bounds import MAX_FLOAT, MAX_WHOLE, REPORT
+from common.wire.bounds import CONTROL, MAX_DEPTH, MAX_FLOAT, MAX_WHOLE, REPORT, check, is_small, is_within
 from common.wire.codec import decode, encode
 from common.wire.fields import MAX_ASSET_BYTES
 from common.wire.messages import ToMaster, ToNode
@@ -198,3 +198,44 @@ def test_damage_never_raises_anything_else(noise: bytes, cut: int, patch: bytes)
     for body in (noise, good[:cut], good[:cut] + patch + good[cut + len(patch) :]):
         with contextlib.suppress(Poison):
             decode(body)
+
+
+#: What stands at the bounds of a message, on both sides.
+EDGES = st.sampled_from(
+    [MAX_WHOLE, -MAX_WHOLE, MAX_WHOLE + 1, -MAX_WHOLE - 1, MAX_FLOAT, 2 * MAX_FLOAT, -2 * MAX_FLOAT]
+)
+VALUES = st.recursive(
+    EDGES | st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), st.integers(0, 2 * MAX_DEPTH))
+@settings(max_examples=300)
+def test_what_is_looked_at_as_a_whole_is_what_is_looked_at_token_by_token(plain: dict[str, object], deep: int) -> None:
+    """A small body that counts as within bounds when it is built is within them; and one that is flat is not looked at
+    twice for nothing."""
+    for _ in range(deep):
+        plain = {"inner": plain}
+    body = msgpack.packb(plain)
+    assert is_small(body, CONTROL)
+    found = None
+    with contextlib.suppress(Poison):
+        found = check(body) is None
+    if is_within(msgpack.unpackb(body, strict_map_key=True).values()):
+        assert found
+    else:
+        assert not found or deep > 0 or _levels(plain) > 4
+
+
+def _levels(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max((_levels(each) for each in inner), default=0)
+
+
+@pytest.mark.parametrize(
+    "body", [msgpack.packb({"a": msgpack.ExtType(5, b"x")}), msgpack.packb({"a": msgpack.Timestamp(1)})]
+)
+def test_a_value_of_a_kind_of_its_own_is_not_within(body: bytes) -> None:
+    assert not is_within(msgpack.unpackb(body).values())
