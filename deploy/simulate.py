@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ def run_simulation(out: Path, *, rule: str, changes: Sequence[str], speeds: str,
         # first of all: what an interrupted run leaves is a simulation too
         _write(out, {ARGUMENTS: plan.arguments()})
         run = Simulation(plan, out)
-        gc.set_threshold(*_COLLECTED)
-        with counting("simulating", "updates", plan.updates) as (counted, advance):
+        with counting("simulating", "updates", plan.updates) as (counted, advance), _seldom_collected():
 
             def progress(updates: int) -> None:
                 while counted.done < updates:
@@ -89,6 +88,16 @@ def run_simulation(out: Path, *, rule: str, changes: Sequence[str], speeds: str,
             f"the run was ended after {report['updates']} of {plan.updates} updates, because it made no headway; "
             "see the refusals above, and change the rule with --set (guards.max_staleness) or take fewer nodes"
         )
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECTED)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def check_simulation_directory(directory: Path) -> None:
