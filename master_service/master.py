@@ -213,12 +213,13 @@ class Master:
                 self._snapshot_again_at = self._clock.monotonic() + _DRAIN_AGAIN_SECONDS
 
     def snapshot(self) -> None:
-        """Write one now, once all that it stands for has left. Not after an error. Raises StorageBlocked while
-        something waits to be written."""
+        """Begin to write one now, once all that it stands for has left, and the one before is written. Not after an
+        error. Raises StorageBlocked while something waits to be written."""
         if self.recorder.blocked or not self.recorder.settle():
             raise StorageBlocked(self.recorder.blocked)
         self._publisher.outbox.drain()
         self.journal.carried_out = max(self.journal.carried_out, self.outbox.left)
+        self.journal.wait_for_snapshot()
         self.journal.snapshot()
 
     def close(self) -> None:

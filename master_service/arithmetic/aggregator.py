@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from torch import Tensor
@@ -47,6 +48,7 @@ class Aggregator:
     def __init__(self, payloads: Payloads) -> None:
         self._payloads = payloads
         self.targets: dict[str, Target] = {}
+        self._still = Lock()
         #: Kept, because fresh memory costs more than what is done in it: a sum, and what is added to it.
         self._sum, self._room = scratch(), scratch()
 
@@ -55,7 +57,16 @@ class Aggregator:
             raise PayloadsLost({digest: problem})
         self.targets[encoder] = Target(ParameterSet.from_bytes(layout, self._payloads.read(digest)))
 
+    def hold(self) -> Callable[[], None]:
+        """No step changes a target until what this gives is called, once, from whatever thread."""
+        self._still.acquire()
+        return self._still.release
+
     def step(self, step: Step) -> Stepped:
+        with self._still:
+            return self._step(step)
+
+    def _step(self, step: Step) -> Stepped:
         target = self.targets[step.encoder]
         size = target.parameters.layout.size
         problems = {each.payload: self._payloads.damage(each.payload, again=False) for each in step.contributions}

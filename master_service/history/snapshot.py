@@ -1,6 +1,8 @@
 """Snapshots: the fold's state at a log offset, so that a start need not fold the whole log again.
 
-Written beside, synced, renamed; the newest two are kept. One that is damaged is skipped, and the older one is used.
+Taken in the thread that decides, which goes on at once; written in another. Until the operating system has the targets,
+no step changes them; to hash and to sync them, which takes longer, nobody waits for. Written beside, synced, renamed;
+the newest two are kept. One that is damaged is skipped, and the older one is used.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,8 +56,9 @@ class Snapshots(Protocol):
         """The newest whole one as a fold; an empty fold if there is none. Raises Damaged if the log does not hold the
         rows that it was made of."""
 
-    def write(self, fold: Fold[Any], checksum: str) -> None:
-        """Keep a snapshot of `fold`; `checksum` is that of the log's row at its offset. Raises OSError."""
+    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
+        """A snapshot of `fold` as it is now; `checksum` is that of the log's row at its offset. What this gives keeps
+        it, is called once, from whatever thread, and raises OSError."""
 
     def kept(self) -> list[Manifest]:
         """Those that a start may use, oldest first."""
@@ -70,8 +74,8 @@ class SnapshotDirectory:
     def read(self) -> Fold[Aggregator]:
         return read_snapshot(self._directory, self._log, set_aside=True)
 
-    def write(self, fold: Fold[Any], checksum: str) -> None:
-        write_snapshot(self._directory, fold, checksum)
+    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
+        return _Taken(self._directory, fold, checksum).write
 
     def kept(self) -> list[Manifest]:
         return kept_snapshots(self._directory)
@@ -79,48 +83,71 @@ class SnapshotDirectory:
 
 def write_snapshot(directory: Path, fold: Fold[Aggregator], checksum: str) -> Path:
     """Write a snapshot of `fold`; `checksum` is that of the log's row at its offset."""
-    directory.mkdir(parents=True, exist_ok=True)
-    final, beside = directory / f"{fold.offset:012d}", directory / f"{fold.offset:012d}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        return _write(directory, final, beside, fold, checksum)
-    except OSError:
-        shutil.rmtree(beside, ignore_errors=True)  # half a snapshot must not take the room that is missing
-        raise
+    _Taken(directory, fold, checksum).write()
+    return directory / _name(fold.offset)
 
 
-def _write(directory: Path, final: Path, beside: Path, fold: Fold[Aggregator], checksum: str) -> Path:
-    beside.mkdir()
-    tensors: dict[str, torch.Tensor] = {}
-    for encoder, target in fold.arithmetic.targets.items():
-        tensors[f"{encoder}/target"] = target.parameters.vector
-        if target.momentum is not None:
-            tensors[f"{encoder}/momentum"] = target.momentum
-    save_tensors(beside / "tensors.safetensors", tensors)
-    state = fold.coordinator.state
-    (beside / "state.json").write_text(state.model_dump_json())
-    manifest = {
-        "schema": STATE_SCHEMA,
-        "offset": fold.offset,
-        "checksum": checksum,
-        "buffered": [item.payload for encoder in state.encoders.values() for item in encoder.buffer],
-        "sha256": {name: _digest(beside / name) for name in ("state.json", "tensors.safetensors")},
-    }
-    (beside / "manifest.json").write_text(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1))
-    for path in (*beside.iterdir(), beside):
-        sync(path)
-    reached("during snapshot")
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    sync(directory)
-    reached("after snapshot")
-    # what a master that died while it wrote has left is no snapshot, and must not push out one that is
-    found = sorted(path for path in directory.iterdir() if path.is_dir())
-    kept = sorted(_snapshots(directory))[-_KEPT:]
-    for path in found:
-        if path not in kept:
-            shutil.rmtree(path)
-    return final
+def _name(offset: int) -> str:
+    return f"{offset:012d}"
+
+
+class _Taken:
+    """A snapshot that is not written yet; no step changes its targets."""
+
+    def __init__(self, directory: Path, fold: Fold[Aggregator], checksum: str) -> None:
+        state = fold.coordinator.state
+        self._directory = directory
+        self._name = _name(fold.offset)
+        self._manifest = {
+            "schema": STATE_SCHEMA,
+            "offset": fold.offset,
+            "checksum": checksum,
+            "buffered": [item.payload for encoder in state.encoders.values() for item in encoder.buffer],
+        }
+        self._state = state.model_dump_json()
+        self._tensors: dict[str, torch.Tensor] = {}
+        for encoder, target in fold.arithmetic.targets.items():
+            self._tensors[f"{encoder}/target"] = target.parameters.vector
+            if target.momentum is not None:
+                self._tensors[f"{encoder}/momentum"] = target.momentum
+        self._let_go = fold.arithmetic.hold()
+
+    def write(self) -> None:
+        directory = self._directory
+        final, beside = directory / self._name, directory / f"{self._name}.part"
+        try:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                save_tensors(beside / "tensors.safetensors", self._tensors, synced=False)
+            finally:
+                self._tensors = {}
+                self._let_go()
+            self._complete(beside)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)  # half a snapshot must not take the room that is missing
+            raise
+        reached("during snapshot")
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        sync(directory)
+        reached("after snapshot")
+        # what a master that died while it wrote has left is no snapshot, and must not push out one that is
+        found = sorted(path for path in directory.iterdir() if path.is_dir())
+        kept = sorted(_snapshots(directory))[-_KEPT:]
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _complete(self, beside: Path) -> None:
+        """What says that it is whole; then all of it reaches the disk."""
+        (beside / "state.json").write_text(self._state)
+        digests = {name: _digest(beside / name) for name in ("state.json", "tensors.safetensors")}
+        manifest = {**self._manifest, "sha256": digests}
+        (beside / "manifest.json").write_text(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1))
+        for path in (*beside.iterdir(), beside):
+            sync(path)
 
 
 def read_snapshot(

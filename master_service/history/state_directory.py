@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -28,6 +29,8 @@ log = structlog.get_logger()
 
 #: How long the end of a master waits for payloads that are being dropped, seconds.
 _PRUNE_SECONDS = 30.0
+#: Between two snapshots, in times of what it took to write the one before: they take a fiftieth of the time at most.
+_APART = 50.0
 #: Runs something that may take long beside the thread that decides; the name is for errors.
 Background = Callable[[str, Callable[[], None]], None]
 
@@ -76,8 +79,11 @@ class Journal:
         self.background = background
         self._on_close = on_close
         self._refused: list[str] = []
-        self._pruned = threading.Event()
+        #: Set while no snapshot is being written, and while nothing is dropped after one.
+        self._written, self._pruned = threading.Event(), threading.Event()
+        self._written.set()
         self._pruned.set()
+        self._writing_seconds = 0.0
         #: The effects of all entries up to this offset have left.
         self.carried_out = max(self.log.carried_out, self.fold.offset)
         self._snapshot_offset, self._snapshot_at = self.fold.offset, clock.monotonic()
@@ -140,28 +146,47 @@ class Journal:
             return
 
     def snapshot_due(self, after: float = 0.0) -> bool:
-        """Whether `after` seconds have passed since the last one, and anything was folded."""
-        return self._clock.monotonic() - self._snapshot_at >= after and self.fold.offset != self._snapshot_offset
+        """Whether `after` seconds have passed since the last one, and far more than it took to write it; whether
+        anything was folded since; and none is being written."""
+        if not self._written.is_set() or self.fold.offset == self._snapshot_offset:
+            return False
+        wait = max(after, _APART * self._writing_seconds) if after > 0 else 0.0
+        return self._clock.monotonic() - self._snapshot_at >= wait
 
     def snapshot(self) -> None:
-        """Write one, if anything was folded; then let the retention policy drop what no start needs. All that the rows
-        up to here lead to must have left: whoever starts from it does not send it again."""
+        """Take one, if anything was folded, and write it in the background; then the retention policy drops there what
+        no start needs. All that the rows up to here lead to must have left: whoever starts from it does not send it
+        again."""
         assert not self.log.uncommitted, "a snapshot of what may not have happened"
         if not self.snapshot_due():
             return
         self._snapshot_at = self._clock.monotonic()
         reached("before snapshot")
-        checksum = self.log.checksum(self.fold.offset) or ""
+        offset = self.fold.offset
+        write = self._snapshots.take(self.fold, self.log.checksum(offset) or "")
+        self._written.clear()
+        self.background("snapshot", partial(self._write_snapshot, write, offset))
+
+    def wait_for_snapshot(self) -> None:
+        """Until the one that is being written, if any, is written, or cannot be."""
+        self._written.wait()
+
+    def _write_snapshot(self, write: Callable[[], None], offset: int) -> None:
+        begun, prunes = self._clock.monotonic(), False
         try:
-            self._room.write(lambda: self._snapshots.write(self.fold, checksum))
+            self._room.write(write)
+            self._snapshot_offset = offset
+            happened("snapshot", offset=offset)
+            prunes = self._config.retention != "all" and self._pruned.is_set()
+            if prunes:
+                self._pruned.clear()  # before anybody may take it that all is done
         except StorageBlocked as error:
             log.warning("a snapshot cannot be written; a start folds more of the log", problem=str(error))
-            return
-        self._snapshot_offset = self.fold.offset
-        happened("snapshot", offset=self._snapshot_offset)
-        if self._config.retention != "all" and self._pruned.is_set():
-            self._pruned.clear()
-            self.background("retention", self._prune)
+        finally:
+            self._writing_seconds = self._clock.monotonic() - begun
+            self._written.set()
+        if prunes:
+            self._prune()
 
     def report(self, blocked: str) -> tuple[DiskReport, LogReport, SnapshotReport]:
         """What `status` shows; `blocked` is why nothing can be written, if so."""
@@ -172,6 +197,7 @@ class Journal:
 
     def close(self) -> None:
         """Close it, so that another master can open it."""
+        self._written.wait()
         self._pruned.wait(_PRUNE_SECONDS)
         self.attempts.close()
         self.making.close()

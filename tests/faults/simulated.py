@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -286,11 +286,15 @@ class MemorySnapshots:
         fold.world = self._world
         return fold
 
-    def write(self, fold: Fold[Any], checksum: str) -> None:
+    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
         taken = (fold.offset, fold.coordinator.state.model_dump_json(), fold.arithmetic.saved())
-        crash_points.reached("during snapshot")
-        self._world.disk.snapshots = [*self._world.disk.snapshots[-1:], taken]
-        crash_points.reached("after snapshot")
+
+        def write() -> None:
+            crash_points.reached("during snapshot")
+            self._world.disk.snapshots = [*self._world.disk.snapshots[-1:], taken]
+            crash_points.reached("after snapshot")
+
+        return write
 
     def kept(self) -> list[Manifest]:
         return []

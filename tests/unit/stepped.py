@@ -394,10 +394,15 @@ class MemorySnapshots:
     def read(self) -> Fold[Any]:
         return Fold(SmallArithmetic(self._payloads, self._layout, self._assets))
 
-    def write(self, fold: Fold[Any], checksum: str) -> None:
+    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
         encoders = fold.coordinator.state.encoders.values()
         buffered = tuple(update.payload for encoder in encoders for update in encoder.buffer)
-        self.manifests = [*self.manifests, Manifest(fold.offset, checksum, buffered, {})][-2:]
+        manifest = Manifest(fold.offset, checksum, buffered, {})
+
+        def write() -> None:
+            self.manifests = [*self.manifests, manifest][-2:]
+
+        return write
 
     def kept(self) -> list[Manifest]:
         return self.manifests

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import shutil
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from master_service.history.snapshot import read_snapshot, whole_snapshots
+from common.clock import VirtualClock
+from common.workers import Worker
+from master_service.config import MasterConfig
+from master_service.decisions.records import Tick
+from master_service.history.snapshot import SnapshotDirectory, read_snapshot, whole_snapshots
+from master_service.history.state_directory import Journal
+from master_service.log.deadly import MemoryMark
+from master_service.log.room import Room
 from tests.unit.master.test_fold import Federation, snapshot
 
 
@@ -99,3 +110,78 @@ def test_what_a_dead_master_left_half_written_pushes_out_no_snapshot(tmp_path: P
         assert read_snapshot(snapshots, run.log).offset == run.log.last_offset
     snapshot(run)  # once more at the same offset
     assert sorted(path.name for path in snapshots.iterdir()) == [f"{offset:012d}" for offset in offsets[-2:]]
+
+
+def test_a_snapshot_is_of_the_moment_in_which_it_was_taken_whatever_goes_on(tmp_path: Path) -> None:
+    """A step waits until the operating system has the targets, and for no longer."""
+    run = Federation(tmp_path, "diloco", size=3000)
+    for sequence, node in enumerate("abc"):
+        run.update(node, sequence)
+    taken_at, before = run.fold.offset, run.fold.coordinator.state.model_dump_json()
+    version, digest = run.state.version, run.fold.arithmetic.digest(run.encoder)
+    write = SnapshotDirectory(run.log).take(run.fold, run.log.checksum(taken_at) or "")
+    run.update("a", 3)
+    run.update("b", 4)
+    last = Worker("deciding", lambda: run.update("c", 5), failed=lambda error: None)
+    assert not last.join(0.3), "it steps"
+    synced: list[bool] = []
+    with mock.patch("master_service.history.snapshot.sync", lambda path: synced.append(last.join(5.0))):
+        write()
+    assert synced and all(synced), "nobody waits for the disk"
+    assert run.state.version == version + 1 and run.fold.arithmetic.digest(run.encoder) != digest
+    fold = read_snapshot(tmp_path / "snapshots", run.log)
+    assert fold.offset == taken_at and fold.coordinator.state.model_dump_json() == before
+    assert fold.arithmetic.digest(run.encoder) == digest
+    for entry in run.log.entries(taken_at):
+        fold.apply(entry)
+    assert fold.arithmetic.digest(run.encoder) == run.fold.arithmetic.digest(run.encoder), (
+        "and the log leads on from it"
+    )
+
+
+def test_a_snapshot_that_cannot_be_written_holds_nobody_up(tmp_path: Path) -> None:
+    run = Federation(tmp_path, "fedasync", size=300)
+    write = SnapshotDirectory(run.log).take(run.fold, run.log.checksum(run.fold.offset) or "")
+    full = OSError(errno.ENOSPC, "full")
+    with mock.patch("master_service.history.snapshot.save_tensors", side_effect=full), pytest.raises(OSError):
+        write()
+    assert list((tmp_path / "snapshots").iterdir()) == []
+    run.update("a", 0)
+    assert run.state.version == 1
+
+
+@pytest.mark.parametrize(("seconds", "after"), [(0.1, 60.0), (4.0, 200.0)])
+def test_snapshots_take_a_fiftieth_of_the_time_at_most(tmp_path: Path, seconds: float, after: float) -> None:
+    """`seconds` that one takes; `after` so many the next is due."""
+    run, clock = Federation(tmp_path, "fedasync", size=300), VirtualClock()
+    beside: deque[Callable[[], None]] = deque()
+    journal = Journal(
+        run.log,
+        SnapshotDirectory(run.log),
+        MemoryMark(),
+        Room(tmp_path, lambda: 1 << 60, 0),
+        MasterConfig(state_dir=tmp_path),
+        clock=clock,
+        background=lambda name, work: beside.append(work),
+    )
+
+    def goes_on() -> None:
+        journal.append(Tick())
+        for entry in run.log.entries(journal.fold.offset):
+            journal.fold.apply(entry)
+
+    goes_on()
+    clock.wait(60.0)
+    assert journal.snapshot_due(60.0)
+    journal.snapshot()
+    began = clock.monotonic()
+    goes_on()
+    assert not journal.snapshot_due(), "while one is being written"
+    with mock.patch("master_service.history.snapshot.sync", lambda path: clock.wait(seconds / 5)):
+        beside.popleft()()  # four files and folders are synced, and the one above them
+    assert clock.monotonic() == pytest.approx(began + seconds)
+    clock.time = began + after - 0.5
+    assert not journal.snapshot_due(60.0) and journal.snapshot_due(), "at the end of a run it is"
+    clock.time = began + after + 0.5
+    assert journal.snapshot_due(60.0)
+    journal.close()

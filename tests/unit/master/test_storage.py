@@ -390,7 +390,7 @@ def test_f19_the_deciding_thread_looks_at_no_payload_at_a_snapshot(tmp_path: Pat
             journal.snapshot()
             assert watched.looks == [], "in the thread that decides"
         [(name, work)] = beside
-        assert name == "retention"
+        assert name == "snapshot"
         beside.clear()
         work()
         dropped += watched.looks.count("remove")
