@@ -54,7 +54,7 @@ class MasterConfig(Section):
     may do all of that.
 
     `intake_bytes`: updates that are fetched from the broker at the same time have so much memory together, but two
-    nodes' are, whatever their size; not set: two updates of the largest encoder, and at least 64 MiB.
+    nodes' are, whatever their size; not set: two updates of the largest encoder, and at least 16 MiB.
     `messages_per_second`: of one sender, with five times as many at once; requests and signs of life beyond that are
     dropped, and what must not be lost waits. `max_encoders`: so many are made or trained at the same time; who asks for
     one more is refused.

@@ -53,7 +53,7 @@ PULSE_SECONDS = 10.0
 INBOX_PREFETCH = 256
 UPDATES_PREFETCH = 512
 #: The least that intakes have together, bytes, where nothing is said: many small updates fit in.
-_INTAKE_BYTES = 64 * MIB
+_INTAKE_BYTES = 16 * MIB
 #: Updates are answered without being fetched for so long at a time, seconds; then it is looked at what has come.
 _TURN_SECONDS = 0.02
 #: Whose update cannot be dealt with now is looked at again after so many seconds, or when the log has gone on.
@@ -404,7 +404,8 @@ class Master:
         if self.config.intake_bytes is not None:
             return self.config.intake_bytes
         sizes = [encoder.size for encoder in self.state.encoders.values() if encoder.status == "running"]
-        return max(_INTAKE_BYTES, 2 * payload_size(max(sizes, default=0), "float32"))
+        encoding = self.state.settings.update_rule.encoding
+        return max(_INTAKE_BYTES, 2 * payload_size(max(sizes, default=0), encoding))
 
     def _refuse(self, manifest: UpdateManifest) -> None:
         """The row of an update that does not count leads to its answer; nobody waits for its chunks."""
