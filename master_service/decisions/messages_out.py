@@ -16,7 +16,8 @@ PUBLISH_AGAIN_SECONDS = 30.0
 
 
 def instruction(encoder: EncoderState) -> Instruction:
-    return Instruction(
+    # not checked again: it is made for every node that joins, and a layout has hundreds of entries
+    return Instruction.model_construct(
         encoder=encoder.encoder,
         encoder_type=encoder.encoder_type,
         architecture=encoder.architecture,
