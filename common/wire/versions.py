@@ -13,8 +13,8 @@ Where a reader begins, in this order:
 What the broker may send ahead is bounded by what is not acked, and that by what the version still lacks: with its last
 chunk nothing more is on its way but what the broker stores in one piece with that.
 
-To begin to read a stream costs the broker about 4 ms of a processor, and what it costs to read one message of a few KiB
-is a fortieth of that. So a reader to which nothing more can come rests: its consumer stays, what it has read last stays
+To begin to read a stream costs the broker about 4 ms of a processor, and to hand over one message of a few KiB a tenth
+of that. So a reader to which nothing more can come rests: its consumer stays, what it has read last stays
 unacked, and the next version is asked for by acking that. It begins anew where much lies in between.
 """
 

@@ -49,6 +49,15 @@ class Manifest:
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A snapshot of one moment. `write` keeps it, in whatever thread, and raises OSError; whether it was called or not,
+    `let_go` is: no step changes a target before. Either lets go, and once is enough."""
+
+    write: Callable[[], None]
+    let_go: Callable[[], None] = lambda: None
+
+
 class Snapshots(Protocol):
     """Where a master keeps its snapshots."""
 
@@ -56,9 +65,8 @@ class Snapshots(Protocol):
         """The newest whole one as a fold; an empty fold if there is none. Raises Damaged if the log does not hold the
         rows that it was made of."""
 
-    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
-        """A snapshot of `fold` as it is now; `checksum` is that of the log's row at its offset. What this gives keeps
-        it, is called once, from whatever thread, and raises OSError."""
+    def take(self, fold: Fold[Any], checksum: str) -> Taken:
+        """A snapshot of `fold` as it is now; `checksum` is that of the log's row at its offset."""
 
     def kept(self) -> list[Manifest]:
         """Those that a start may use, oldest first."""
@@ -74,8 +82,9 @@ class SnapshotDirectory:
     def read(self) -> Fold[Aggregator]:
         return read_snapshot(self._directory, self._log, set_aside=True)
 
-    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
-        return _Taken(self._directory, fold, checksum).write
+    def take(self, fold: Fold[Any], checksum: str) -> Taken:
+        writer = _Writer(self._directory, fold, checksum)
+        return Taken(writer.write, writer.let_go)
 
     def kept(self) -> list[Manifest]:
         return kept_snapshots(self._directory)
@@ -83,7 +92,7 @@ class SnapshotDirectory:
 
 def write_snapshot(directory: Path, fold: Fold[Aggregator], checksum: str) -> Path:
     """Write a snapshot of `fold`; `checksum` is that of the log's row at its offset."""
-    _Taken(directory, fold, checksum).write()
+    _Writer(directory, fold, checksum).write()
     return directory / _name(fold.offset)
 
 
@@ -91,8 +100,8 @@ def _name(offset: int) -> str:
     return f"{offset:012d}"
 
 
-class _Taken:
-    """A snapshot that is not written yet; no step changes its targets."""
+class _Writer:
+    """Writes what a fold was when this was made."""
 
     def __init__(self, directory: Path, fold: Fold[Aggregator], checksum: str) -> None:
         state = fold.coordinator.state
@@ -110,7 +119,13 @@ class _Taken:
             self._tensors[f"{encoder}/target"] = target.parameters.vector
             if target.momentum is not None:
                 self._tensors[f"{encoder}/momentum"] = target.momentum
-        self._let_go = fold.arithmetic.hold()
+        self._release: Callable[[], None] | None = fold.arithmetic.hold()
+
+    def let_go(self) -> None:
+        """Steps may change the targets."""
+        release, self._release, self._tensors = self._release, None, {}
+        if release is not None:
+            release()
 
     def write(self) -> None:
         directory = self._directory
@@ -122,8 +137,7 @@ class _Taken:
                 beside.mkdir()
                 save_tensors(beside / "tensors.safetensors", self._tensors, synced=False)
             finally:
-                self._tensors = {}
-                self._let_go()
+                self.let_go()
             self._complete(beside)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)  # half a snapshot must not take the room that is missing

@@ -18,7 +18,7 @@ from common.locks import DirectoryLock
 from master_service.config import MasterConfig
 from master_service.decisions.records import Entry, Loggable, UpdateFacts
 from master_service.history.retention import prune
-from master_service.history.snapshot import SnapshotDirectory, Snapshots
+from master_service.history.snapshot import SnapshotDirectory, Snapshots, Taken
 from master_service.log.deadly import Attempts, FileMark, Mark, MemoryMark
 from master_service.log.message_log import MessageLog, open_log
 from master_service.log.payloads import Incoming
@@ -163,18 +163,18 @@ class Journal:
         self._snapshot_at = self._clock.monotonic()
         reached("before snapshot")
         offset = self.fold.offset
-        write = self._snapshots.take(self.fold, self.log.checksum(offset) or "")
+        taken = self._snapshots.take(self.fold, self.log.checksum(offset) or "")
         self._written.clear()
-        self.background("snapshot", partial(self._write_snapshot, write, offset))
+        self.background("snapshot", partial(self._write_snapshot, taken, offset))
 
     def wait_for_snapshot(self) -> None:
         """Until the one that is being written, if any, is written, or cannot be."""
         self._written.wait()
 
-    def _write_snapshot(self, write: Callable[[], None], offset: int) -> None:
+    def _write_snapshot(self, taken: Taken, offset: int) -> None:
         begun, prunes = self._clock.monotonic(), False
         try:
-            self._room.write(write)
+            self._room.write(taken.write)
             self._snapshot_offset = offset
             happened("snapshot", offset=offset)
             prunes = self._config.retention != "all" and self._pruned.is_set()
@@ -183,6 +183,7 @@ class Journal:
         except StorageBlocked as error:
             log.warning("a snapshot cannot be written; a start folds more of the log", problem=str(error))
         finally:
+            taken.let_go()  # where there was no room, nothing of it was written
             self._writing_seconds = self._clock.monotonic() - begun
             self._written.set()
         if prunes:

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +41,7 @@ from master_service.decisions.records import Entry
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import State
 from master_service.history.fold import Fold
-from master_service.history.snapshot import Manifest
+from master_service.history.snapshot import Manifest, Taken
 from master_service.history.state_directory import Journal
 from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import MessageLog
@@ -286,7 +286,7 @@ class MemorySnapshots:
         fold.world = self._world
         return fold
 
-    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
+    def take(self, fold: Fold[Any], checksum: str) -> Taken:
         taken = (fold.offset, fold.coordinator.state.model_dump_json(), fold.arithmetic.saved())
 
         def write() -> None:
@@ -294,7 +294,7 @@ class MemorySnapshots:
             self._world.disk.snapshots = [*self._world.disk.snapshots[-1:], taken]
             crash_points.reached("after snapshot")
 
-        return write
+        return Taken(write)
 
     def kept(self) -> list[Manifest]:
         return []

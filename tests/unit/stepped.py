@@ -38,7 +38,7 @@ from master_service.decisions.records import Generated, Provided
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.history.fold import Fold
-from master_service.history.snapshot import Manifest
+from master_service.history.snapshot import Manifest, Taken
 from master_service.history.state_directory import Background, Journal, inline
 from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import MessageLog
@@ -394,7 +394,7 @@ class MemorySnapshots:
     def read(self) -> Fold[Any]:
         return Fold(SmallArithmetic(self._payloads, self._layout, self._assets))
 
-    def take(self, fold: Fold[Any], checksum: str) -> Callable[[], None]:
+    def take(self, fold: Fold[Any], checksum: str) -> Taken:
         encoders = fold.coordinator.state.encoders.values()
         buffered = tuple(update.payload for encoder in encoders for update in encoder.buffer)
         manifest = Manifest(fold.offset, checksum, buffered, {})
@@ -402,7 +402,7 @@ class MemorySnapshots:
         def write() -> None:
             self.manifests = [*self.manifests, manifest][-2:]
 
-        return write
+        return Taken(write)
 
     def kept(self) -> list[Manifest]:
         return self.manifests

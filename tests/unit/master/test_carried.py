@@ -18,17 +18,6 @@ from tests.builders import update_manifest
 from tests.unit.master.test_one_member import BODIES, federation
 from tests.unit.stepped import TOPOLOGY, chunk_bytes, connection
 
-
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock(1000.0)
-
-
-@pytest.fixture
-def server(clock: VirtualClock) -> MemoryServer:
-    return MemoryServer(clock.now)
-
-
 #: What a member sends one after the other: sequence, and what is unusual of it.
 SENT: list[tuple[int, dict[str, Any]]] = [
     (0, {}),

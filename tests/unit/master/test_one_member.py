@@ -35,16 +35,6 @@ from tests.unit.stepped import ACCOUNTS, LAYOUT, TOPOLOGY, SteppedMaster, chunk_
 BODIES = [bytes(4 * LAYOUT.size)]
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock(1000.0)
-
-
-@pytest.fixture
-def server(clock: VirtualClock) -> MemoryServer:
-    return MemoryServer(clock.now)
-
-
 class Member:
     """Speaks a node's side by hand."""
 

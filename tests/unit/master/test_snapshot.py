@@ -21,7 +21,7 @@ from common.workers import Worker
 from master_service.config import MasterConfig
 from master_service.decisions.records import Tick
 from master_service.history.snapshot import SnapshotDirectory, read_snapshot, whole_snapshots
-from master_service.history.state_directory import Journal
+from master_service.history.state_directory import Background, Journal
 from master_service.log.deadly import MemoryMark
 from master_service.log.room import Room
 from tests.unit.master.test_fold import Federation, snapshot
@@ -119,14 +119,14 @@ def test_a_snapshot_is_of_the_moment_in_which_it_was_taken_whatever_goes_on(tmp_
         run.update(node, sequence)
     taken_at, before = run.fold.offset, run.fold.coordinator.state.model_dump_json()
     version, digest = run.state.version, run.fold.arithmetic.digest(run.encoder)
-    write = SnapshotDirectory(run.log).take(run.fold, run.log.checksum(taken_at) or "")
+    taken = SnapshotDirectory(run.log).take(run.fold, run.log.checksum(taken_at) or "")
     run.update("a", 3)
     run.update("b", 4)
     last = Worker("deciding", lambda: run.update("c", 5), failed=lambda error: None)
     assert not last.join(0.3), "it steps"
     synced: list[bool] = []
     with mock.patch("master_service.history.snapshot.sync", lambda path: synced.append(last.join(5.0))):
-        write()
+        taken.write()
     assert synced and all(synced), "nobody waits for the disk"
     assert run.state.version == version + 1 and run.fold.arithmetic.digest(run.encoder) != digest
     fold = read_snapshot(tmp_path / "snapshots", run.log)
@@ -139,15 +139,29 @@ def test_a_snapshot_is_of_the_moment_in_which_it_was_taken_whatever_goes_on(tmp_
     )
 
 
-def test_a_snapshot_that_cannot_be_written_holds_nobody_up(tmp_path: Path) -> None:
-    run = Federation(tmp_path, "fedasync", size=300)
-    write = SnapshotDirectory(run.log).take(run.fold, run.log.checksum(run.fold.offset) or "")
-    full = OSError(errno.ENOSPC, "full")
-    with mock.patch("master_service.history.snapshot.save_tensors", side_effect=full), pytest.raises(OSError):
-        write()
-    assert list((tmp_path / "snapshots").iterdir()) == []
-    run.update("a", 0)
-    assert run.state.version == 1
+def journal_of(
+    run: Federation, clock: VirtualClock, background: Background, free: Callable[[], int] = lambda: 1 << 60
+) -> Journal:
+    """A journal that goes on with a federation's log; `free`: bytes on its disk."""
+    config, room = MasterConfig(state_dir=run.directory), Room(run.directory, free, 1)
+    return Journal(run.log, SnapshotDirectory(run.log), MemoryMark(), room, config, clock=clock, background=background)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 60])
+def test_a_snapshot_that_cannot_be_written_holds_nobody_up(tmp_path: Path, free: int) -> None:
+    """For want of room, seen before it is written or only then. `free`: bytes, as is said before."""
+    run, left = Federation(tmp_path, "fedasync", size=300), [1 << 60]
+    journal = journal_of(run, VirtualClock(), lambda name, work: work(), lambda: left[0])
+    journal.append(Tick())
+    for entry in run.log.entries(journal.fold.offset):
+        journal.fold.apply(entry)
+    left[0] = free
+    with mock.patch("master_service.history.snapshot.save_tensors", side_effect=OSError(errno.ENOSPC, "full")):
+        journal.snapshot()
+    assert not list((tmp_path / "snapshots").glob("*"))
+    stepping = Worker("deciding", lambda: journal.fold.arithmetic.hold()(), failed=lambda error: None)
+    assert stepping.join(5.0), "no step gets on any more"
+    journal.close()
 
 
 @pytest.mark.parametrize(("seconds", "after"), [(0.1, 60.0), (4.0, 200.0)])
@@ -155,15 +169,7 @@ def test_snapshots_take_a_fiftieth_of_the_time_at_most(tmp_path: Path, seconds: 
     """`seconds` that one takes; `after` so many the next is due."""
     run, clock = Federation(tmp_path, "fedasync", size=300), VirtualClock()
     beside: deque[Callable[[], None]] = deque()
-    journal = Journal(
-        run.log,
-        SnapshotDirectory(run.log),
-        MemoryMark(),
-        Room(tmp_path, lambda: 1 << 60, 0),
-        MasterConfig(state_dir=tmp_path),
-        clock=clock,
-        background=lambda name, work: beside.append(work),
-    )
+    journal = journal_of(run, clock, lambda name, work: beside.append(work))
 
     def goes_on() -> None:
         journal.append(Tick())

@@ -47,16 +47,6 @@ LARGE = Layout([("w", (CHUNKS, SLICE))])
 TURN = 0.25
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock(1000.0)
-
-
-@pytest.fixture
-def server(clock: VirtualClock) -> MemoryServer:
-    return MemoryServer(clock.now)
-
-
 class Sender:
     """A member that sends one large update."""
 
