@@ -90,6 +90,10 @@ class StorageFull(StorageBlocked):
     """There is no room on the disk for what must be durable."""
 
 
+class ShardsAway(StorageBlocked):
+    """Aggregators that hold a part of what is to be computed do not answer."""
+
+
 class LedgerHeld(StorageBlocked):
     """Another process holds a lock on the message log, such as a person's `sqlite3` or a backup tool."""
 

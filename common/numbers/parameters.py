@@ -40,7 +40,7 @@ class ParameterSet:
         """The set whose `to_bytes` is `raw`. Raises ValueError if the size does not fit the layout."""
         if len(raw) != 4 * layout.size:
             raise ValueError(f"{4 * layout.size} bytes were expected, {len(raw)} came")
-        return cls(layout, torch.frombuffer(bytearray(raw), dtype=torch.float32))
+        return cls(layout, torch.frombuffer(bytearray(raw), dtype=torch.float32) if raw else torch.empty(0))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite the vector from named tensors of the same layout."""

@@ -33,6 +33,22 @@ def slice_length(size: int, index: int) -> int:
     return min(SLICE, size - index * SLICE)
 
 
+def shard_slices(count: int, shards: int) -> list[range]:
+    """Which of `count` slices each of so many shards has: as many as any other or one more, in order, so that a shard's
+    numbers lie together. Some have none where there are fewer slices than shards."""
+    return [range(shard * count // shards, (shard + 1) * count // shards) for shard in range(shards)]
+
+
+def shard_of(index: int, count: int, shards: int) -> int | None:
+    """Which shard has slice `index` of `count`, from 0 on; None where there is but one, which is no shard."""
+    return None if shards == 1 else (shards * (index + 1) - 1) // count
+
+
+def elements(size: int, of: range) -> int:
+    """How many elements of a vector of `size` lie in these slices."""
+    return max(0, min(size, of.stop * SLICE) - of.start * SLICE) if of else 0
+
+
 def block_count(count: int, encoding: EncodingName) -> int:
     """How many scales a slice of `count` elements has, of an encoding of BLOCKS."""
     return -(-count // BLOCKS[encoding])

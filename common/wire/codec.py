@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import msgpack
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +14,7 @@ from common.wire.broker import Delivery
 from common.wire.fields import DOOR
 from common.wire.messages import AnyMessage
 
+M = TypeVar("M", bound=Message)
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(AnyMessage)
 #: Characters of a stranger's value in a line of ours.
 _WORDS = 80
@@ -25,14 +26,19 @@ def encode(message: Message) -> bytes:
     return body
 
 
-def received(delivery: Delivery, limits: Limits = CONTROL) -> Message:
-    """The message of a delivery. Raises Poison, also where only what stands beside the body cannot be read."""
+@overload
+def received(delivery: Delivery, limits: Limits = ...) -> Message: ...
+@overload
+def received(delivery: Delivery, limits: Limits = ..., *, adapter: TypeAdapter[M]) -> M: ...
+def received(delivery: Delivery, limits: Limits = CONTROL, *, adapter: TypeAdapter[Any] = _ADAPTER) -> Any:
+    """The message of a delivery. Raises Poison, also where only what stands beside the body cannot be read. `adapter`:
+    of other messages than those of nodes and the master."""
     if delivery.unreadable:
         raise Poison("headers", delivery.unreadable)
-    return decode(delivery.body, limits)
+    return decode(delivery.body, limits, adapter)
 
 
-def decode(body: bytes, limits: Limits = CONTROL) -> Message:
+def decode(body: bytes, limits: Limits = CONTROL, adapter: TypeAdapter[Any] = _ADAPTER) -> Any:
     """The message of a body; what it may hold is bounded before anything is built of it. Raises Poison."""
     plain = _unpack(body, limits)
     version = plain.get("schema_version")
@@ -40,7 +46,7 @@ def decode(body: bytes, limits: Limits = CONTROL) -> Message:
         detail = f"this program reads schema version {SCHEMA_VERSION}, the message has {shown(version)}"
         raise Poison("schema-version", detail)
     try:
-        return _ADAPTER.validate_python(plain, context=DOOR)
+        return adapter.validate_python(plain, context=DOOR)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -48,6 +48,9 @@ MAX_COUNT = (1 << 62) - 1
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 #: Chunks of one payload, at most what a consumer may have unacked (16 bits in AMQP): 60 Gi parameters.
 ChunkCount = Annotated[int, Field(ge=1, le=60_000)]
+#: So many aggregators have each a part of every parameter set, at most.
+MAX_SHARDS = 64
+Shards = Annotated[int, Field(ge=1, le=MAX_SHARDS)]
 #: Up to thirty thousand years: whoever shows a time or a moment can.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _WITH_POINT, at_the_door(1e12)]
 #: A share of something, such as how far the training is.

@@ -30,6 +30,7 @@ from common.wire.fields import (
     LayoutEntries,
     Loss,
     Seconds,
+    Shards,
     Text,
     Word,
     at_the_door,
@@ -181,7 +182,8 @@ class UpdateManifest(NodeMessage):
     whose layout is not the instruction's, so that the refusal can name the tensor. `order` numbers what an incarnation
     has sent, repeats included: in a node's chunk queue the chunks of lower orders come first. `held_out`: the masked
     loss of the node's validation samples under version `held_out_version` as it came, with the node's private parts:
-    its newest measurement, in every update until there is a newer one.
+    its newest measurement, in every update until there is a newer one. `shards`: to so many aggregators a part of the
+    chunks goes each, and `digest` is `combined` of the parts.
     """
 
     kind: Literal["update"] = "update"
@@ -204,6 +206,7 @@ class UpdateManifest(NodeMessage):
     held_out: HeldOut | None = None
     held_out_version: Count | None = None
     data: InlineData | None = None
+    shards: Shards = 1
 
     @property
     def update_id(self) -> str:

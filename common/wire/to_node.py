@@ -34,6 +34,7 @@ from common.wire.fields import (
     Id,
     LayoutEntries,
     Seconds,
+    Shards,
     Term,
     Text,
 )
@@ -45,7 +46,8 @@ _NAMED = 8
 
 class Instruction(Message):
     """We train this encoder, of this type, with this architecture; `layout` is what travels of it. `assets` are on a
-    stream of their own, in any order and perhaps more than once."""
+    stream of their own, in any order and perhaps more than once. `shards`: so many aggregators take a part of every
+    update each, and write a part of every version each."""
 
     kind: Literal["instruction"] = "instruction"
     encoder: Id
@@ -54,6 +56,7 @@ class Instruction(Message):
     layout: LayoutEntries
     layout_digest: Digest
     assets: AssetEntries = Field(default_factory=list)
+    shards: Shards = 1
 
 
 class WordsWanted(Message):
@@ -222,14 +225,17 @@ class Introduce(Message):
 
 class Withdrawn(Message):
     """The answer to a node that has accepted an instruction, or wants a version, of an encoder that the master does not
-    know or could not make: there is nothing to wait for."""
+    know or could not make: there is nothing to wait for. With a `reason`, in words for people, what every node of the
+    type is told of one that could not be made."""
 
     kind: Literal["withdrawn"] = "withdrawn"
     encoder: Id
+    encoder_type: Id | None = None
+    reason: Text = ""
 
 
 class Answer(Message):
-    """The answer to a request: the encoder it led to."""
+    """The answer to a request: the encoder it led to. `shards` as of an Instruction."""
 
     kind: Literal["answer"] = "answer"
     accepted: bool
@@ -243,6 +249,7 @@ class Answer(Message):
     published_at: Seconds = 0.0
     detail: Text = ""
     assets: AssetEntries = Field(default_factory=list)
+    shards: Shards = 1
 
 
 class Pulse(Message):
@@ -274,7 +281,8 @@ class StatusReport(Message):
 
 
 class ParameterChunk(Message):
-    """A slice of an encoded target parameter set on the stream. `epoch` orders masters, `size` is that of the whole."""
+    """A slice of an encoded target parameter set on the stream. `epoch` orders masters, `size` is that of the whole.
+    Where there are several shards the slices come in the order of each, and `digest` is `combined` of their parts."""
 
     kind: Literal["parameter"] = "parameter"
     encoder: Id

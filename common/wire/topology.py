@@ -88,6 +88,11 @@ def note_of(lock: str, exchange: str) -> Declarations:
     return Declarations((Exchange(exchange),), (queue,), (Binding(exchange, queue.name, lock),))
 
 
+def _part(shard: int | None) -> str:
+    """People count shards from 1 on."""
+    return "" if shard is None else f".{shard + 1}"
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """Names of everything at the broker, all below one namespace, so that several federations share a vhost.
@@ -114,10 +119,12 @@ class Topology:
     parameter: str = field(init=False)
     asset: str = field(init=False)
     lock: str = field(init=False)
+    shard: str = field(init=False)
     dead_letters: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for exchange in ("instruction", "rule", "receipt", "ack", "request", "update", "parameter", "asset", "lock"):
+        to_master, to_node = ("ack", "request", "update"), ("instruction", "rule", "receipt", "parameter", "asset")
+        for exchange in (*to_master, *to_node, "lock", "shard"):
             object.__setattr__(self, exchange, f"{self.namespace}.{exchange}")
         object.__setattr__(self, "dead_letters", f"{self.namespace}.dead-letters")
 
@@ -159,8 +166,29 @@ class Topology:
     def node_lock(self, node: str) -> str:
         return f"{self.namespace}.node.{node}.lock"
 
-    def chunk_queue(self, node: str) -> str:
-        return f"{self.namespace}.update.{node}"
+    def chunk_queue(self, node: str, shard: int | None = None) -> str:
+        """Where a node's updates wait; with shards, the part that is this one's (from 0 on)."""
+        return f"{self.namespace}.update.{node}{_part(shard)}"
+
+    def chunk_key(self, node: str, shard: int | None = None) -> str:
+        """The routing key of what goes into that queue."""
+        return f"{node}.chunk{_part(shard)}"
+
+    def shard_queue(self, shard: int) -> str:
+        """Where an aggregator is told what to do."""
+        return f"{self.namespace}.shard{_part(shard)}"
+
+    def shard_lock(self, shard: int) -> str:
+        return f"{self.shard_queue(shard)}.lock"
+
+    def shard_key(self, shard: int) -> str:
+        """The routing key of what an aggregator is told."""
+        return f"to{_part(shard)}"
+
+    @property
+    def master_shards(self) -> str:
+        """Where the master hears its aggregators."""
+        return f"{self.namespace}.master.shards"
 
     def stream(self, encoder: str) -> str:
         return f"{self.namespace}.parameters.{encoder}"
@@ -172,11 +200,15 @@ class Topology:
         """The streams of encoders: of their parameters, and of what nodes need beside those."""
         return [name for encoder in encoders for name in (self.stream(encoder), self.asset_stream(encoder))]
 
-    def queue_names(self, nodes: Iterable[str], encoders: Iterable[str]) -> list[str]:
-        """Every queue of this namespace: the master's, those of nodes, and the streams of encoders."""
+    def queue_names(self, nodes: Iterable[str], encoders: Iterable[str], shards: int = 1) -> list[str]:
+        """Every queue of this namespace: the master's, those of its aggregators if it has several, those of nodes, and
+        the streams of encoders."""
         names = [self.master_inbox, self.master_updates, self.dead_letters]
+        parts = range(shards) if shards > 1 else ()
+        names += [self.master_shards, *map(self.shard_queue, parts)] if parts else []
         for node in nodes:
             names += [self.node_inbox(node), self.pulse_queue(node), self.chunk_queue(node)]
+            names += [self.chunk_queue(node, shard) for shard in parts]
         return names + self.streams(encoders)
 
     def exchanges(self) -> Declarations:
@@ -228,6 +260,25 @@ class Topology:
                 Binding(self.update, chunks, f"{node}.chunk"),
                 Binding(self.instruction, pulses, self.pulse_key),
             ),
+        )
+
+    def shards(self, shards: int) -> Declarations:
+        """What the master and its aggregators talk to each other by."""
+        queues = {self.shard_queue(shard): self.shard_key(shard) for shard in range(shards)}
+        queues[self.master_shards] = "master"
+        return Declarations(
+            exchanges=(Exchange(self.shard),),
+            queues=tuple(self._queue(name, "classic") for name in queues),
+            bindings=tuple(Binding(self.shard, name, key) for name, key in queues.items()),
+        )
+
+    def shard_chunks(self, node: str, shards: int) -> Declarations:
+        """A node's chunk queues where there are several aggregators: together they take what one would."""
+        size = -(-self.chunk_queue_bytes // shards)
+        queues = {self.chunk_queue(node, shard): self.chunk_key(node, shard) for shard in range(shards)}
+        return Declarations(
+            queues=tuple(self._queue(name, "classic", max_bytes=size, overflow="reject-publish") for name in queues),
+            bindings=tuple(Binding(self.update, name, key) for name, key in queues.items()),
         )
 
     def observer(self, observer: str) -> Declarations:

@@ -7,13 +7,13 @@ parameter set travels as `ParameterChunk`s on the encoder's stream, written once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import xxhash
 
 from common.errors import Poison
 from common.numbers.memory import Bytes, fresh
-from common.numbers.slicing import encoded_size, payload_size, slice_bytes, slice_count, slice_length
+from common.numbers.slicing import encoded_size, payload_size, shard_slices, slice_bytes, slice_count, slice_length
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.to_node import AssetChunk, ParameterChunk
 
@@ -23,8 +23,18 @@ def checksum(data: bytes) -> str:
     return str(xxhash.xxh3_64_hexdigest(data))
 
 
-def payload_digest(bodies: Iterable[bytes]) -> str:
-    """sha256 over the concatenated slices, hexadecimal."""
+def payload_digest(bodies: Sequence[bytes], shards: int = 1) -> str:
+    """The digest of concatenated slices, hexadecimal; see `combined` for several shards."""
+    return combined([_sha256(bodies[part.start : part.stop]) for part in shard_slices(len(bodies), shards)])
+
+
+def combined(parts: Sequence[str]) -> str:
+    """The digest of a whole of which each shard has hashed its part: sha256 over the parts' digests as bytes, one after
+    the other; with a single part, its own. Hexadecimal all."""
+    return parts[0] if len(parts) == 1 else hashlib.sha256(bytes.fromhex("".join(parts))).hexdigest()
+
+
+def _sha256(bodies: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for body in bodies:
         digest.update(body)
@@ -77,10 +87,11 @@ class InOrder:
 
 class UpdateAssembly:
     """Puts the chunks of one manifest into their order. What belongs to an older attempt is discarded, what is newer is
-    not ours."""
+    not ours. `part`: those of its chunks that are to come; all by default."""
 
-    def __init__(self, manifest: UpdateManifest) -> None:
+    def __init__(self, manifest: UpdateManifest, part: range | None = None) -> None:
         self.manifest = manifest
+        self._part = range(manifest.chunks) if part is None else part
         self._slices = InOrder()
 
     def add(self, chunk: UpdateChunk) -> list[bytes] | None:
@@ -98,43 +109,53 @@ class UpdateAssembly:
             return None
         if len(chunk.data) > slice_bytes(wanted.encoding):
             raise Poison("oversize", f"chunk {chunk.index} of {wanted.update_id} has {len(chunk.data)} bytes")
-        return list(self._slices.take(chunk.index, chunk.data)) if chunk.index < wanted.chunks else []
+        return list(self._slices.take(chunk.index - self._part.start, chunk.data)) if chunk.index in self._part else []
 
     @property
     def complete(self) -> bool:
-        return self._slices.next == self.manifest.chunks
+        return self._slices.next == len(self._part)
 
 
 #: Unfinished versions that are kept: two that masters left, and one that is being written.
 _UNFINISHED = 3
 
 
-class _Begun:
-    """A version of which chunks have come: as soon as all before it are there, a chunk is put behind them and hashed,
-    while it is in the processor's cache; what comes before its turn waits."""
+class _Part:
+    """What one shard writes of a version: these of its chunks, the first of which begins at this byte."""
 
-    def __init__(self, chunks: int, size: int | None) -> None:
+    def __init__(self, chunks: range, at: int) -> None:
+        self.chunks = chunks
+        self.at = at
+        self.digest = hashlib.sha256()
+        self.slices = InOrder()
+
+
+class _Begun:
+    """A version of which chunks have come: as soon as all of its part before it are there, a chunk is put behind them
+    and hashed, while it is in the processor's cache; what comes before its turn waits."""
+
+    def __init__(self, first: ParameterChunk, size: int | None, shards: int) -> None:
         """`size`: bytes of all of them, if every chunk is known to be a slice of so long a payload."""
-        self._chunks = chunks
+        self._chunks = first.chunks
         self._payload = bytearray() if size is None else fresh(size)
-        self._filled = 0
-        self._digest = hashlib.sha256()
-        self._slices = InOrder()
+        parts, length = shard_slices(first.chunks, shards), slice_bytes(first.encoding)
+        self._parts = [_Part(part, part.start * length) for part in parts]
 
     def add(self, chunk: ParameterChunk) -> None:
         """Take a chunk, once, however often it comes. Raises Poison if the chunks do not agree on how many they are."""
         if chunk.chunks != self._chunks:
             raise Poison("invalid", f"the chunks of version {chunk.version} do not agree on how many they are")
-        for data in self._slices.take(chunk.index, chunk.data):
+        part = next(part for part in self._parts if chunk.index in part.chunks)
+        for data in part.slices.take(chunk.index - part.chunks.start, chunk.data):
             # a bytearray that is too short grows
-            self._payload[self._filled : self._filled + len(data)] = data
-            self._filled += len(data)
-            self._digest.update(data)
+            self._payload[part.at : part.at + len(data)] = data
+            part.at += len(data)
+            part.digest.update(data)
 
     @property
     def came(self) -> int:
         """How many of its chunks are here."""
-        return self._slices.came
+        return sum(part.slices.came for part in self._parts)
 
     @property
     def lacks(self) -> int:
@@ -143,7 +164,8 @@ class _Begun:
 
     def complete(self, last: ParameterChunk) -> CompleteVersion:
         """The version, if it is what the chunk that came last says. Raises Poison."""
-        if len(self._payload) != last.size or self._digest.hexdigest() != last.digest:
+        digest = combined([part.digest.hexdigest() for part in self._parts])
+        if len(self._payload) != last.size or digest != last.digest:
             raise Poison("digest", f"version {last.version} of {last.encoder} does not match its digest")
         return CompleteVersion(last, self._payload)
 
@@ -154,7 +176,8 @@ class VersionAssembly:
     Chunks are gathered by epoch, version and digest; duplicates are dropped; a set counts when every index is there and
     the digest holds. A few unfinished versions are kept, so that memory does not grow: those that most chunks have come
     of, because anybody can begin versions that nobody ends. `elements`: how many numbers a version has, if that is
-    known: then a chunk must be as long as a slice of it. `counts`: whether a chunk's version counts at all.
+    known: then a chunk must be as long as a slice of it. `counts`: whether a chunk's version counts at all. `shards`:
+    so many write each their part of a version, at the same time; more than one need `elements`.
     """
 
     def __init__(
@@ -164,11 +187,14 @@ class VersionAssembly:
         *,
         elements: int | None = None,
         counts: Callable[[ParameterChunk], bool] = lambda chunk: True,
+        shards: int = 1,
     ) -> None:
+        assert shards == 1 or elements is not None, "where a part begins follows from the whole"
         self.encoder = encoder
         self.layout_digest = layout_digest
         self._elements = elements
         self._counts = counts
+        self._shards = shards
         #: By epoch, version and digest: two that claim one number do not mix.
         self._begun: dict[tuple[int, int, str], _Begun] = {}
 
@@ -186,7 +212,8 @@ class VersionAssembly:
         key = _key(chunk)
         begun = self._begun.get(key)
         if begun is None:
-            begun = self._begun[key] = _Begun(chunk.chunks, None if self._elements is None else chunk.size)
+            size = None if self._elements is None else chunk.size
+            begun = self._begun[key] = _Begun(chunk, size, self._shards)
         try:
             begun.add(chunk)
         except Poison:

@@ -64,16 +64,23 @@ def publish_version(
     progress: float,
     declare: bool = True,
     digest: str | None = None,
+    part: range | None = None,
+    whole: tuple[int, int] | None = None,
     clock: Clock = SYSTEM,
 ) -> float:
     """Write one version to the encoder's stream, confirmed; gives the position hint for notices (broker seconds).
 
     Chunks are encoded a window at a time. The last one is confirmed by itself, so that the broker stores it apart:
     `stream_end` is exact then. `digest`: `payload_digest(bodies)`, where it is known. `declare`: the stream may not be
-    there yet. Raises Unroutable if it is not and was not declared.
+    there yet. `part`: these chunks alone are written, of a version of `whole` chunks and bytes; others write the rest.
+    Raises Unroutable if the stream is not there and was not declared.
     """
     hint = max(0.0, clock.now() - HINT_MARGIN_SECONDS)
-    size, digest = sum(len(body) for body in bodies), digest or payload_digest(bodies)
+    chunks, size = whole or (len(bodies), sum(len(body) for body in bodies))
+    digest = digest or payload_digest(bodies)
+    first = part.start if part is not None else 0
+    if not bodies:
+        return hint
     if declare:
         broker.declare(topology.parameters(encoder, size))
 
@@ -83,8 +90,8 @@ def publish_version(
             encoder=encoder,
             epoch=epoch,
             version=version,
-            index=index,
-            chunks=len(bodies),
+            index=first + index,
+            chunks=chunks,
             encoding=encoding,
             layout_digest=layout_digest,
             size=size,
@@ -168,11 +175,12 @@ class VersionReader:
         elements: int | None = None,
         named: Mapping[int, str] | None = None,
         takes: Callable[[Delivery], bool] = lambda delivery: True,
+        shards: int = 1,
         clock: Clock = SYSTEM,
     ) -> None:
-        """`elements`: numbers of a version. `named`: the digests of versions that the master has named; more may come
-        at any time. A named version counts if it has that digest; another counts only where the wanted one was not
-        named. What `takes` says no to is as if it were not on the stream."""
+        """`elements`: numbers of a version. `shards`: as of a VersionAssembly. `named`: the digests of versions that
+        the master has named; more may come at any time. A named version counts if it has that digest; another counts
+        only where the wanted one was not named. What `takes` says no to is as if it were not on the stream."""
         self._broker = broker
         self._stream = topology.stream(encoder)
         self._encoder = encoder
@@ -185,7 +193,7 @@ class VersionReader:
         self._search: _Search | None = None
         self._subscription: Subscription | None = None
         self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._elements = elements
+        self._elements, self._shards = elements, shards
         #: How many messages the broker may send ahead, and what has come of it and is not acked.
         self._ahead, self._held = _AHEAD, deque[Delivery]()
         #: Behind the last message that came, and since when the reader rests.
@@ -331,7 +339,9 @@ class VersionReader:
         self._search = search
 
     def _new_assembly(self) -> VersionAssembly:
-        return VersionAssembly(self._encoder, self._layout_digest, elements=self._elements, counts=self._counts)
+        return VersionAssembly(
+            self._encoder, self._layout_digest, elements=self._elements, counts=self._counts, shards=self._shards
+        )
 
     def _counts(self, chunk: ParameterChunk) -> bool:
         """Whether the master has named the version of a chunk, or nothing can be said of it."""

@@ -239,7 +239,15 @@ def _write_from_stream(
 
     assert answer.encoder and answer.encoder_type and answer.layout and answer.architecture
     layout = Layout(answer.layout)
-    reader = VersionReader(broker, topology, answer.encoder, layout.digest, takes=door.takes)
+    reader = VersionReader(
+        broker,
+        topology,
+        answer.encoder,
+        layout.digest,
+        elements=layout.size,
+        takes=door.takes,
+        shards=answer.shards,
+    )
     read = reader.read(answer.version, answer.published_at)
     assets = read_assets(broker, topology, answer.encoder, answer.assets, takes=door.takes)
     if base is not None:

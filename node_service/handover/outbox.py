@@ -17,7 +17,7 @@ import structlog
 
 from common.crash_points import reached
 from common.errors import BrokerUnavailable, PublishRejected, Unroutable
-from common.numbers.slicing import slice_bytes
+from common.numbers.slicing import shard_of, slice_bytes
 from common.wire.base import Message
 from common.wire.broker import Broker, Publication
 from common.wire.codec import encode
@@ -128,7 +128,7 @@ class Outbox:
         """The next window of chunks, or, after the last, the manifest; whether that was the manifest. A small payload
         travels in that."""
         manifest, exchange = update.manifest, self._topology.update
-        if manifest.size <= self._inline_bytes:
+        if manifest.shards == 1 and manifest.size <= self._inline_bytes:
             slices = [self._read_chunk(manifest, index) for index in range(manifest.chunks)]
             here = [body for body in slices if body is not None]
             if len(here) < len(slices):
@@ -145,7 +145,8 @@ class Outbox:
                 return True  # answered meanwhile: an attempt before this one has arrived
             chunk = update_chunk(manifest, index, body)
             # the node has it on disk until the receipt: if a restart of the broker empties the queue, it is sent again
-            publications.append(Publication(exchange, f"{self._node}.chunk", encode(chunk), persistent=False))
+            key = self._topology.chunk_key(self._node, shard_of(index, manifest.chunks, manifest.shards))
+            publications.append(Publication(exchange, key, encode(chunk), persistent=False))
         self._broker.publish(*publications)
         update.sent = until
         return False

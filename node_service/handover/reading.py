@@ -248,6 +248,7 @@ class Reading:
                 elements=size,
                 named=self._named.setdefault(wanted.encoder, {}),
                 takes=self._door.takes,
+                shards=wanted.instruction.shards,
                 clock=self._clock,
             )
             self._readers[wanted.encoder] = reader

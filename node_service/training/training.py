@@ -106,7 +106,8 @@ def update_manifest(
         layout_digest=training.instruction.layout_digest,
         size=sum(map(len, bodies)),
         chunks=len(bodies),
-        digest=payload_digest(bodies),
+        digest=payload_digest(bodies, training.instruction.shards),
         held_out=measured.loss if measured is not None else None,
         held_out_version=measured.version if measured is not None else None,
+        shards=training.instruction.shards,
     )

@@ -45,6 +45,7 @@ from master_service.log.message_log import MessageLog
 from master_service.log.payloads import MemoryPayloads, Payloads
 from master_service.log.room import Room
 from master_service.master import Master
+from master_service.wire.shards import Shards
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.handover.local_state import LocalState
@@ -424,8 +425,10 @@ class SteppedMaster:
         layout: Layout = LAYOUT,
         assets: Mapping[str, bytes] | None = None,
         topology: Topology = TOPOLOGY,
+        shards: int = 1,
         **config: Any,
     ) -> None:
+        """`shards`: so many aggregators are ordered, of which none is there."""
         self.clock = clock
         self.broker = broker or connection(server, "master")
         self._came: deque[Delivery] = deque()
@@ -463,6 +466,18 @@ class SteppedMaster:
             ending=Never(),
             on_delivery=self._came.append,
             new_id=new_id,
+            shards=self._shards(shards, topology, new_id) if shards > 1 else None,
+        )
+
+    def _shards(self, count: int, topology: Topology, new_id: Callable[[], str]) -> Shards:
+        return Shards(
+            count,
+            self.broker,
+            topology,
+            clock=self.clock,
+            ending=Never(),
+            new_id=new_id,
+            on_report=self._came.append,
         )
 
     def start(self) -> SteppedMaster:

@@ -75,6 +75,7 @@ GOOD: dict[str, Any] = {
     "attempt": 0,
     "order": 1,
     "beyond": 1,
+    "shards": 1,
     "chunks": 1,
     "index": 0,
     "staleness": 1,

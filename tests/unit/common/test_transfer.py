@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from common.errors import BrokerUnavailable, Poison
 from common.numbers import memory
 from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
-from common.numbers.slicing import SLICE
+from common.numbers.slicing import SLICE, encoded_size, shard_of, shard_slices, slice_length
 from common.wire.broker import Delivery, OnDelivery, Publication, StreamPosition, Subscription
 from common.wire.codec import encode
 from common.wire.to_master import UpdateChunk
 from common.wire.to_node import ParameterChunk
 from common.wire.topology import Topology
-from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, payload_digest
+from common.wire.transfer import UpdateAssembly, VersionAssembly, checksum, combined, payload_digest
 from common.wire.versions import REST_SECONDS, VersionReader, publish_version
 from master_service.decisions.effects import Publish
 from master_service.wire.publisher import Publisher
@@ -150,6 +151,35 @@ def test_a_version_is_put_together_in_whatever_order_its_chunks_come(order: list
             break
         assert assembly.lacks(chunks[index]) == 3 - len(seen) > 0
     assert done is not None and done.payload == b"1.4.01.4.11.4.2"
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 5), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_what_several_shards_write_at_the_same_time_is_one_version(count: int, shards: int, chance: Random) -> None:
+    """Each in its own order, or not even that; and it is what one would have written. Some shards may have nothing."""
+    size = (count - 1) * SLICE + 5
+    bodies = [bytes([index]) * encoded_size(slice_length(size, index), "int8") for index in range(count)]
+    parts = shard_slices(count, shards)
+    assert [index for part in parts for index in part] == list(range(count))
+    if shards > 1:
+        assert [shard_of(index, count, shards) for index in range(count)] == [
+            shard for shard, part in enumerate(parts) for _ in part
+        ]
+    digest = payload_digest(bodies, shards)
+    assert digest == combined([payload_digest(bodies[part.start : part.stop]) for part in parts])
+    plain = version_chunks(1, 1)[0].model_dump()
+    plain |= {"encoding": "int8", "chunks": count, "size": sum(map(len, bodies)), "digest": digest}
+    chunks = [
+        ParameterChunk(**{**plain, "index": index, "checksum": checksum(body), "data": body})
+        for index, body in enumerate(bodies)
+    ]
+    chance.shuffle(chunks)
+    assembly = VersionAssembly("text-1", DIGEST, elements=size, shards=shards)
+    *before, found = [assembly.add(chunk) for chunk in chunks]
+    assert before == [None] * (count - 1) and found is not None and bytes(found.payload) == b"".join(bodies)
+    wrong = [chunk.model_copy(update={"digest": "0" * 64}) for chunk in chunks]
+    with pytest.raises(Poison, match="does not match its digest"):
+        [assembly.add(chunk) for chunk in wrong]
 
 
 def test_three_unfinished_versions_are_kept_and_those_that_anybody_begins_do_not_hide_one_that_comes() -> None:
