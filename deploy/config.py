@@ -73,7 +73,7 @@ class Config(BaseSettings):
     def settings(self) -> Settings:
         """What of it decides, as the master logs it."""
         try:
-            return settings(self.encoder, self.rule, self.update, self.stop)
+            return settings(self.encoder, self.rule, self.update, self.stop, self.master)
         except ValidationError as error:
             raise explained(error, AggregationRule, "rule") from None
 
@@ -115,7 +115,7 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
         update = config.update.model_copy(update={"when": explicit.update.when})
         config = config.model_copy(update={"update": update})
     config._ignored = sorted(unknown)
-    config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop)
+    config._given = given(explicit.encoder, explicit.rule, explicit.update, explicit.stop, explicit.master)
     return config
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ByteSize, Field
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, model_validator
 
 from common.config import Section
 from common.numbers.slicing import EncodingName
 from common.wire.accounts import LONGEST_OPERATOR, MASTER
+from common.wire.fields import MAX_SHARDS
 from common.wire.topology import MIB
 from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import aggregation_rule
@@ -58,6 +59,9 @@ class MasterConfig(Section):
     `messages_per_second`: of one sender, with five times as many at once; requests and signs of life beyond that are
     dropped, and what must not be lost waits. `max_encoders`: so many are made or trained at the same time; who asks for
     one more is refused.
+
+    `shards`: so many `shared-encoder aggregator` processes hold a part of every encoder each, and do what is done with
+    its numbers; the master decides. For encoders that are too large for one machine's memory, disk or line.
     """
 
     state_dir: Path = Path("master-state")
@@ -75,6 +79,16 @@ class MasterConfig(Section):
     intake_bytes: ByteSize | None = None
     messages_per_second: Annotated[float, Field(gt=0)] = 20.0
     max_encoders: Annotated[int, Field(ge=1)] = 16
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = 1
+
+    @model_validator(mode="after")
+    def _dropped_where_it_lies(self) -> Self:
+        if self.shards > 1 and not isinstance(self.retention, str):
+            raise ValueError(
+                "a size is of one disk, and with several shards payloads lie on theirs; "
+                'take retention = "since-snapshot"'
+            )
+        return self
 
 
 class EncoderConfig(Section):
@@ -115,7 +129,9 @@ class RuleConfig(Section):
     combine: dict[str, Any] = Field(default_factory=dict)
 
 
-def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule) -> Settings:
+def settings(
+    encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule, master: MasterConfig
+) -> Settings:
     """What of the configuration decides, as it goes into the log. Raises UserError for an unknown preset or number."""
     changes = rule.model_dump(exclude={"preset"}, exclude_defaults=True)
     return Settings(
@@ -134,13 +150,21 @@ def settings(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop:
         max_parameters=encoder.max_parameters,
         license=encoder.license,
         language=encoder.language,
+        shards=master.shards,
     )
 
 
-def given(encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule) -> dict[str, Any]:
+def given(
+    encoder: EncoderConfig, rule: RuleConfig, update: UpdateRule, stop: StopRule, master: MasterConfig
+) -> dict[str, Any]:
     """What of `settings` was said explicitly, shaped as a Settings: the fields that the sections were made with."""
     found = {"rule": _explicit(rule), "update_rule": _explicit(update), "stop": _explicit(stop)}
-    own = {name: value for name, value in _explicit(encoder).items() if name in Settings.model_fields}
+    own = {
+        name: value
+        for section in (encoder, master)
+        for name, value in _explicit(section).items()
+        if name in Settings.model_fields
+    }
     for path in own.keys() & {"source", "reference", "base"}:
         own[path] = str(own[path]) if own[path] else None
     return {name: value for name, value in found.items() if value} | own

@@ -34,12 +34,14 @@ from master_service.decisions.state import State
 from master_service.history.state_directory import Journal, random_id
 from master_service.record import ROOM_SECONDS, Recorder, Todo
 from master_service.status import Live, Report, report
+from master_service.wire import orders
 from master_service.wire.arriving import Arrived
 from master_service.wire.inbox import identity, refusal, understood
 from master_service.wire.intake import CompleteUpdate
 from master_service.wire.outbox import Outbox
 from master_service.wire.pace import Pace, sender_of
 from master_service.wire.publisher import Publisher
+from master_service.wire.shards import Shards
 from master_service.wire.updates import Updates
 
 log = structlog.get_logger()
@@ -84,10 +86,11 @@ class Master:
         ending: Signal,
         on_delivery: OnDelivery,
         new_id: Callable[[], str] = random_id,
+        shards: Shards | None = None,
     ) -> None:
         """`settings` is given the settings that the log ends with (None: a fresh log) and gives those to go on with; it
         may raise UserError. `get`: make an encoder of this type. The broker calls `on_delivery` with each delivery;
-        whoever drives this then passes it to `hear`."""
+        whoever drives this then passes it to `hear`. `shards`: the aggregators of the journal's arithmetic."""
         self.config = config
         self.live = Live()
         self._settings = settings
@@ -99,7 +102,16 @@ class Master:
         self._get = get
         self._clock = clock
         self._on_delivery = on_delivery
-        self._publisher = Publisher(broker, topology, config.encoding, clock=clock, ending=ending, new_id=new_id)
+        self._shards = shards
+        self._publisher = Publisher(
+            broker,
+            topology,
+            config.encoding,
+            clock=clock,
+            ending=ending,
+            new_id=new_id,
+            receives=shards.receives if shards is not None else None,
+        )
         self.recorder = Recorder(config, journal, self._publisher, broker, self.live, clock)
         self._updates = Updates(
             broker,
@@ -108,6 +120,7 @@ class Master:
             current=self._incarnation,
             clock=clock,
             on_delivery=on_delivery,
+            discard=self._discard_parts if shards is not None else None,
         )
         self._rates = Rates(config.messages_per_second, _BURST * config.messages_per_second)
         self._pace = Pace(self._rates, topology, clock)
@@ -123,8 +136,15 @@ class Master:
         """Declare what is its own, fold what the log holds after the snapshot, repeat what may not have left, and tell
         everybody. Raises Damaged if the state directory cannot be recovered from, UserError for settings."""
         self._broker.declare(self._topology.master())
+        if self._shards is not None:
+            self._shards.start()
         self.recorder.recover(self._settings)
+        if self._shards is not None:
+            self._shards.patient = False
         self._publisher.begin(self.state.epoch)
+        for known in self.state.nodes.values():
+            if known.present:
+                self._publisher.expect(known.node)
         if self._get is not None:
             self.recorder.record(Todo(Get(sender="master", encoder_type=self._get)))
 
@@ -132,7 +152,9 @@ class Master:
         """Handle one delivery. While the disk is full it waits, unless it can be answered without the log. `more`:
         another follows at once, so that the rows of both may be made durable together."""
         begun = self._clock.monotonic()
-        if delivery.queue == self._topology.master_inbox and not self._pace.admits(delivery):
+        if delivery.queue == self._topology.master_shards:
+            self._hear_shards(delivery)
+        elif delivery.queue == self._topology.master_inbox and not self._pace.admits(delivery):
             self._hear_too_many(delivery)
         elif delivery.queue == self._topology.master_updates and self._updates.is_beyond_all(sender_of(delivery)):
             self._broker.ack(delivery)  # it has broken its rule by far; what it owes it sends again
@@ -271,6 +293,8 @@ class Master:
         node = getattr(message, "node", None)
         if node is not None and (node in self.state.nodes or isinstance(message, Join)):
             self.live.seen(node, self._clock.now())
+        if isinstance(message, Join) and message.node in self.state.nodes:
+            self._publisher.expect(message.node)
         if isinstance(message, UpdateManifest):
             self._updates.announced(message, delivery)
         elif self._answer(message, delivery) or self._are_idle_words(message) or self._is_refused(message):
@@ -363,10 +387,14 @@ class Master:
 
     def _has_room(self, manifest: UpdateManifest) -> bool:
         """Whether an update can be fetched now; one that carries its payload is here already."""
-        return manifest.data is not None or self._updates.has_room(manifest.size, self._intake_bytes())
+        is_here = manifest.data is not None and self._shards is None
+        return is_here or self._updates.has_room(manifest.size, self._intake_bytes())
 
     def _fetch(self, manifest: UpdateManifest) -> bool:
         """Begin to fetch the update whose turn it is, or take it if it is here, if there is room on the disk."""
+        if self._shards is not None:
+            self._updates.fetch_parts(self._shards, self._keep_digests)
+            return True
         size = self.state.encoders[manifest.encoder].size
         try:
             arrived = Arrived(
@@ -383,6 +411,34 @@ class Master:
         else:
             self._take(self._updates.carried(arrived))
         return True
+
+    # --- updates whose parts lie with aggregators --------------------------------------------------------------------
+
+    def _keep_digests(self, digests: bytes) -> str:
+        """What the log has of such an update. Raises StorageBlocked."""
+        incoming = self.journal.receive_payload(len(digests))
+        incoming.add(digests)
+        return self.journal.keep_payload(incoming)
+
+    def _discard_parts(self, manifest: UpdateManifest) -> None:
+        incarnation = self._incarnation(manifest.node) or manifest.incarnation
+        assert self._shards is not None, "else nobody has parts"
+        logged = self.journal.log.uses(manifest.digest) > 0
+        self._shards.tell(orders.Discard, manifest=manifest.bare(), incarnation=incarnation, logged=logged)
+
+    def _hear_shards(self, delivery: Delivery) -> None:
+        """How far an aggregator is with an update; or it is here again, and may have lost what it was told to take."""
+        assert self._shards is not None, "nobody else hears this queue"
+        said = self._shards.told(delivery)
+        if isinstance(said, orders.Hello):
+            self._updates.greeted(said.shard)
+        elif isinstance(said, orders.Arriving):
+            if (update := self._updates.reported(said)) is not None:
+                self._take(update)
+            self._end_in_vain()
+        self._broker.ack(delivery)
+
+    # --- what becomes of them ----------------------------------------------------------------------------------------
 
     def _incarnation(self, node: str) -> str | None:
         """As it has joined."""

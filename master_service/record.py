@@ -8,6 +8,7 @@ follows from them is held, so a process that dies loses memory and rows alike, a
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import structlog
 
 from common.clock import Clock
 from common.crash_points import reached
-from common.errors import Damaged, StorageBlocked, StorageFull, UserError
+from common.errors import Damaged, ShardsAway, StorageBlocked, StorageFull, UserError
 from common.events import happened
 from common.wire.broker import Broker, Delivery
 from common.wire.to_master import UpdateManifest
@@ -40,6 +41,7 @@ from master_service.decisions.limits import KEPT_FAILED
 from master_service.decisions.records import (
     Configured,
     Entry,
+    Generated,
     Loggable,
     Record,
     Skipped,
@@ -54,7 +56,7 @@ from master_service.history.state_directory import Journal
 from master_service.making import Making
 from master_service.narration import events
 from master_service.status import Live
-from master_service.wire.arriving import Arrived
+from master_service.wire.arriving import Arriving
 from master_service.wire.publisher import Publisher
 
 log = structlog.get_logger()
@@ -72,7 +74,7 @@ class Todo:
     body: Loggable
     message_id: str | None = None
     payload: bytes | None = None
-    arrived: Arrived | None = None
+    arrived: Arriving | None = None
     work: str = ""
     deliveries: tuple[Delivery, ...] = ()
     acked: Callable[[], None] | None = None
@@ -115,6 +117,8 @@ class Recorder:
         #: What could not be written and does not wait in `_todo`.
         self._missing: Callable[[], None] | None = None
         self._held: list[_Held] = []
+        #: The encoders of which a version is to be computed elsewhere, before anything else is recorded.
+        self._elsewhere: deque[str] = deque()
         self._try_again_at = 0.0
 
     @property
@@ -149,7 +153,8 @@ class Recorder:
         # before anything is written: a start that is refused leaves the log as it is
         settings = chosen(carried_over(state.settings, state.claims) if state.epoch else None)
         journal.carried_out = fold.offset
-        with journal.attempts.at(_row(fold.offset)):
+        # who waits for aggregators is not killed by what it waits for
+        with contextlib.nullcontext() if fold.arithmetic.elsewhere else journal.attempts.at(_row(fold.offset)):
             outcomes = [Outcome(fold.compute(encoder)) for encoder in fold.pending]
         for effect in self._coordinator.unmade():
             self._making.begin(effect)
@@ -218,10 +223,16 @@ class Recorder:
         Where it cannot be, it stops before the entry, and goes on from there later.
         """
         journal = self.journal
-        while self._todo:
+        while self._elsewhere or self._todo:
+            if self._elsewhere:
+                if not self._compute_elsewhere():
+                    return False
+                continue
             todo = self._todo[0]
             # without a name of its own for it, only its row says what has killed the master
             alone = not todo.work and not isinstance(todo.body, Record)
+            # who lasts longer than this process begins with a version 0 that does too
+            alone = alone or (isinstance(todo.body, Generated) and self._fold.arithmetic.elsewhere)
             journal.carried_out = max(journal.carried_out, self._publisher.outbox.left)
             try:
                 payload, facts = self._store(todo)
@@ -241,6 +252,19 @@ class Recorder:
                 return False
         return True
 
+    def _compute_elsewhere(self) -> bool:
+        """Have a version computed by who lasts longer than this process: of rows that do too. Whether it could be."""
+        try:
+            self.journal.commit()
+            outcome = Outcome(self._fold.compute(self._elsewhere[0]))
+        except StorageBlocked as error:
+            self._wait(error)
+            return False
+        self._elsewhere.popleft()
+        self._note_lost(outcome)
+        self._todo.appendleft(Todo(outcome.body))
+        return True
+
     def _store(self, todo: Todo) -> tuple[str | None, UpdateFacts | None]:
         """Make a payload durable; its digest, and the facts of an update. Raises StorageBlocked."""
         if todo.arrived is not None:
@@ -258,16 +282,21 @@ class Recorder:
             reached("during fold")
             outcomes: list[Outcome] = []
             for effect in effects:
-                if isinstance(effect, Step):
+                if isinstance(effect, Step) and fold.arithmetic.elsewhere:
+                    self._elsewhere.append(effect.encoder)
+                elif isinstance(effect, Step):
                     outcomes.append(Outcome(fold.compute(effect.encoder)))
                 elif isinstance(effect, Generate):
                     self._making.begin(effect)
             outcomes += self._making.made()
         for outcome in outcomes:
-            if isinstance(outcome.body, StepFailed):
-                log.error("payloads are damaged; their nodes are asked to send again", lost=outcome.body.lost)
+            self._note_lost(outcome)
         self._todo.extendleft(Todo(outcome.body, payload=outcome.payload) for outcome in reversed(outcomes))
         return effects
+
+    def _note_lost(self, outcome: Outcome) -> None:
+        if isinstance(outcome.body, StepFailed):
+            log.error("payloads are damaged; their nodes are asked to send again", lost=outcome.body.lost)
 
     def _release(self) -> None:
         """All rows are durable: what follows from them leaves, then what they came in is acked."""
@@ -351,8 +380,7 @@ class Recorder:
 
     def _wait(self, error: StorageBlocked) -> None:
         if not self.blocked:
-            what = "the disk is full" if isinstance(error, StorageFull) else "the message log is held"
-            log.error(f"{what}: accepting nothing until it can be written", problem=str(error))
+            log.error(f"{_what(error)}: accepting nothing meanwhile", problem=str(error))
         self.blocked = str(error)
         self._try_again_at = self._clock.monotonic() + ROOM_SECONDS
 
@@ -370,8 +398,14 @@ class Recorder:
         if not (self._drain() and self._settle()):
             return False
         self.blocked = ""
-        log.info("the message log is written again")
+        log.info("going on")
         return True
+
+
+def _what(error: StorageBlocked) -> str:
+    if isinstance(error, ShardsAway):
+        return "an aggregator does not answer"
+    return "the disk is full" if isinstance(error, StorageFull) else "the message log is held"
 
 
 def _row(offset: int) -> str:

@@ -22,10 +22,15 @@ from common.workers import Worker
 from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
 from master_service.decisions.settings import Settings, settings_of_start
-from master_service.history.state_directory import open_journal
+from master_service.history.snapshot import SnapshotDirectory, Snapshots
+from master_service.history.state_directory import open_journal, random_id
+from master_service.log.message_log import MessageLog, logged_shards
 from master_service.master import INBOX_PREFETCH, UPDATES_PREFETCH, Master
+from master_service.shards.remote import RemoteSnapshots
 from master_service.status import Report
+from master_service.wire import orders
 from master_service.wire.pace import bounded
+from master_service.wire.shards import Shards
 
 log = structlog.get_logger()
 
@@ -63,7 +68,14 @@ class MasterService:
         self._beside_it: list[Worker] = []
         if self.config.export_dir is not None:
             check_export_directory(self.config.export_dir)
-        journal = open_journal(self.config, clock=self.clock, background=self._beside)
+        self._shards: Shards | None = None
+        journal = open_journal(
+            self.config,
+            clock=self.clock,
+            background=self._beside,
+            snapshots=self._snapshots,
+            on_removed=self._removed,
+        )
         self.master = Master(
             self.config,
             lambda logged: settings_of_start(logged, self.settings, self.given, change=self.change),
@@ -74,6 +86,7 @@ class MasterService:
             clock=self.clock,
             ending=self._ending,
             on_delivery=self._events.put,
+            shards=self._shards,
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -101,6 +114,26 @@ class MasterService:
     def report(self) -> Report:
         """What `status` shows."""
         return self.master.report()
+
+    def _snapshots(self, log: MessageLog) -> Snapshots:
+        """Those of a log, and where it is of several aggregators, or is to be, these."""
+        count = logged_shards(log) or self.settings.shards
+        if count == 1:
+            return SnapshotDirectory(log)
+        self._shards = Shards(
+            count,
+            self.broker,
+            self.topology,
+            clock=self.clock,
+            ending=self._ending,
+            new_id=random_id,
+            on_report=self._events.put,
+        )
+        return RemoteSnapshots(log, self._shards)
+
+    def _removed(self, payload: str) -> None:
+        if self._shards is not None:
+            self._shards.tell(orders.Drop, digest=payload)
 
     def _serve(self, stop: threading.Event) -> None:
         subscriptions = [

@@ -123,8 +123,28 @@ class Reincarnate:
     """The master knows this incarnation's updates otherwise than this node does: take a new one and join."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unmade:
+    """An encoder that this node could have trained could not be made; its owner is told why."""
+
+    encoder: str
+    reason: str
+
+
 Action = (
-    Say | CheckSamples | Contribute | Gather | Resume | Train | Read | Look | Drop | Answered | Republish | Reincarnate
+    Say
+    | CheckSamples
+    | Contribute
+    | Gather
+    | Resume
+    | Train
+    | Read
+    | Look
+    | Drop
+    | Answered
+    | Republish
+    | Reincarnate
+    | Unmade
 )
 
 
@@ -184,7 +204,8 @@ class Agent:
                 self.unknown = True
                 return self.join()
             case Withdrawn():
-                return self._withdrawn(message.encoder)
+                told = [Unmade(message.encoder, message.reason)] if message.encoder_type in self.types else []
+                return [*told, *self._withdrawn(message.encoder)]
             case Receipt() if message.incarnation == self.incarnation:
                 return self._receipted(message)
             case Resend() if message.incarnation == self.incarnation:

@@ -39,6 +39,7 @@ from node_service.agent import (
     Resume,
     Say,
     Train,
+    Unmade,
 )
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
@@ -395,6 +396,10 @@ class Node:
                     self._republish(action)
                 case Reincarnate():
                     self._reincarnate("the master knows other updates under this identity")
+                case Unmade():
+                    log.warning("the master could not make an encoder", encoder=action.encoder, reason=action.reason)
+                    if self.training is None:
+                        self.figures.note = f"waiting for another: {action.encoder} could not be made: {action.reason}"
                 case _:
                     assert_never(action)
         self.figures.version = self.training.version if self.training is not None else -1

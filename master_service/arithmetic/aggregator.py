@@ -7,7 +7,6 @@ The same steps give the same bits: fixed order of contributions, elementwise ker
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,17 +20,18 @@ from common.numbers.compiled import add_slice, kernels
 from common.numbers.encodings import encoded_slices
 from common.numbers.layout import Layout
 from common.numbers.parameters import ParameterSet
-from common.numbers.slicing import SLICE, EncodingName, encoded_size, slices
+from common.numbers.slicing import SLICE, EncodingName, encoded_size, shard_slices, slice_count, slices
+from common.wire.transfer import combined
 from master_service.arithmetic import robust
 from master_service.arithmetic.arithmetic import Encoded, Outcome, PayloadsLost, Stepped
 from master_service.arithmetic.export import export_encoder
 from master_service.arithmetic.generation import fingerprint, generated
-from master_service.arithmetic.measuring import Measurement, scratch, squares_of
+from master_service.arithmetic.measuring import Measurement, norm_of, scratch, squares_of
 from master_service.arithmetic.outer import new_momentum, outer_step
 from master_service.decisions.effects import Generate, Step
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState
-from master_service.log.payloads import Payloads
+from master_service.log.payloads import Payloads, ReadablePayloads
 
 
 @dataclass
@@ -45,8 +45,12 @@ class Target:
 class Aggregator:
     """The Arithmetic of a real master: holds a Target per encoder."""
 
-    def __init__(self, payloads: Payloads) -> None:
+    elsewhere = False
+
+    def __init__(self, payloads: Payloads, updates: ReadablePayloads | None = None) -> None:
+        """`updates`: where those of updates are, if not with the others."""
         self._payloads = payloads
+        self._updates = updates or payloads
         self.targets: dict[str, Target] = {}
         self._still = Lock()
         #: Kept, because fresh memory costs more than what is done in it: a sum, and what is added to it.
@@ -69,23 +73,23 @@ class Aggregator:
     def _step(self, step: Step) -> Stepped:
         target = self.targets[step.encoder]
         size = target.parameters.layout.size
-        problems = {each.payload: self._payloads.damage(each.payload, again=False) for each in step.contributions}
+        problems = {each.payload: self._updates.damage(each.payload, again=False) for each in step.contributions}
         if lost := {payload: problem for payload, problem in problems.items() if problem is not None}:
             raise PayloadsLost(lost)
         if target.momentum is None:
             target.momentum = new_momentum(size, step.outer)
-        total, vector = 0.0, target.parameters.vector
+        squares: list[float] = []
+        vector = target.parameters.vector
         gradients = robust.gradients if step.combine.robust else self._means
-        with _Digest(size) as digest:
-            for start, stop, gradient in gradients(step, self._payloads, size):
-                for squares in squares_of(gradient.numpy()):
-                    total += squares
+        with _Digest(size, step.shards) as digest:
+            for start, stop, gradient in gradients(step, self._updates, size):
+                squares += squares_of(gradient.numpy())
                 momentum = None if target.momentum is None else target.momentum[start:stop]
                 outer_step(vector[start:stop], gradient, momentum, step.outer)
                 digest.add(vector[start:stop].numpy().data)
-        return Stepped(digest.hexdigest(), math.sqrt(total))
+        return Stepped(digest.hexdigest(), norm_of(squares), squares)
 
-    def _means(self, step: Step, payloads: Payloads, size: int) -> Iterator[tuple[int, int, Tensor]]:
+    def _means(self, step: Step, payloads: ReadablePayloads, size: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, Σ coefficient·Δ) of every slice; the next one is written over it."""
         body, loops = bytearray(), kernels(self._sum.device, size)
         for start, stop in slices(size):
@@ -123,11 +127,13 @@ class Aggregator:
 
 
 class _Digest:
-    """sha256 of slices that are added in order; of a vector of several, beside whatever goes on. A context manager:
-    `hexdigest` after it."""
+    """sha256 of slices that are added in order, `combined` of several shards' parts; of a vector of several slices,
+    beside whatever goes on. A context manager: `hexdigest` after it."""
 
-    def __init__(self, size: int) -> None:
-        self._sha256 = hashlib.sha256()
+    def __init__(self, size: int, shards: int = 1) -> None:
+        parts = shard_slices(slice_count(size), shards)
+        self._parts = [hashlib.sha256() for _ in parts]
+        self._next = (sha256 for part, sha256 in zip(parts, self._parts, strict=True) for _ in part)
         self._beside = ThreadPoolExecutor(1) if size > SLICE else None
 
     def __enter__(self) -> Self:
@@ -139,10 +145,11 @@ class _Digest:
 
     def add(self, body: memoryview | bytes) -> None:
         """The slice that comes next."""
+        sha256 = next(self._next)
         if self._beside is None:
-            self._sha256.update(body)
+            sha256.update(body)
         else:
-            self._beside.submit(self._sha256.update, body)
+            self._beside.submit(sha256.update, body)
 
     def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
+        return combined([sha256.hexdigest() for sha256 in self._parts])

@@ -3,6 +3,7 @@ something smaller in its place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,11 +27,12 @@ class PayloadsLost(SharedEncoderError):
 
 @dataclass(frozen=True)
 class Stepped:
-    """A version that was computed: sha256 of its float32 bytes, hexadecimal, and the L2 norm of the weighted sum of its
-    updates."""
+    """A version that was computed: sha256 of its float32 bytes, hexadecimal (of several shards' parts, `combined`), and
+    the L2 norm of the weighted sum of its updates. `squares`: what that is the root of the sum of, added in order."""
 
     digest: str
     norm: float
+    squares: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,37 @@ class Encoded:
 
     bodies: list[bytes]
     digest: str
+
+    @property
+    def chunks(self) -> int:
+        """How many messages it takes."""
+        return len(self.bodies)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(map(len, self.bodies))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is said of a version wherever a slice of it is published."""
+
+    encoder: str
+    version: int
+    epoch: int
+    layout_digest: str
+    progress: float
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An encoded vector of so many slices and bytes that is not here: `publish` has it written to its stream, and gives
+    its digest, or None if it cannot be written any more. Raises BrokerUnavailable; then it may be tried again."""
+
+    chunks: int
+    size: int
+    publish: Callable[[Head], str | None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +94,13 @@ class Measuring(Protocol):
 
 
 class Arithmetic(Protocol):
-    """The target parameter sets of the encoders, and everything that is computed of them and of updates."""
+    """The target parameter sets of the encoders, and everything that is computed of them and of updates.
+
+    `elsewhere`: whoever computes a version lasts longer than this process, and must not do it because of a row that
+    does not. Its `step` may raise ShardsAway, and is then asked for again.
+    """
+
+    elsewhere: bool
 
     def begin(self, encoder: str, layout: Layout, digest: str) -> None:
         """Take version 0 from its payload. Raises PayloadsLost."""
@@ -79,7 +118,7 @@ class Arithmetic(Protocol):
         """Make version 0 of an encoder: its assets first, then the encoder itself; or that it is made of words
         that are to be gathered, or why it cannot be made."""
 
-    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded:
+    def encoded(self, encoder: str, encoding: EncodingName) -> Encoded | Elsewhere:
         """The current version as it is published."""
 
     def export(self, directory: Path, encoder: EncoderState, settings: Settings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class Measurement:
         self._room = room
         self._next = 0
         self._fits = True
-        self._total = 0.0
+        #: What the norm is the root of the sum of, added in order.
+        self.squares: list[float] = []
 
     def add(self, body: Bytes) -> None:
         """The slice that comes next."""
@@ -47,21 +48,31 @@ class Measurement:
             self._fits = False
             return
         if self._encoding in BLOCKS:
-            self._total += squares_of_slice(body, count, self._encoding)
+            self.squares.append(squares_of_slice(body, count, self._encoding))
             return
         if self._encoding == "float32":
             values = np.frombuffer(body, np.float32)
         else:
             values = decode_into(body, self._room[:count], self._encoding).numpy()
-        for squares in squares_of(values):
-            self._total += squares
+        self.squares += squares_of(values)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it fitted, in whole and in each slice."""
+        return self._fits and self._next == slice_count(self._size)
 
     def result(self) -> tuple[bool, float]:
         """(finite, L2 norm); (False, 0) if it did not fit, in whole or in a slice, or something is not finite."""
-        fits = self._fits and self._next == slice_count(self._size)
-        if not (fits and math.isfinite(self._total)):
-            return False, 0.0
-        return True, math.sqrt(self._total)
+        norm = norm_of(self.squares)
+        return (True, norm) if self.complete and math.isfinite(norm) else (False, 0.0)
+
+
+def norm_of(squares: Iterable[float]) -> float:
+    """The root of their sum, added in order, one after the other: whoever measured them."""
+    total = 0.0
+    for each in squares:
+        total += each
+    return math.sqrt(total) if total >= 0 else math.nan
 
 
 def squares_of(values: NDArray[np.float32]) -> Iterator[float]:

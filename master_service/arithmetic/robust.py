@@ -36,7 +36,7 @@ from common.numbers.encodings import decode_slice
 from common.numbers.slicing import BLOCK, encoded_size, part_ranges, slices
 from master_service.decisions.effects import Contribution, Step
 from master_service.decisions.rules.model import CombineRule
-from master_service.log.payloads import Payloads
+from master_service.log.payloads import ReadablePayloads
 
 #: Numbers of all nodes together that are looked at at once: 16 MiB of float32.
 AT_ONCE = 1 << 22
@@ -45,7 +45,9 @@ _ITERATIONS = {"geometric-median": 32, "centered-clip": 3}
 Matrix = NDArray[np.float64]
 
 
-def gradients(step: Step, payloads: Payloads, size: int, at_once: int = AT_ONCE) -> Iterator[tuple[int, int, Tensor]]:
+def gradients(
+    step: Step, payloads: ReadablePayloads, size: int, at_once: int = AT_ONCE
+) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, combined float32 values of shape (stop − start,)) of every slice. The payloads are whole."""
     vectors, combine = _Vectors(step.contributions, payloads, size, at_once), step.combine
     shares = None
@@ -138,7 +140,9 @@ def _sum(vectors: Tensor, shares: Sequence[float]) -> Tensor:
 class _Vectors:
     """The nodes' vectors, read in parts."""
 
-    def __init__(self, contributions: Sequence[Contribution], payloads: Payloads, size: int, at_once: int) -> None:
+    def __init__(
+        self, contributions: Sequence[Contribution], payloads: ReadablePayloads, size: int, at_once: int
+    ) -> None:
         """`contributions` of one part stand together."""
         self._nodes = [list(each) for _, each in groupby(contributions, key=lambda each: each.part)]
         self._payloads = payloads

@@ -324,15 +324,16 @@ class Coordinator:
         """Weigh the buffer as a whole, now that the counts of all of it are known; answered once it is computed."""
         rule = self.state.settings.rule
         encoder.stepping = weigh(encoder, tally.emptied(encoder), rule, self.state.claims)
+        name, version, shards = encoder.encoder, encoder.version + 1, encoder.shards
         if rule.combine.robust:
-            return Step(encoder.encoder, encoder.version + 1, by_node(encoder.stepping), rule.outer, rule.combine)
+            return Step(name, version, by_node(encoder.stepping), rule.outer, rule.combine, shards)
         contributions = tuple(
             Contribution(weighed.item.payload, weighed.item.encoding, weighed.coefficient)
             for weighed in encoder.stepping
         )
         step_rate = rate(rule.outer, [weighed.coefficient for weighed in encoder.stepping], encoder.agreement)
         outer = rule.outer.model_copy(update={"lr": step_rate})
-        return Step(encoder.encoder, encoder.version + 1, contributions, outer)
+        return Step(name, version, contributions, outer, shards=shards)
 
     def _left_over(self, encoder: EncoderState) -> list[Effect]:
         """The training ends while fewer nodes' updates are at hand than a robust rule needs: they do not count."""

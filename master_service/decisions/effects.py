@@ -58,13 +58,15 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Compute the next version; answered by a Versioned entry, or a StepFailed if payloads are damaged."""
+    """Compute the next version; answered by a Versioned entry, or a StepFailed if payloads are damaged. `shards`: its
+    digest is `combined` of so many parts'."""
 
     encoder: str
     version: int
     contributions: tuple[Contribution, ...]
     outer: OuterOptimizer
     combine: CombineRule = field(default_factory=CombineRule)
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)

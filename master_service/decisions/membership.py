@@ -11,7 +11,15 @@ from common.wire.to_master import Fetch, FetchAssets, InstructionAck, Join, Leav
 from common.wire.to_node import Introduce, Rule, Withdrawn
 from master_service.decisions import gathering, streams
 from master_service.decisions.effects import Effect, Send
-from master_service.decisions.messages_out import finish, instruction, notify, provide_again, publish, publish_again
+from master_service.decisions.messages_out import (
+    finish,
+    instruction,
+    notify,
+    provide_again,
+    publish,
+    publish_again,
+    unmade,
+)
 from master_service.decisions.records import Presence
 from master_service.decisions.settled import remember
 from master_service.decisions.state import EncoderState, Member, NodeState, State
@@ -22,13 +30,17 @@ Advance = Callable[[EncoderState, float], list[Effect]]
 
 
 def join(state: State, body: Join) -> list[Effect]:
-    """A node introduces itself, is told what is running for it, and asked for words if some are being gathered."""
+    """A node introduces itself, is told what is running for it, and asked for words if some are being gathered. Of a
+    type whose newest encoder could not be made it is told why: nothing else comes of its waiting."""
     state.nodes[body.node] = NodeState(node=body.node, incarnation=body.incarnation, types=body.types)
-    return gathering.ask(state, body.node) + [
-        Send(body.node, instruction(encoder))
-        for encoder in state.encoders.values()
-        if encoder.status == "running" and encoder.encoder_type in body.types
-    ]
+    effects = gathering.ask(state, body.node)
+    newest: dict[str, EncoderState] = {}
+    for encoder in state.encoders.values():
+        if encoder.encoder_type in body.types:
+            newest[encoder.encoder_type] = encoder
+            if encoder.status == "running":
+                effects.append(Send(body.node, instruction(encoder)))
+    return effects + [Send(body.node, unmade(each)) for each in newest.values() if each.status == "failed"]
 
 
 def ack(state: State, body: InstructionAck, at: float, advance: Advance) -> list[Effect]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from common.wire.to_master import UpdateManifest
-from common.wire.to_node import Answer, Finish, Instruction, Notice, Resend
+from common.wire.to_node import Answer, Finish, Instruction, Notice, Resend, Withdrawn
 from master_service.decisions.effects import Effect, Provide, Publish, Send
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import Buffered, EncoderState
@@ -24,7 +24,13 @@ def instruction(encoder: EncoderState) -> Instruction:
         layout=encoder.layout,
         layout_digest=encoder.layout_digest,
         assets=encoder.assets,
+        shards=encoder.shards,
     )
+
+
+def unmade(encoder: EncoderState) -> Withdrawn:
+    """What nodes are told of an encoder that could not be made."""
+    return Withdrawn(encoder=encoder.encoder, encoder_type=encoder.encoder_type, reason=shortened(encoder.reason))
 
 
 def finish(encoder: EncoderState) -> Finish:
@@ -50,7 +56,13 @@ def answer(encoder: EncoderState) -> Answer:
         layout=encoder.layout,
         detail=encoder.reason,
         assets=encoder.assets,
+        shards=encoder.shards,
     )
+
+
+def shortened(words: str) -> str:
+    """Words that may quote what somebody sent, cut to what a message takes."""
+    return words if len(words) <= 2000 else words[:1999] + "…"
 
 
 def resend(encoder: str, update: UpdateManifest | Buffered, detail: str = "", beyond: int = 0) -> Resend:

@@ -9,12 +9,19 @@ from common.wire.to_master import Continue, Get
 from common.wire.to_node import Answer
 from master_service.decisions import stopping
 from master_service.decisions.effects import Broadcast, Effect, Generate, Send
-from master_service.decisions.messages_out import answer, instruction, provide, provide_again, publish
+from master_service.decisions.messages_out import (
+    answer,
+    instruction,
+    provide,
+    provide_again,
+    publish,
+    shortened,
+    unmade,
+)
 from master_service.decisions.records import Entry, Generated, GenerationFailed, Provided
 from master_service.decisions.settings import Settings
 from master_service.decisions.state import EncoderState, State
 from master_service.decisions.tally import changing
-from master_service.decisions.verdicts import shortened
 
 
 def get(state: State, entry: Entry, request: Get) -> list[Effect]:
@@ -116,6 +123,7 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
     encoder.status = "running"
     encoder.architecture, encoder.layout, encoder.layout_digest = body.architecture, body.layout, body.layout_digest
     encoder.size, encoder.digest = Layout(body.layout).size, body.digest
+    encoder.shards = state.settings.shards
     encoder.assets = [entry for entry in encoder.assets if entry.name in body.assets]
     encoder.gathered = None
     askers, encoder.askers = encoder.askers, []
@@ -128,7 +136,8 @@ def generated(state: State, body: Generated, at: float) -> list[Effect]:
 
 
 def generation_failed(state: State, body: GenerationFailed) -> list[Effect]:
-    """Who asked is told why. Of failed encoders the newest few are remembered."""
+    """Who asked is told why, and so are the nodes that could have trained it. Of failed encoders the newest few are
+    remembered."""
     encoder = state.encoders[body.encoder]
     encoder.status, encoder.reason, encoder.gathered = "failed", body.reason, None
     refusal = Answer(accepted=False, encoder=body.encoder, status="failed", detail=shortened(body.reason))
@@ -136,4 +145,4 @@ def generation_failed(state: State, body: GenerationFailed) -> list[Effect]:
         failed = [name for name, each in state.encoders.items() if each.status == "failed"]
         for name in failed[: max(0, len(failed) - state.kept_failed)]:
             del state.encoders[name]
-    return [Send(asker, refusal) for asker in encoder.askers]
+    return [Broadcast(encoder.encoder_type, unmade(encoder)), *(Send(asker, refusal) for asker in encoder.askers)]

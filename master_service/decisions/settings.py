@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import UserError
+from common.wire.fields import MAX_SHARDS
 from common.wire.update_rule import UpdateRule
 from master_service.decisions.rules.model import AggregationRule, GuardRule, aggregation_rule, check_nodes
 
@@ -65,6 +66,7 @@ class WordsRule(BaseModel):
 class Settings(BaseModel):
     """The settings that the coordinator decides by; in the log, so that replay decides alike.
 
+    `shards`: so many aggregators have a part of every encoder each; for as long as the log goes on.
     `tokenizer`, `reference` and `base`: what the operator named for the encoder type to make its assets of, None if
     nothing. `max_parameters`: of an encoder that is made.
     """
@@ -87,10 +89,11 @@ class Settings(BaseModel):
     max_parameters: Annotated[int, Field(ge=1)] = MAX_PARAMETERS
     license: CardWord | None = None
     language: CardWord | None = None
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = 1
 
 
 #: Where a setting stands in the configuration, if not under its own name.
-_CONFIGURED_AS = {"update_rule": "update"} | {
+_CONFIGURED_AS = {"update_rule": "update", "shards": "master.shards"} | {
     name: f"encoder.{name}"
     for name in (
         *("min_nodes", "generation", "source", "tokenizer", "reference", "base", "words", "architecture"),
@@ -140,12 +143,19 @@ def settings_of_start(
     `logged`: those that its log ends with; None for a log that no master has written to, where `defaults` hold (what
     was given, and defaults for the rest). `given` are the explicitly given ones alone, shaped as a `Settings`; None
     means that all of `defaults` is meant, as of somebody who composes a service in code. What is not given stays as it
-    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant, and for
-    a robust rule that `min_nodes` are too few for.
+    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant; for
+    another number of shards; and for a robust rule that `min_nodes` are too few for, or shards cannot compute.
     """
-    if logged is None or given is None:
-        return _enough_nodes(defaults)
-    wanted = _enough_nodes(merged(logged, given))
+    if logged is None:
+        return _possible(defaults)
+    wanted = _possible(defaults if given is None else merged(logged, given))
+    if wanted.shards != logged.shards:
+        raise UserError(
+            f"master.shards: this log is of {logged.shards} and stays so: its aggregators hold what nodes sent; to go "
+            'on with another number, begin a new log from the exported encoder (encoder.generation = "continue")'
+        )
+    if given is None:
+        return wanted
     found = differences(logged, wanted)
     if found and not change:
         lines = "".join(f"\n  {difference}" for difference in found)
@@ -190,8 +200,13 @@ def differences(logged: Settings, wanted: Settings) -> list[Difference]:
     ]
 
 
-def _enough_nodes(settings: Settings) -> Settings:
+def _possible(settings: Settings) -> Settings:
     check_nodes(settings.rule, settings.min_nodes, "encoder.min_nodes is")
+    if settings.shards > 1 and settings.rule.combine.needs_all_parameters:
+        raise UserError(
+            f"rule.combine.how: {settings.rule.combine.how} compares whole updates, and with master.shards = "
+            f"{settings.shards} nobody has one; take median or trimmed-mean, or leave master.shards out"
+        )
     return settings
 
 

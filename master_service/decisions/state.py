@@ -164,6 +164,7 @@ class EncoderState(_State):
     `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
     newest counted updates: the norm for a single step, and the steps (where claims are taken as facts).
     `agreement`: the running mean cosine between two updates of a version.
+    `shards`: so many aggregators have a part of it each.
     `has_stream`: a version was published, and its stream is not deleted. Of a finished encoder, `readers` are the nodes
     that have not said yet that they have the last version, in the order in which they began to read; `observed`:
     somebody who does not say so may be reading it too. `assets`: what nodes need beside the architecture; they were
@@ -186,6 +187,7 @@ class EncoderState(_State):
     layout: LayoutEntries = Field(default_factory=list)
     layout_digest: str = ""
     size: int = 0
+    shards: int = 1
     version: int = 0
     digest: str = ""
     members: dict[str, Member] = Field(default_factory=dict)

@@ -9,6 +9,7 @@ from common.numbers.slicing import payload_size, slice_count
 from common.wire.fields import MAX_COUNT
 from common.wire.to_master import UpdateManifest
 from common.wire.to_node import Reason, Receipt, receipt_hash
+from master_service.decisions.messages_out import shortened
 from master_service.decisions.records import UpdateFacts
 from master_service.decisions.state import Buffered, EncoderState
 from master_service.decisions.tally import changing
@@ -36,6 +37,8 @@ def refusal(
     size, chunks = payload_size(encoder.size, manifest.encoding), slice_count(encoder.size)
     if (manifest.size, manifest.chunks) != (size, chunks):
         return "size", f"{size} bytes in {chunks} chunks were expected, not {manifest.size} in {manifest.chunks}"
+    if manifest.shards != encoder.shards:
+        return "digest", f"the digest is of {manifest.shards} parts, {encoder.shards} were expected"
     if manifest.base_version > encoder.version:
         return "future", f"version {manifest.base_version} is not made yet, the newest is {encoder.version}"
     if facts is None:
@@ -91,11 +94,6 @@ def accepted(encoder: EncoderState, item: Buffered, weight: float, staleness: in
         weight=weight,
         return_count=returns,
     )
-
-
-def shortened(words: str) -> str:
-    """Words that may quote what somebody sent, cut to what a message takes."""
-    return words if len(words) <= 2000 else words[:1999] + "…"
 
 
 def count(encoder: EncoderState, item: Buffered, sign: Literal[1, -1]) -> None:

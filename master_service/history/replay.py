@@ -35,7 +35,7 @@ from master_service.decisions.state import EncoderState
 from master_service.decisions.weighing import grace_ends
 from master_service.history.fold import Check, Fold
 from master_service.history.snapshot import read_snapshot
-from master_service.log.message_log import MessageLog
+from master_service.log.message_log import MessageLog, logged_shards
 
 #: The reason of a dropped payload that nobody needs: its update was refused.
 REFUSED = "refused"
@@ -69,7 +69,11 @@ def origin(log: MessageLog) -> Origin:
         if each.resumed_at == each.last_whole
     ]
     if not reasons:
-        return Origin(Fold(Aggregator(log.payloads)), "; ".join(tails))
+        return Origin(Fold(Aggregator(log.payloads, log.updates)), "; ".join(tails))
+    if (logged_shards(log) or 1) > 1:
+        raise Damaged(
+            f"{'; '.join(reasons)}, and the snapshots of several aggregators are of no one moment to begin from"
+        )
     fold = read_snapshot(log.directory / "snapshots", log, oldest=True, at_least=gap)
     if fold.offset < 0:
         raise Damaged(f"{'; '.join(reasons)}, and there is no whole snapshot to begin from")
@@ -155,7 +159,7 @@ class Refold:
 
     def __post_init__(self) -> None:
         if self.fold is None:
-            self.fold = Fold(Aggregator(self.log.payloads))
+            self.fold = Fold(Aggregator(self.log.payloads, self.log.updates))
         self._at = 0.0
         self._reached: dict[tuple[str, int], int] = {}
         self._dropped = self.log.dropped()

@@ -245,7 +245,7 @@ def _read(path: Path, payloads: Payloads) -> tuple[Manifest, Fold[Aggregator]]:
     tensors = load_file(path / "tensors.safetensors")
     fold = Fold(Aggregator(payloads), state, manifest.offset)
     for name, encoder in state.encoders.items():
-        if encoder.layout:
+        if encoder.layout and encoder.shards == 1:  # else the numbers lie with its aggregators
             parameters = ParameterSet(Layout(encoder.layout), tensors[f"{name}/target"])
             fold.arithmetic.targets[name] = Target(parameters, tensors.get(f"{name}/momentum"))
     return manifest, fold

@@ -218,17 +218,25 @@ class Journal:
             self._pruned.set()
 
 
-def open_journal(config: MasterConfig, *, clock: Clock, background: Background = inline) -> Journal:
-    """The journal of a state directory, locked until it is closed.
+def open_journal(
+    config: MasterConfig,
+    *,
+    clock: Clock,
+    background: Background = inline,
+    snapshots: Callable[[MessageLog], Snapshots] = SnapshotDirectory,
+    on_removed: Callable[[str], None] | None = None,
+) -> Journal:
+    """The journal of a state directory, locked until it is closed. `snapshots`: those of its log; `on_removed` is told
+    the digest of each payload that is removed, in whatever thread.
 
     Raises LockHeld, which names the holder, Damaged, or StorageBlocked.
     """
     lock = DirectoryLock(config.state_dir)
     try:
-        ledger = open_log(config.state_dir)
+        ledger = open_log(config.state_dir, on_removed=on_removed)
         return Journal(
             ledger,
-            SnapshotDirectory(ledger),
+            snapshots(ledger),
             FileMark(config.state_dir / "handling"),
             Room(config.state_dir, free_bytes(config.state_dir), config.min_free),
             config,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import SharedEncoderError
-from master_service.log.message_log import MessageLog
 
 _FATAL_DEATHS = 2
 _SIZE = 256
@@ -67,10 +66,20 @@ class MemoryMark:
         """It stays as it is."""
 
 
+class Deaths(Protocol):
+    """How often a process has died of what, beyond its own death."""
+
+    def count_death(self, what: str) -> None:
+        """It died while it handled this."""
+
+    def deaths(self, what: str) -> int:
+        """How often it has died of this."""
+
+
 class Attempts:
     """`at` marks what is being worked on; what a predecessor died of is counted when this is made."""
 
-    def __init__(self, mark: Mark, log: MessageLog) -> None:
+    def __init__(self, mark: Mark, log: Deaths) -> None:
         self._log = log
         self._mark = mark
         self._working = False
@@ -97,7 +106,7 @@ class Attempts:
             self._mark.write("")
 
     def fatal(self, what: str) -> bool:
-        """Whether this has killed the master often enough."""
+        """Whether this has killed the process often enough."""
         return self._log.deaths(what) >= _FATAL_DEATHS
 
     def close(self) -> None:

@@ -11,17 +11,17 @@ import contextlib
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from common.errors import Damaged, UserError
-from master_service.decisions.records import Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
+from master_service.decisions.records import Configured, Entry, Loggable, Repaired, Skipped, UpdateFacts, pack, unpack
 from master_service.log.ledger import LEDGER, opened_to_read, opened_to_write
 from master_service.log.payload_files import FilePayloads
-from master_service.log.payloads import Incoming, Payloads
+from master_service.log.payloads import Incoming, Payloads, ReadablePayloads
 
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
@@ -85,8 +85,15 @@ class Row(NamedTuple):
         return self.checksum
 
 
-def open_log(directory: Path, *, read_only: bool = False, before: str = "", lasting: bool = True) -> MessageLog:
-    """The ledger `ledger.sqlite` of a state directory and the payloads beside it.
+def open_log(
+    directory: Path,
+    *,
+    read_only: bool = False,
+    before: str = "",
+    lasting: bool = True,
+    on_removed: Callable[[str], None] | None = None,
+) -> MessageLog:
+    """The ledger `ledger.sqlite` of a state directory and the payloads beside it. `on_removed` as of FilePayloads.
 
     `lasting` False: nothing is synced, for a log that may be lost with the machine. Raises FileNotFoundError if there
     is nothing to read, LedgerHeld, Damaged or UserError as MessageLog does.
@@ -95,13 +102,19 @@ def open_log(directory: Path, *, read_only: bool = False, before: str = "", last
         directory.mkdir(parents=True, exist_ok=True)
     db = (opened_to_read if read_only else opened_to_write)(directory / LEDGER)
     try:
-        payloads = FilePayloads(directory / "payloads", lasting=lasting)
+        payloads = FilePayloads(directory / "payloads", lasting=lasting, on_removed=on_removed)
         if not read_only:
             payloads.forget_incoming()
         return MessageLog(db, payloads, directory, read_only=read_only, before=before, lasting=lasting)
     except BaseException:
         db.close()
         raise
+
+
+def logged_shards(log: MessageLog) -> int | None:
+    """How many aggregators a log is of; None as long as no row says so."""
+    configured = [body for body in log.bodies("configured") if isinstance(body, Configured)]
+    return configured[-1].settings.shards if configured else None
 
 
 class MessageLog:
@@ -125,6 +138,8 @@ class MessageLog:
         self.directory = directory
         self.before = before
         self.payloads = payloads
+        #: The payloads of updates, to read: of a log of several aggregators, `payloads` has the digests of their parts.
+        self.updates: ReadablePayloads = payloads
         self._read_only = read_only
         self._db = db
         if db.in_transaction:

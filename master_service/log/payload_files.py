@@ -37,10 +37,13 @@ def payload_path(directory: Path, digest: str) -> Path:
 
 class FilePayloads:
     """A file each, whole or not there: it gets its name once all of it has come. `lasting` False: nothing is synced,
-    for a log that may be lost with the machine."""
+    for a log that may be lost with the machine. `on_removed` is told the digest of each that is removed."""
 
-    def __init__(self, directory: Path, *, lasting: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, lasting: bool = True, on_removed: Callable[[str], None] | None = None
+    ) -> None:
         self._directory = directory
+        self._on_removed = on_removed
         # as words: several paths are put together for each payload
         self._root, self._incoming = str(directory), str(directory / _INCOMING)
         self._lasting = lasting
@@ -131,6 +134,8 @@ class FilePayloads:
     def remove(self, digest: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(digest))
+        if self._on_removed is not None:
+            self._on_removed(digest)
 
     def stored(self) -> set[str]:
         return {path.name for path in self._directory.glob("??/*") if path.suffix != ".part"}

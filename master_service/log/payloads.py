@@ -27,17 +27,8 @@ class Incoming(Protocol):
         """Forget what has come. Nothing happens after `keep`."""
 
 
-class Payloads(Protocol):
+class ReadablePayloads(Protocol):
     """Bytes by digest. What is here may be damaged, or gone, whatever was written: `damage` says so."""
-
-    def write(self, payload: bytes) -> str:
-        """Store durably and give the digest; what is there already, and whole, is not written again."""
-
-    def receive(self, size: int) -> Incoming:
-        """A payload of so many bytes will come. Raises OSError, at once, if there is no room for all of it."""
-
-    def settle(self) -> None:
-        """Wait until all that was kept is durable. Raises OSError if it cannot be made so: then it never will be."""
 
     def read(self, digest: str, start: int = 0, length: int = -1) -> bytes:
         """The payload, or `length` bytes of it from `start`, unchecked. Raises FileNotFoundError."""
@@ -52,6 +43,19 @@ class Payloads(Protocol):
 
     def size(self, digest: str) -> int:
         """Bytes; 0 if it is not there."""
+
+
+class Payloads(ReadablePayloads, Protocol):
+    """Those of whoever writes them too."""
+
+    def write(self, payload: bytes) -> str:
+        """Store durably and give the digest; what is there already, and whole, is not written again."""
+
+    def receive(self, size: int) -> Incoming:
+        """A payload of so many bytes will come. Raises OSError, at once, if there is no room for all of it."""
+
+    def settle(self) -> None:
+        """Wait until all that was kept is durable. Raises OSError if it cannot be made so: then it never will be."""
 
     def remove(self, digest: str) -> None:
         """Delete a payload; nothing happens if it is not there."""

@@ -5,14 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from master_service.arithmetic.arithmetic import Measuring
 from master_service.decisions.records import UpdateFacts
 from master_service.log.payloads import Incoming
 
 
-class Arrived:
+class Arriving(Protocol):
     """`add` the slices in order; then `kept`, or `discard` at any time before."""
+
+    def add(self, body: bytes) -> None:
+        """The slice that comes next."""
+
+    def kept(self) -> UpdateFacts:
+        """All has come: it has a name now. Raises StorageBlocked; then it may be tried again."""
+
+    def discard(self) -> None:
+        """It is not wanted any more."""
+
+
+class Arrived:
+    """What arrives here as a whole.
+
+    `add` the slices in order; then `kept`, or `discard` at any time before."""
 
     def __init__(
         self,

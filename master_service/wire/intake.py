@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from common.clock import Clock
 from common.errors import Poison
+from common.numbers.slicing import shard_slices
 from common.wire.accounts import expect
 from common.wire.broker import Broker, Delivery, OnDelivery, Subscription
 from common.wire.codec import received
 from common.wire.to_master import UpdateChunk, UpdateManifest
 from common.wire.topology import Topology
 from common.wire.transfer import UpdateAssembly
-from master_service.wire.arriving import Arrived
+from master_service.wire.arriving import Arriving
 
 #: Chunks in flight while they are thrown away.
 _DISCARD_PREFETCH = 4
@@ -30,8 +32,31 @@ class CompleteUpdate:
     """An update that is here as a whole. `deliveries` are to be acked once it is durable; the last is its manifest."""
 
     manifest: UpdateManifest
-    arrived: Arrived
+    arrived: Arriving
     deliveries: tuple[Delivery, ...]
+
+
+class Fetching(Protocol):
+    """An update that is being fetched. `announcement`: the delivery of its manifest; `overtaken`: the order of one that
+    came in its place, 0 as long as none has."""
+
+    manifest: UpdateManifest
+    announcement: Delivery
+    overtaken: int
+
+    @property
+    def here(self) -> int:
+        """How many of its chunks have come."""
+
+    @property
+    def progress(self) -> str:
+        """How much of it is here, in words."""
+
+    def stop(self) -> None:
+        """All has come: fetch nothing more. What was delivered may still be acked; then `close`."""
+
+    def close(self) -> None:
+        """Stop fetching; what was not acked goes back to its queue."""
 
 
 class Intake:
@@ -49,20 +74,24 @@ class Intake:
         manifest: UpdateManifest,
         delivery: Delivery,
         on_delivery: OnDelivery,
-        arriving: Arrived,
+        arriving: Arriving,
+        *,
+        shard: int | None = None,
     ) -> None:
-        """`arriving` is whoever's gets the complete update, and discarded if it does not come to that."""
+        """`arriving` is whoever's gets the complete update, and discarded if it does not come to that. `shard`: this
+        one's part alone is fetched, from the queue for that."""
         self.manifest = manifest
         #: The delivery of the manifest.
         self.announcement = delivery
         self.overtaken = 0
         self._broker = broker
         self._topology = topology
-        self._arriving: Arrived | None = arriving
-        self._assembly = UpdateAssembly(manifest)
+        self._arriving: Arriving | None = arriving
+        part = shard_slices(manifest.chunks, manifest.shards)[shard] if shard is not None else range(manifest.chunks)
+        self._assembly = UpdateAssembly(manifest, part)
         self._taken: dict[int, Delivery] = {}
-        queue = topology.chunk_queue(manifest.node)
-        self._subscription: Subscription = broker.consume(queue, on_delivery, prefetch=manifest.chunks)
+        queue = topology.chunk_queue(manifest.node, shard)
+        self._subscription: Subscription = broker.consume(queue, on_delivery, prefetch=max(1, len(part)))
 
     def add(self, delivery: Delivery) -> CompleteUpdate | None:
         """Take one chunk; the update, once it is whole. Raises Poison; then the delivery is still to be set aside."""
@@ -121,6 +150,8 @@ class Discard:
         current: Callable[[str], str | None],
         clock: Clock,
         on_delivery: OnDelivery,
+        *,
+        shard: int | None = None,
     ) -> None:
         self.manifest = manifest
         self._current = current
@@ -129,7 +160,7 @@ class Discard:
         self._clock = clock
         self._begun = self._last = clock.monotonic()
         self._at_end = False
-        queue = topology.chunk_queue(manifest.node)
+        queue = topology.chunk_queue(manifest.node, shard)
         self._subscription: Subscription = broker.consume(queue, on_delivery, prefetch=_DISCARD_PREFETCH)
 
     def add(self, delivery: Delivery) -> None:

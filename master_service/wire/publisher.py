@@ -20,8 +20,8 @@ from common.wire.fields import AssetEntry
 from common.wire.numbering import Numbers
 from common.wire.to_node import Answer, Finish, Notice, Pulse, Rule, StatusReport
 from common.wire.topology import MIB, Topology
-from common.wire.versions import publish_version
-from master_service.arithmetic.arithmetic import Encoded
+from common.wire.versions import HINT_MARGIN_SECONDS, publish_version
+from master_service.arithmetic.arithmetic import Elsewhere, Encoded, Head
 from master_service.decisions.effects import Publish
 from master_service.decisions.messages_out import PUBLISH_AGAIN_SECONDS
 from master_service.log.payloads import Payloads
@@ -53,8 +53,11 @@ class Publisher:
         clock: Clock,
         ending: Signal,
         new_id: Callable[[], str],
+        receives: Callable[[str], None] | None = None,
     ) -> None:
+        """`receives`, if any, is called before a node is told its rule: it will send updates."""
         self.bytes_out = 0
+        self._receives = receives
         self.outbox = Outbox(self._send_together)
         self._broker = broker
         self._topology = topology
@@ -85,12 +88,19 @@ class Publisher:
         """To one node or observer."""
 
         def letter() -> Publication:
+            if isinstance(message, Rule) and (receives := self._receives) is not None:
+                self._persist(lambda: receives(to))
             exchange = self._topology.rule if isinstance(message, Rule) else self._topology.receipt
             # who only asks has an inbox for one answer
             numbered = not isinstance(message, Answer | StatusReport)
             return self._publication(exchange, to, message, self._numbers.to_one(to) if numbered else {})
 
         self.outbox.letter(letter)
+
+    def expect(self, node: str) -> None:
+        """A node may send what it owes, and no rule is sent to it: a broker with a new disk has nowhere for that."""
+        if (receives := self._receives) is not None:
+            self.outbox.action(lambda: self._persist(lambda: receives(node)))
 
     def broadcast(self, encoder_type: str, message: Message) -> None:
         """To every node that listens for this type."""
@@ -111,36 +121,29 @@ class Publisher:
         just_now = self._clock.monotonic() - ended_at < PUBLISH_AGAIN_SECONDS
         return not (effect.again and (epoch, effect.version) == last and just_now)
 
-    def version(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded) -> None:
+    def version(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded | Elsewhere) -> None:
         """Write a version to its encoder's stream."""
-        self.bytes_out += sum(len(body) for body in encoded.bodies)
+        self.bytes_out += encoded.size
         # until it is there it counts as written just now
         self._written[effect.encoder] = (epoch, effect.version), float("inf")
         self.outbox.action(partial(self._write, effect, epoch, layout_digest, encoded), large=True)
 
-    def _write(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded) -> None:
-        bodies, digest = encoded.bodies, encoded.digest
+    def _write(self, effect: Publish, epoch: int, layout_digest: str, encoded: Encoded | Elsewhere) -> None:
+        head = Head(effect.encoder, effect.version, epoch, layout_digest, effect.progress)
         stream = self._topology.stream(effect.encoder)
 
         def write() -> None:
             begins = self._ends.of(stream)
             try:
-                self._hints[effect.encoder] = publish_version(
-                    self._broker,
-                    self._topology,
-                    encoder=effect.encoder,
-                    epoch=epoch,
-                    version=effect.version,
-                    encoding=self._encoding,
-                    layout_digest=layout_digest,
-                    bodies=bodies,
-                    progress=effect.progress,
-                    declare=effect.encoder not in self._streams,
-                    digest=digest,
-                    clock=self._clock,
-                )
+                if effect.encoder not in self._streams:
+                    self._broker.declare(self._topology.parameters(effect.encoder, encoded.size))
+                self._hints[effect.encoder], digest = self._written_as(head, encoded)
                 self._streams.add(effect.encoder)
-                holds = self._ends.wrote(stream, len(bodies), sum(map(len, bodies)))
+                if digest is None:  # not all of it is there
+                    self._ends.forget(stream)
+                    return
+                self._digests[effect.encoder] = effect.version, digest
+                holds = self._ends.wrote(stream, encoded.chunks, encoded.size)
                 self._offsets[effect.encoder] = effect.version, begins if holds else None
             except Unroutable as error:  # somebody has deleted the stream: declared again when this is tried again
                 self._streams.discard(effect.encoder)
@@ -151,8 +154,28 @@ class Publisher:
         self._persist(write)
         if self._written.get(effect.encoder, ((), 0.0))[0] == (epoch, effect.version):
             self._written[effect.encoder] = (epoch, effect.version), self._clock.monotonic()
-        self._digests[effect.encoder] = effect.version, digest
         reached("after publish")
+
+    def _written_as(self, head: Head, encoded: Encoded | Elsewhere) -> tuple[float, str | None]:
+        """From when on a version is to be read, and its digest, once all of it is on its stream."""
+        if isinstance(encoded, Elsewhere):
+            hint = max(0.0, self._clock.now() - HINT_MARGIN_SECONDS)
+            return hint, encoded.publish(head)
+        hint = publish_version(
+            self._broker,
+            self._topology,
+            encoder=head.encoder,
+            epoch=head.epoch,
+            version=head.version,
+            encoding=self._encoding,
+            layout_digest=head.layout_digest,
+            bodies=encoded.bodies,
+            progress=head.progress,
+            declare=False,
+            digest=encoded.digest,
+            clock=self._clock,
+        )
+        return hint, encoded.digest
 
     def provide(self, encoder: str, assets: Sequence[AssetEntry], payloads: Payloads) -> None:
         """Write the assets of an encoder to their stream, one after the other. One that is not whole on disk is left

@@ -1,8 +1,8 @@
 """Where the streams of versions end, so that a notice can say where a version begins and a node skips what it will not
 adopt.
 
-A broker tells a publisher no offsets. But the master is the only writer of these streams: once it has looked where one
-ends, it counts what it writes there. What is told may be too low, which costs a reader a few messages: RabbitMQ gives
+A broker tells a publisher no offsets. But nobody writes to these streams but the master, and who does it for it (see
+`shards`), one version after the other: once it has looked where one ends, it counts what is written there. What is told may be too low, which costs a reader a few messages: RabbitMQ gives
 an offset to what it notes at the beginning of a segment, and what was published again after a reconnect counts twice.
 So it is looked at again once a quarter of a segment may have been written, which a look of some milliseconds is small
 beside. It must not be too high, for then a reader waits in vain for some seconds: a broker that was killed may have

@@ -17,8 +17,11 @@ from common.wire.to_master import UpdateManifest
 from common.wire.topology import Topology
 from common.wire.versions import SLOW_LINE
 from master_service.decisions.turns import LINE_UPDATES, Turns, Waiting
+from master_service.wire import orders
 from master_service.wire.arriving import Arrived
-from master_service.wire.intake import CompleteUpdate, Discard, Intake
+from master_service.wire.intake import CompleteUpdate, Discard, Fetching, Intake
+from master_service.wire.parts import PartsIntake
+from master_service.wire.shards import Shards
 
 #: After refused updates' chunks were thrown away for some time, for so many times as long none are: what one node
 #: sends in vain takes a small share of the line.
@@ -45,18 +48,21 @@ class Updates:
         current: Callable[[str], str | None],
         clock: Clock,
         on_delivery: OnDelivery,
+        discard: Callable[[UpdateManifest], None] | None = None,
     ) -> None:
         """`patience`: seconds without a further chunk after which a node is asked to send its update again. `current`
-        gives a node's incarnation, None for one that has not joined."""
+        gives a node's incarnation, None for one that has not joined. `discard`: somebody else throws away the chunks of
+        a refused update."""
         self._broker = broker
         self._topology = topology
         self._patience = patience
         self._current = current
         self._clock = clock
         self._on_delivery = on_delivery
+        self._discard_elsewhere = discard
         self._turns: Turns[_Announced] = Turns()
         #: By chunk queue.
-        self._intakes: dict[str, Intake] = {}
+        self._intakes: dict[str, Fetching] = {}
         #: By node: updates that are to be asked for again, each by its name.
         self._later: dict[str, OrderedDict[tuple[str, ...], UpdateManifest]] = {}
         #: Nodes of which something was dropped that is not asked for by name.
@@ -137,7 +143,9 @@ class Updates:
         """The update whose turn it is does not count: its chunks are thrown away when there is time for it. Gives its
         manifest's delivery, which is still to be acked."""
         manifest, delivery = self._turns.answered().item
-        if manifest.data is None:
+        if self._discard_elsewhere is not None:
+            self._discard_elsewhere(manifest)
+        elif manifest.data is None:
             self._refused.pop(manifest.node, None)
             self._refused[manifest.node] = manifest.bare()
         return delivery
@@ -164,15 +172,23 @@ class Updates:
 
     def fetch(self, arriving: Arrived) -> None:
         """Begin to fetch the update whose turn it is; its slices go into `arriving`."""
+        broker, topology, hear = self._broker, self._topology, self._on_delivery
+        self._begin(lambda manifest, delivery: Intake(broker, topology, manifest, delivery, hear, arriving))
+
+    def fetch_parts(self, shards: Shards, keep: Callable[[bytes], str]) -> None:
+        """Have it fetched by these; `keep` as of a PartsIntake."""
+        self._begin(lambda manifest, delivery: PartsIntake(shards, manifest, delivery, keep))
+
+    def _begin(self, begin: Callable[[UpdateManifest, Delivery], Fetching]) -> None:
         manifest, delivery = self._turns.begun(self._clock.monotonic()).item
         if self._discard is not None and self._discard.manifest.node == manifest.node:
             self._end_discard()
         # an intake throws away what was sent before its own
         self._refused.pop(manifest.node, None)
         queue = self._topology.chunk_queue(manifest.node)
-        self._intakes[queue] = Intake(self._broker, self._topology, manifest, delivery, self._on_delivery, arriving)
+        self._intakes[queue] = begin(manifest, delivery)
 
-    def intake(self, node: str) -> Intake:
+    def intake(self, node: str) -> Fetching:
         """What is fetched of a node. Raises KeyError if nothing is."""
         return self._intakes[self._topology.chunk_queue(node)]
 
@@ -186,13 +202,27 @@ class Updates:
             self._discard.add(delivery)
             return None
         intake = self._intakes[delivery.queue]
+        return self._came(intake, lambda: intake.add(delivery)) if isinstance(intake, Intake) else None
+
+    def reported(self, report: orders.Arriving) -> CompleteUpdate | None:
+        """What an aggregator fetches of a node has come further; the update, once all of its parts are whole."""
+        intake = self._intakes.get(self._topology.chunk_queue(report.node))
+        return self._came(intake, lambda: intake.add(report)) if isinstance(intake, PartsIntake) else None
+
+    def greeted(self, shard: int) -> None:
+        """An aggregator is here again, and may have lost what it was to fetch."""
+        for intake in self._intakes.values():
+            if isinstance(intake, PartsIntake):
+                intake.take(shard)
+
+    def _came(self, intake: Fetching, add: Callable[[], CompleteUpdate | None]) -> CompleteUpdate | None:
         here = intake.here
-        update = intake.add(delivery)
+        update = add()
         if intake.here > here:
             self._turns.came(intake.manifest.node, self._clock.monotonic())
         return update
 
-    def in_vain(self) -> Intake | None:
+    def in_vain(self) -> Fetching | None:
         """An intake that it is no use to wait for: its chunks are overdue, or overtaken; None if there is none."""
         overtaken = next((intake for intake in self._intakes.values() if intake.overtaken), None)
         if overtaken is not None:

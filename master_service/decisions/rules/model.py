@@ -76,6 +76,11 @@ class CombineRule(_Part):
         return self.how != "mean"
 
     @property
+    def needs_all_parameters(self) -> bool:
+        """Whether updates are compared as a whole, and not coordinate by coordinate."""
+        return self.how in ("geometric-median", "centered-clip")
+
+    @property
     def needs(self) -> int:
         """The distinct nodes without which there is no version: with 2f + 1 a majority is honest, with two more the
         honest ones are more than one around whatever is in the middle."""

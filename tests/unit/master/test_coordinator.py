@@ -413,7 +413,14 @@ def test_requests_while_the_encoder_is_made_and_when_it_cannot_be_made() -> None
     # the name is an id too, however long the type's is; and a reason of any length is told
     answers = run.apply(GenerationFailed(encoder=generate.encoder, reason="why " * 2000))
     assert [(e.to, e.message.accepted) for e in answers if isinstance(e, Send)] == [("one", False), ("two", False)]
+    # the nodes that could have trained it are told too, those that come later included
+    [told] = [effect for effect in answers if isinstance(effect, Broadcast)]
+    assert isinstance(told.message, Withdrawn) and told.message.reason.startswith("why why ")
+    joining = Join(node="a", incarnation="first", types=["t" * 64])
+    assert sent(run.apply(joining), Withdrawn, "a") == [told.message]
+    assert not sent(run.apply(joining.model_copy(update={"types": ["other"]})), Withdrawn)
     assert isinstance(run.apply(Get(sender="one", encoder_type="t" * 64))[0], Generate), "a failed one may be retried"
+    assert not sent(run.apply(joining), Withdrawn), "there is something to wait for again"
 
 
 def test_a_version_that_nobody_waits_for_is_published_every_so_often() -> None:

@@ -137,3 +137,23 @@ def test_f14_settings_given_as_a_whole_come_out_and_without_a_difference_nothing
     assert made == wanted.model_copy(update={"architecture": logged.architecture})
     assert (made == logged) == (differences(logged, made) == [])
     assert settings_of_start(made, Settings(), given) == made, "the next start with the same settings needs no --change"
+
+
+@pytest.mark.parametrize("given", [None, {"shards": 3}])
+def test_a_log_goes_on_with_as_many_aggregators(given: dict[str, Any] | None) -> None:
+    """Also where all is meant, and whatever may be changed."""
+    logged = Settings(shards=2)
+    assert settings_of_start(logged, Settings(), {}).shards == 2
+    with pytest.raises(UserError, match="this log is of 2 and stays so"):
+        settings_of_start(logged, Settings(shards=3), given, change=True)
+
+
+@pytest.mark.parametrize("how", ["median", "trimmed-mean", "geometric-median", "centered-clip"])
+def test_aggregators_compute_rules_that_go_coordinate_by_coordinate(how: str) -> None:
+    rule = aggregation_rule("fedavg", {"combine": {"how": how}, "weights": {"samples_power": 0}})
+    wanted = Settings(rule=rule, shards=2, min_nodes=5)
+    if how in ("median", "trimmed-mean"):
+        assert settings_of_start(None, wanted, None) == wanted
+    else:
+        with pytest.raises(UserError, match=f"{how} compares whole updates"):
+            settings_of_start(None, wanted, None)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from torch import Tensor, nn
 
 from common.brokers.memory import MemoryBroker, MemoryServer
@@ -22,7 +23,7 @@ from common.errors import LockHeld, UserError
 from common.numbers.encodings import decode_vector, encode_vector
 from common.numbers.layout import Layout
 from common.wire.to_master import Fetch, Finished, UpdateManifest
-from common.wire.to_node import Finish, Instruction, Notice, ParameterChunk, Receipt, Rule
+from common.wire.to_node import Finish, Instruction, Notice, ParameterChunk, Receipt, Rule, Withdrawn
 from common.wire.topology import Topology
 from common.wire.transfer import CompleteVersion
 from common.wire.update_rule import FinishRule, UpdateRule
@@ -39,6 +40,7 @@ from node_service.training import checkpoint
 from node_service.training.private_parts import load_private
 from node_service.training.session import Session
 from node_service.training.training import update_manifest
+from tests.unit.stepped import HandMaster, SteppedNode
 
 DIGEST = "0" * 64
 SIZE = 48
@@ -793,3 +795,15 @@ def test_looking_is_quiet_and_gives_way() -> None:
     assert failed.version is None and failed.wanted == 3 and "did not come" in failed.problem
     reading.close()
     broker.close()
+
+
+def test_a_node_that_waits_says_why_the_encoder_it_could_have_trained_was_not_made() -> None:
+    server, clock = MemoryServer(VirtualClock().now), VirtualClock(1000.0)
+    master, node = HandMaster(server, clock), SteppedNode(server, clock).start()
+    why = Withdrawn(encoder="text-1", encoder_type="text", reason="data/words: no such file")
+    with capture_logs() as lines:
+        for said in (why.model_copy(update={"encoder": "image-1", "encoder_type": "image"}), why):
+            master.say(said)
+            node.turn()
+    assert [line["reason"] for line in lines if "could not make" in line["event"]] == [why.reason]
+    assert node.node.figures.note == "waiting for another: text-1 could not be made: data/words: no such file"
