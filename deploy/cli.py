@@ -27,10 +27,10 @@ from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
 
 app = typer.Typer(
     name="shared-encoder",
-    help="Organisations pre-train one shared encoder together over RabbitMQ; no sample leaves its owner.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 request_app = typer.Typer(
     help="Ask a running master for an encoder, for more training, or to stop.", no_args_is_help=True
@@ -68,7 +68,28 @@ WaitForBroker = Annotated[
         "--wait-for-broker", metavar="S", min=0, help="seconds to wait for it at the start", show_default="60"
     ),
 ]
+Aggregators = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="state directory of one of the log's aggregators; name each, if it has several"),
+]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic", show_default="1")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"shared-encoder {version('shared-encoder')}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared_encoder(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Organisations pre-train one shared encoder together over RabbitMQ; no sample leaves its owner."""
 
 
 @app.command()
@@ -128,6 +149,10 @@ def master(
         bool, typer.Option("--change", help="go on with the settings given here where the message log has others")
     ] = False,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when every encoder is finished")] = False,
+    shards: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="leave the numbers to N aggregators, a part each", show_default="1: none"),
+    ] = None,
     threads: Threads = None,
     json: JsonLogs = False,
 ) -> None:
@@ -142,6 +167,7 @@ def master(
             "state_dir": state,
             "export_dir": export,
             "exit_when_finished": once or None,
+            "shards": shards,
             "threads": threads,
         },
         "encoder": {"get": get, "tokenizer": tokenizer, "reference": reference, "min_nodes": min_nodes},
@@ -149,6 +175,32 @@ def master(
         "stop": stop,
     }
     run_master(config, flags, change=change, credentials=credentials)
+
+
+@app.command()
+def aggregator(
+    shard: Annotated[str, typer.Option(metavar="K/N", help="which it is of how many: 1/2, or 2/2")],
+    config: ConfigFile = None,
+    credentials: Credentials = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+    wait: WaitForBroker = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="its part of updates and versions", show_default="aggregator-state/K-of-N"),
+    ] = None,
+    threads: Threads = None,
+    json: JsonLogs = False,
+) -> None:
+    """Run one of several aggregators, which hold a part of every encoder each; of a master with `--shards N`."""
+    from deploy.commands.aggregator import run_aggregator
+
+    flags: dict[str, Any] = {
+        "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
+        "log": {"json_lines": json or None},
+        "master": {"threads": threads},
+    }
+    run_aggregator(shard, state, config, flags, credentials=credentials)
 
 
 @app.command()
@@ -352,11 +404,12 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where AutoModel.from_pretrained will find it")] = Path(
         "encoder"
     ),
+    aggregator: Aggregators = None,
 ) -> None:
     """Rebuild any version of an encoder from the message log and write it for transformers."""
     from deploy.commands.replay import export_version
 
-    export_version(encoder, state, version, out)
+    export_version(encoder, state, version, out, aggregator or ())
 
 
 @app.command()
@@ -376,6 +429,7 @@ def replay(
         list[str] | None, typer.Option(metavar="NODE", help="leave out what this node said; may be repeated")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="a line for every version")] = False,
+    aggregator: Aggregators = None,
 ) -> None:
     """Rebuild every version from the message log and compare the bits, or see what another rule makes of it.
 
@@ -392,6 +446,7 @@ def replay(
         changes=set_ or (),
         without=without or (),
         every=every,
+        aggregators=aggregator or (),
     )
 
 

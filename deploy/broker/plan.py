@@ -64,17 +64,22 @@ class Account:
 
 def master_account(topology: Topology) -> Account:
     """It declares the exchanges, its own queues, the dead letters and the streams, and alone writes to the latter two;
-    it reads the chunk queue of every node."""
+    it reads the chunk queue of every node. Its aggregators, if it has any, share the account: they declare what they
+    and the master talk by, and the queues of their parts of a node's updates."""
     exchanges, queues = _names(topology.master())
+    exchanges, queues = [*exchanges, topology.shard], [*queues, topology.master_shards]
     own = (topology.master_lock, note_queue(topology.master_lock))
     speaks = (topology.instruction, topology.rule, topology.receipt, topology.parameter, topology.asset, topology.lock)
     hears = (topology.ack, topology.request, topology.update, topology.parameter, topology.asset, topology.lock)
+    chunks, shards = _any_below(topology.chunk_queue("")), _numbered(topology.shard)
+    lock = rf"{shards}\.lock"
+    also = (*_streams(topology), shards, rf"{lock}\.holder", rf"{chunks}\.[0-9]+")
     return Account(
         topology.account("master"),
-        configure=_only(*exchanges, topology.lock, *queues, *own, also=_streams(topology)),
-        write=_only(*speaks, *queues, own[1], also=_streams(topology)),
-        read=_only(*hears, *queues, own[1], also=(*_streams(topology), _any_below(topology.chunk_queue("")))),
-        topics=(Topic(topology.lock, _only(topology.master_lock), _only(topology.master_lock)),),
+        configure=_only(*exchanges, topology.lock, *queues, *own, also=(*also, lock)),
+        write=_only(*speaks, topology.shard, *queues, own[1], also=also),
+        read=_only(*hears, topology.shard, *queues, own[1], also=(*also, chunks)),
+        topics=(Topic(topology.lock, *2 * (_only(topology.master_lock, also=(lock,)),)),),
     )
 
 
@@ -92,7 +97,7 @@ def node_account(topology: Topology, node: str, *, may_request: bool = False) ->
         topics=(
             Topic(topology.ack, _only(node)),
             Topic(topology.request, _only(*(f"{node}.{word}" for word in says))),
-            Topic(topology.update, _only(f"{node}.chunk", f"{node}.ready")),
+            Topic(topology.update, _only(f"{node}.chunk", f"{node}.ready", also=(_numbered(f"{node}.chunk"),))),
             Topic(topology.lock, _only(lock)),
         ),
         connections=NODE_CONNECTIONS,
@@ -177,6 +182,11 @@ def _streams(topology: Topology) -> tuple[str, str]:
 def _any_below(prefix: str) -> str:
     """A pattern for the names that go on behind this with one word."""
     return f"{_literal(prefix)}[^.]+"
+
+
+def _numbered(prefix: str) -> str:
+    """The same where that word is a number."""
+    return f"{_literal(prefix)}\\.[0-9]+"
 
 
 def _only(*names: str, also: tuple[str, ...] = ()) -> str:

@@ -26,9 +26,9 @@ def clean(flags: dict[str, Any], file: Path | None, state: Path, *, everything: 
         for entry in log.entries():
             coordinator.handle(entry)
     topology = topology_of(config)
-    encoders = coordinator.state.encoders
+    encoders, shards = coordinator.state.encoders, coordinator.state.settings.shards
     ended = [name for name, encoder in encoders.items() if encoder.status in ("finished", "failed")]
-    names = topology.queue_names(coordinator.state.nodes, encoders) if everything else topology.streams(ended)
+    names = topology.queue_names(coordinator.state.nodes, encoders, shards) if everything else topology.streams(ended)
     broker = connect(config, topology, "clean", master=True)
     try:
         broker.lock(topology.master_lock, lambda: None)

@@ -22,7 +22,7 @@ from deploy.commands.display import console, number, saying, size
 from deploy.commands.progress import counting
 from deploy.logging import configure_logging
 from master_service.log.jsonl import export_log, is_export, opened
-from master_service.log.message_log import Row, open_log
+from master_service.log.message_log import Row, logged_shards, open_log
 from master_service.log.payload_files import payload_path
 
 if TYPE_CHECKING:
@@ -232,6 +232,11 @@ def prune_log(state: Path, keep: str, *, dry_run: bool) -> None:
     lock = DirectoryLock(state)
     try:
         log = open_log(state)
+        if (shards := logged_shards(log) or 1) > 1:
+            raise UserError(
+                f"what nodes sent lies with the {shards} aggregators of this log, which drop it when a running master "
+                'tells them: set master.retention = "since-snapshot"'
+            )
         kept = kept_snapshots(state / "snapshots")
         if len(kept) < 2:
             print("nothing is dropped: with fewer than two snapshots a start may need every payload")

@@ -22,6 +22,7 @@ from master_service.decisions.rules.model import AggregationRule, aggregation_ru
 from master_service.decisions.settings import Settings
 from master_service.log.jsonl import opened
 from master_service.log.message_log import MessageLog
+from master_service.shards.gathered import gather
 
 if TYPE_CHECKING:
     from common.numbers.parameters import ParameterSet
@@ -45,8 +46,10 @@ def run_replay(
     changes: Sequence[str],
     without: Sequence[str],
     every: bool,
+    aggregators: Sequence[Path] = (),
 ) -> None:
     """Verify every version, and write one with `out`; with a rule, changes or nodes to leave out: decide anew.
+    `aggregators`: the state directories of those that the log is of.
 
     Raises Damaged at the first version that does not come out as it was published, UserError for what is not there.
     """
@@ -56,6 +59,7 @@ def run_replay(
     if out is not None:
         check_export_directory(out)
     with opened(state) as log:
+        gather(log, aggregators)
         with saying("loading torch"):
             import torch
         configure_logging(level="warning")
@@ -68,9 +72,19 @@ def run_replay(
         _decide_anew(log, change, without, encoder=encoder, out=out, how=partial(_how, rule, changes))
 
 
-def export_version(encoder: str, state: Path, version: int | None, out: Path) -> None:
+def export_version(encoder: str, state: Path, version: int | None, out: Path, aggregators: Sequence[Path] = ()) -> None:
     """Rebuild a version from the message log and write it for transformers. Raises UserError if it is not there."""
-    run_replay(state, encoder=encoder, version=version, out=out, rule=None, changes=(), without=(), every=False)
+    run_replay(
+        state,
+        encoder=encoder,
+        version=version,
+        out=out,
+        rule=None,
+        changes=(),
+        without=(),
+        every=False,
+        aggregators=aggregators,
+    )
 
 
 # --- what was published --------------------------------------------------------------------------------------------
@@ -187,7 +201,9 @@ def _export(
 
         export_encoder(out, state, settings, parameters, log.payloads, note)
     print(
-        f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters {parameters.digest()}"
+        f"version {state.version} of {state.encoder} written to {out}, sha256 of its parameters "
+        # as it was published: of several aggregators, of the digests of their parts
+        f"{parameters.digest() if note else state.digest}"
     )
 
 

@@ -38,7 +38,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
 #: Who was asked to end waits no longer than this for a broker that is away, and looks so often, seconds.
 _AWAY_SECONDS, _LOOK_SECONDS = 2.0, 0.2
 #: What a service writes is its owner's alone: files 0600, folders 0700.
-_OWNER_ONLY = 0o077
+OWNER_ONLY = 0o077
 
 
 def run_master(
@@ -49,7 +49,7 @@ def run_master(
     `credentials`: the master's file from `broker init`. `change`: settings that are given and are not those of the
     message log hold from here on, instead of a UserError.
     """
-    os.umask(_OWNER_ONLY)
+    os.umask(OWNER_ONLY)
     config = load_config(file, merged(flags, credentials)[0])
     decided = config.settings()
     check_writable(config.master.state_dir, config.master.state_dir)
@@ -110,7 +110,7 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
 
     `given`: the node's id, which may be left out where `credentials`, the file of `broker add-node`, has it. `flags`
     have a section `node` for it."""
-    os.umask(_OWNER_ONLY)
+    os.umask(OWNER_ONLY)
     flags, owner = merged(flags, credentials)
     name = node_of(given, owner)
     config = load_config(file, {**{key: flags[key] for key in ("broker", "log")}, "nodes": {name: flags["node"]}})

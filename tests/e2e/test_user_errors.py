@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,18 @@ def test_a_node_without_what_it_needs(corpus: Path, arguments: list[str], words:
     assert words in result.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1/1", "1/65", "first", "2"])
+def test_an_aggregator_that_is_none_of_several(shard: str) -> None:
+    result = shared_encoder("aggregator", "--shard", shard)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"--shard {shard}: say which it is of how many" in result.stderr
+
+
 def test_a_wrong_flag_and_help(tmp_path: Path) -> None:
     result = shared_encoder("master", "--verions", "3")
     assert result.returncode == 2 and "--versions" in result.stderr
-    assert shared_encoder("--help").returncode == 0
+    assert shared_encoder("--help").returncode == shared_encoder("log", "show", "-h").returncode == 0
+    assert shared_encoder("--version").stdout == f"shared-encoder {version('shared-encoder')}\n"
     # what makes it quick: none of these is imported to print the help
     code = "import deploy.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pika', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,7 +16,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from common.brokers import open_broker
 from common.errors import AccessRefused, LockHeld, UserError
-from common.wire.broker import Broker, Delivery
+from common.wire.broker import Broker, Delivery, Publication
 from common.wire.topology import Topology
 from deploy.broker.admin import Ctl, Management
 from deploy.broker.credentials import merged, read
@@ -96,6 +96,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         with_master = made.connect("master", master=True)
         with_master.declare(TOPOLOGY.master())
         with_master.declare(TOPOLOGY.parameters("text-1", 1))
+        for party in "ab":
+            with_master.declare(TOPOLOGY.shard_chunks(party, 2))
+        with_master.declare(TOPOLOGY.shards(2))
         with_master.close()
         yield made
 
@@ -116,6 +119,10 @@ ATTACKS: dict[str, tuple[Callable[[Any], Any], int, str]] = {
     "read b's inbox": (reading(INBOX), 403, "queue 'fed.node.b.inbox'"),
     "read the master's signs of life to b": (reading(TOPOLOGY.pulse_queue("b")), 403, "queue 'fed.node.b.pulse'"),
     "read b's updates": (reading(TOPOLOGY.chunk_queue("b")), 403, "queue 'fed.update.b'"),
+    "read its part of b's updates": (reading(TOPOLOGY.chunk_queue("b", 0)), 403, "queue 'fed.update.b.1'"),
+    "read what an aggregator is told": (reading(TOPOLOGY.shard_queue(0)), 403, "queue 'fed.shard.1'"),
+    "tell an aggregator": (publishing(TOPOLOGY.shard, "to.1"), 403, "exchange 'fed.shard'"),
+    "send a part as b": (publishing(TOPOLOGY.update, "b.chunk.1"), 403, "topic 'b.chunk.1'"),
     "take back what it has sent": (reading(TOPOLOGY.chunk_queue("a")), 403, "queue 'fed.update.a'"),
     "read the master's inbox": (reading(TOPOLOGY.master_inbox), 403, "queue 'fed.master.inbox'"),
     "read everybody's manifests": (reading(TOPOLOGY.master_updates), 403, "queue 'fed.master.updates'"),
@@ -206,6 +213,23 @@ def test_a_node_has_its_lock_and_a_second_one_is_told_who_holds_it(
     finally:
         first.close()
         second.close()
+
+
+def test_an_aggregator_lives_by_the_masters_account_and_nodes_send_it_their_parts(federation: Federation) -> None:
+    arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    broker, node = federation.connect("master", master=True), federation.connect("a")
+    try:
+        broker.lock(TOPOLOGY.shard_lock(1), lambda: None)
+        broker.consume(TOPOLOGY.shard_queue(1), arrived.put, prefetch=1)
+        broker.consume(TOPOLOGY.chunk_queue("a", 1), arrived.put, prefetch=1)
+        broker.publish(Publication(TOPOLOGY.shard, TOPOLOGY.shard_key(1), b"order"))
+        node.publish(Publication(TOPOLOGY.update, TOPOLOGY.chunk_key("a", 1), b"part"))
+        found = sorted([arrived.get(timeout=10.0), arrived.get(timeout=10.0)], key=lambda delivery: delivery.body)
+        assert [(each.body, each.user_id) for each in found] == [(b"order", "fed.master"), (b"part", "fed.a")]
+        assert broker.status().problem == ""
+    finally:
+        broker.close()
+        node.close()
 
 
 def test_a_node_whose_queues_were_not_made_is_told_who_makes_them(federation: Federation) -> None:

@@ -42,7 +42,7 @@ NODES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True).filter(
 AWKWARD = st.sampled_from(
     ["a", "A", "a-b", "ab", "inbox", "update", "parameters", "lock", "node", "masters", "_".join("ab")]
 )
-SAID = (*NODE_SAYS, "get", "update", "status", "stop", "ready", "chunk")
+SAID = (*NODE_SAYS, "get", "update", "status", "stop", "ready", "chunk", "chunk.1", "chunk.64", "chunk.x", "chunk.1.1")
 
 
 def everything(topology: Topology, *nodes: str) -> tuple[set[str], set[str]]:
@@ -74,7 +74,9 @@ def test_a_node_reaches_its_own_and_nothing_else(namespace: str, nodes: list[str
         "where there is no topic permission every key is allowed"
     )
     for exchange, who, word in product(writable, (node, other), SAID):
-        allowed = {topology.request: NODE_SAYS, topology.update: ("ready", "chunk")}.get(exchange, ())
+        allowed = {topology.request: NODE_SAYS, topology.update: ("ready", "chunk", "chunk.1", "chunk.64")}.get(
+            exchange, ()
+        )
         assert mine.permits("write", exchange, f"{who}.{word}") == (who == node and word in allowed)
     assert mine.permits("write", topology.ack, node) and not mine.permits("write", topology.ack, other)
     assert mine.permits("write", topology.lock, topology.node_lock(node))
@@ -87,14 +89,21 @@ def test_a_node_reaches_its_own_and_nothing_else(namespace: str, nodes: list[str
 def test_the_master_may_do_what_it_declares_and_speaks_for_no_node(namespace: str, node: str) -> None:
     topology = Topology(namespace, own_accounts=True)
     mine = master_account(topology)
-    for declarations in (topology.master(), topology.parameters("text-1", 1), topology.assets("text-1", 1)):
+    streams = (topology.parameters("text-1", 1), topology.assets("text-1", 1))
+    shards = (topology.shards(64), topology.shard_chunks(node, 64))
+    for declarations in (topology.master(), *streams, *shards):
         for each in (*declarations.exchanges, *declarations.queues):
             assert mine.permits("configure", each.name)
         for binding in declarations.bindings:
             assert mine.permits("write", binding.queue)
             assert mine.permits("read", binding.exchange, binding.routing_key)
-    for name in (topology.chunk_queue(node), topology.master_inbox, topology.master_updates):
+    of_shards = (topology.shard_queue(0), topology.master_shards, topology.chunk_queue(node, 63))
+    for name in (topology.chunk_queue(node), topology.master_inbox, topology.master_updates, *of_shards):
         assert mine.permits("read", name)
+    for lock in (topology.master_lock, topology.shard_lock(11)):
+        assert mine.permits("write", topology.lock, lock)
+        assert all(mine.permits(action, note_queue(lock)) for action in ("configure", "write", "read"))
+    assert mine.permits("write", topology.shard, topology.shard_key(3))
     for exchange in (topology.instruction, topology.rule, topology.receipt, topology.parameter, topology.asset):
         assert mine.permits("write", exchange, node)
     assert mine.permits("write", topology.dead_letters, "invalid")
