@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=100, help="faults to inject [default: 100]")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the random choices [default: the time]")
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=1, help="aggregators, that die too, if more than 1 [default: 1]")
     parser.add_argument("--preset", default="return-count")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave logs and state directories there")
     chosen = parser.parse_args()
@@ -29,7 +30,7 @@ def main() -> int:
     console.print(f"seed {chosen.seed}, state in {directory}", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Arena(directory, chosen.seed, nodes=chosen.nodes, preset=chosen.preset) as arena,
+        Arena(directory, chosen.seed, nodes=chosen.nodes, preset=chosen.preset, shards=chosen.shards) as arena,
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("faults", total=chosen.n)

@@ -60,8 +60,29 @@ NODE_STEPS = {
     "node after send": 25,
     "node after ack": 25,
 }
-#: A step that is not reached within so many seconds is not waited for: the process is killed where it is.
-_PATIENCE_SECONDS = 6.0
+#: Of an aggregator; it writes payloads as a master does.
+SHARD_STEPS = {
+    "shard after place": 2,
+    "shard before begun": 1,
+    "shard before taken": 6,
+    "shard after take": 6,
+    "shard after ack": 6,
+    "shard after discard": 2,
+    "shard after taking back": 1,
+    "shard before stepped": 6,
+    "shard after step": 6,
+    "shard before issue": 3,
+    "shard after issue": 3,
+    "shard during snapshot": 2,
+    "shard after snapshot": 2,
+}
+#: While version 0 comes, which is at the very beginning alone.
+_FIRST_STEPS = ("shard after place", "shard before begun")
+#: A step that is not reached within so many seconds is not waited for: the process is killed where it is. With
+#: aggregators an update is the work of more processes, all of which must be there.
+_PATIENCE_SECONDS, _WIDE_PATIENCE_SECONDS = 6.0, 12.0
+#: How fast a node trains: the updates of an encoder of three slices have megabytes.
+_STEPS_PER_SECOND, _WIDE_STEPS_PER_SECOND = 40.0, 5.0
 #: RabbitMQ 3 writes a fresh queue's declaration to disk a moment later; killed within it, the queue is broken.
 _SETTLED_SECONDS = 8.0
 #: After a restart of the broker a process that was just starting may have ended for want of it.
@@ -78,10 +99,12 @@ class Arena:
         *,
         nodes: int = 3,
         preset: str = "return-count",
-        steps_per_second: float = 40.0,
+        steps_per_second: float | None = None,
         cluster: bool = False,
+        shards: int = 1,
     ) -> None:
-        """`cluster`: over three servers instead of one, all of which keep everything."""
+        """`cluster`: over three servers instead of one, all of which keep everything. `shards`: so many aggregators
+        have the numbers, of an encoder of three slices."""
         self.random = random.Random(seed)
         self.directory = directory
         self.namespace = f"faults-{seed}"
@@ -91,11 +114,13 @@ class Arena:
         self._broker: LocalRabbitMQ | LocalCluster = self.cluster if cluster else self.rabbitmq
         self.urls = self.cluster.urls if cluster else (self.rabbitmq.url,)
         self.nodes = [chr(ord("a") + index) for index in range(nodes)]
+        self.aggregators = [f"aggregator-{number + 1}" for number in range(shards)] if shards > 1 else []
         self.kills = 0
         self.restarts = 0
         self.by_step: dict[str, int] = {}
         self._preset = preset
-        self._steps_per_second = steps_per_second
+        self._patience = _WIDE_PATIENCE_SECONDS if shards > 1 else _PATIENCE_SECONDS
+        self._steps_per_second = steps_per_second or (_WIDE_STEPS_PER_SECOND if shards > 1 else _STEPS_PER_SECOND)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.victim"])
         self._processes: dict[str, ForkServerProcess] = {}
@@ -117,21 +142,27 @@ class Arena:
 
     def run(self, faults: int, on_fault: Callable[[Arena, str], None] = lambda arena, what: None) -> None:
         """Start everybody and inject so many faults."""
-        for role in ["master", *self.nodes]:
-            self._start(role, self._plan(role))
+        for role in ["master", *self.aggregators]:
+            self._start(role, self._plan(role, first=True))
+        begun = False
         while self.kills + self.restarts < faults:
             time.sleep(0.02)
+            if not begun and (not self.aggregators or self.logged("generated")):
+                # who dies again and again while it waits for an encoder to begin, takes that for the reason
+                begun = True
+                for role in self.nodes:
+                    self._start(role, self._plan(role))
             for role, process in list(self._processes.items()):
                 if process.exitcode is not None:
                     what = self._died(role, process)
-                elif self._plans[role] is not None and time.monotonic() - self._since[role] > _PATIENCE_SECONDS:
+                elif self._plans[role] is not None and time.monotonic() - self._since[role] > self._patience:
                     process.kill()
                     process.join()
                     what = self._died(role, process, anywhere=True)
                 else:
                     continue
                 on_fault(self, what)
-                if role != "master":
+                if role in self.nodes:
                     what = self._maltreat(role)
                 self._start(role, self._plan(role))
             if self.random.random() < 0.0015 and time.monotonic() - self._broker_since > _SETTLED_SECONDS:
@@ -142,10 +173,10 @@ class Arena:
 
         `updates`: so many are accepted first; how many came through between the faults is the machine's speed.
         """
-        for role in ["master", *self.nodes]:
+        for role in [*self.nodes, *self.aggregators, "master"]:
             self._end(role)
         self._start("master", self.random.choice([None, ("before export", 1)]))
-        for role in self.nodes:
+        for role in [*self.aggregators, *self.nodes]:
             self._start(role, None)
         time.sleep(2.0)
         self._wait(lambda: self.logged("update") >= updates, seconds, f"{updates} accepted updates")
@@ -157,11 +188,12 @@ class Arena:
         exports = self.directory / "master" / "encoders"
         self._wait(lambda: bool(list(exports.glob("*/model.safetensors"))), seconds, "the export")
         self._wait(lambda: not any(self._unsettled()), seconds, "the end, and an answer to every update, at each node")
-        for role in [*self.nodes, "master"]:
+        for role in [*self.nodes, "master", *self.aggregators]:
             self._end(role)
         observer.close()
         broker.close()
-        return examine(self.directory / "master", [self.directory / "nodes" / name for name in self._states()])
+        nodes = [self.directory / "nodes" / name for name in self._states()]
+        return examine(self.directory / "master", nodes, [self.directory / role for role in self.aggregators])
 
     def start(self, role: str) -> None:
         """Start a process that is not to die by itself."""
@@ -197,16 +229,29 @@ class Arena:
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
-    def _plan(self, role: str) -> tuple[str, int]:
-        steps = MASTER_STEPS if role == "master" else NODE_STEPS
+    def _plan(self, role: str, *, first: bool = False) -> tuple[str, int]:
+        steps = NODE_STEPS
+        if role == "master":
+            steps = MASTER_STEPS
+        elif role in self.aggregators:
+            steps = {label: SHARD_STEPS[label] for label in _FIRST_STEPS} if first else SHARD_STEPS
         label = self.random.choice(list(steps))
         return label, self.random.randint(1, steps[label])
 
     def _start(self, role: str, plan: tuple[str, int] | None) -> None:
-        directory = self.directory / "master" if role == "master" else self.directory / "nodes" / role
+        directory = self.directory / "nodes" / role if role in self.nodes else self.directory / role
         directory.mkdir(parents=True, exist_ok=True)
-        log = self.directory / f"{role}.log"
-        victim = Victim(role, self.urls, self.topology, directory, log, plan, self._preset, self._steps_per_second)
+        victim = Victim(
+            role,
+            self.urls,
+            self.topology,
+            directory,
+            self.directory / f"{role}.log",
+            plan,
+            self._preset,
+            self._steps_per_second,
+            shards=max(1, len(self.aggregators)),
+        )
         process = self._context.Process(target=live, args=(victim,), name=role)
         process.start()
         self._processes[role], self._plans[role], self._since[role] = process, plan, time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from master_service.decisions.records import Versioned
 from master_service.history.audit import UpdateId
 from master_service.history.replay import Refold, origin, verify
 from master_service.log.message_log import MessageLog, open_log
+from master_service.shards.gathered import gather
 
 
 @dataclass
@@ -36,10 +37,12 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def examine(master: Path, nodes: Iterable[Path]) -> Findings:
-    """Examine the state directories of a master and of nodes (present and former) after everything has ended."""
+def examine(master: Path, nodes: Iterable[Path], aggregators: Sequence[Path] = ()) -> Findings:
+    """Examine the state directories of a master, of its aggregators, if any, and of nodes (present and former) after
+    everything has ended."""
     found = Findings()
     log = open_log(master, read_only=True)
+    gather(log, aggregators)
     held, owed = _held(nodes)
     found.sent = len(held.keys() | owed)
     found.accepted = sum(any(receipt.accepted for receipt in receipts) for receipts in held.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.__main__ import line
-from tests.faults.arena import MASTER_STEPS, NODE_STEPS, Arena
+from tests.faults.arena import MASTER_STEPS, NODE_STEPS, SHARD_STEPS, Arena
 from tests.integration.harness import eventually
 
 
@@ -20,6 +20,18 @@ def test_nothing_is_lost_and_nothing_counted_twice_whoever_dies(tmp_path: Path, 
     assert found.problems == [], line(arena, found)
     assert (found.lost, found.doubled, found.equal) == (0, 0, True)
     assert arena.kills + arena.restarts >= 16 and found.accepted > 10 and found.versions > 3
+
+
+@pytest.mark.timeout(300)
+def test_nothing_is_lost_and_nothing_counted_twice_where_aggregators_have_the_numbers(tmp_path: Path) -> None:
+    """One that dies has, of every version and update, a part that the others do not have."""
+    with Arena(tmp_path, seed=4, nodes=2, shards=2) as arena:
+        arena.run(5)
+        found = arena.finish(updates=4)
+    assert found.problems == [], line(arena, found)
+    assert (found.lost, found.doubled, found.equal) == (0, 0, True)
+    assert arena.kills + arena.restarts >= 5 and found.accepted > 1 and found.versions > 1
+    assert any(step.startswith("shard ") for step in arena.by_step), arena.by_step
 
 
 @pytest.mark.timeout(300)
@@ -52,4 +64,4 @@ def test_every_labelled_step_of_the_code_is_one_that_the_harness_kills_at() -> N
     for folder in ("common", "master_service", "node_service"):
         for path in (root / folder).rglob("*.py"):
             labels |= {part.split('"')[0] for part in path.read_text().split('reached("')[1:]}
-    assert labels == {*MASTER_STEPS, *NODE_STEPS, "before export"}
+    assert labels == {*MASTER_STEPS, *NODE_STEPS, *SHARD_STEPS, "before export"}

@@ -21,6 +21,8 @@ from common.errors import UserError
 #: Numbers of one sample, and of the shared encoder's input and output.
 VALUES = 4
 WIDTH = 8
+#: A width that makes three slices of the shared encoder.
+WIDE = 1500
 #: What nodes need beside the architecture.
 ASSETS = {"curve.json": json.dumps([[value / 100, value * value] for value in range(100)]).encode()}
 

@@ -1,4 +1,4 @@
-"""A real master or node in a process of its own, over a real RabbitMQ, that dies of SIGKILL at a labelled step.
+"""A real master, aggregator or node in a process of its own, over a real RabbitMQ; SIGKILL ends it at a labelled step.
 
 Forked from a server that has torch loaded, so that a restart takes a moment. What is not here is the command line:
 configuration is made in place, the services are those that the command runs.
@@ -28,10 +28,11 @@ from master_service.config import MasterConfig
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings, StopRule
 from master_service.service import MasterService
+from master_service.shards.service import ShardService
 from node_service.config import NodeConfig
 from node_service.corpus.corpus import Corpus
 from node_service.service import NodeService
-from tests.faults.tiny import samples, sends_whole
+from tests.faults.tiny import WIDE, samples, sends_whole
 
 _PLUGIN = str(Path(__file__).parent / "plugin")
 
@@ -50,6 +51,7 @@ class Victim:
     steps_per_second: float = 40.0
     exit_when_finished: bool = False
     master: dict[str, Any] = field(default_factory=dict)
+    shards: int = 1
 
 
 def live(victim: Victim) -> None:
@@ -74,7 +76,12 @@ def live(victim: Victim) -> None:
             )
             try:
                 serve = _master if victim.role == "master" else _node
+                if victim.role.startswith("aggregator-"):
+                    serve = _aggregator
                 serve(victim, broker, topology, stop)
+            except BrokerUnavailable:
+                if not stop.is_set():
+                    raise
             finally:
                 broker.close()
         except SharedEncoderError as error:
@@ -96,10 +103,12 @@ def _master(victim: Victim, broker: Any, topology: Topology, stop: threading.Eve
             when=ReturnWhen(steps=2),
             max_unanswered=3,
             inner=InnerOptimizer(batch_size=4),
-            finish=FinishRule(steps=40, look_every=5),
+            finish=FinishRule(steps=40 if victim.shards == 1 else 10, look_every=5),
         ),
         stop=StopRule(versions=1_000_000),
         publish_every_seconds=5.0,
+        shards=victim.shards,
+        architecture={"width": WIDE} if victim.shards > 1 else {},
     )
     MasterService(config, settings, broker, topology, get="tiny" if _first(victim.directory) else None).run(stop)
 
@@ -107,6 +116,11 @@ def _master(victim: Victim, broker: Any, topology: Topology, stop: threading.Eve
 def _first(directory: Path) -> bool:
     """Whether there is no encoder yet: asked for once, by the first master that gets as far as its log."""
     return not list((directory / "payloads").glob("??/*"))
+
+
+def _aggregator(victim: Victim, broker: Any, topology: Topology, stop: threading.Event) -> None:
+    number = int(victim.role.removeprefix("aggregator-")) - 1
+    ShardService(number, victim.shards, victim.directory, broker, topology, snapshot_every_seconds=0.7).run(stop)
 
 
 def _node(victim: Victim, broker: Any, topology: Topology, stop: threading.Event) -> None:
