@@ -3,6 +3,7 @@
     make bench                                         # all of it, under ten minutes; JSON into bench.json
     make bench ARGS="--runs 5"                         # medians of five
     make bench ARGS="--only synchronous,hand-out"      # some parts
+    make bench ARGS="--only shards"                    # aggregators beside the master; by itself, some minutes
     make bench ARGS="--from bench.json --before old.json --document docs/performance.md"      # write the tables
     python -m tests.benchmarks.throughput | replay | one_member | node_arithmetic      # parts by themselves
 
@@ -23,7 +24,7 @@ import structlog
 from rich.console import Console
 
 from common.errors import EXIT_USER_ERROR, UserError
-from tests.benchmarks.measured import PARTS, measured
+from tests.benchmarks.measured import ALONE, PARTS, measured
 from tests.benchmarks.tables import document, show
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     described = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, formatter_class=described)
     parser.add_argument("--runs", type=int, default=1, help="of each cell, of which the median counts [default: 1]")
-    parser.add_argument("--only", help=f"of {','.join(PARTS)} [default: all]")
+    parser.add_argument("--only", help=f"of {','.join(PARTS)} [default: all but {','.join(ALONE)}]")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the JSON [default: bench.json]")
     parser.add_argument("--from", type=Path, dest="given", metavar="JSON", help="measure nothing, show these")
     parser.add_argument("--before", type=Path, metavar="JSON", help="figures of an earlier run, shown beside")
@@ -50,7 +51,7 @@ def main() -> int:
 
 
 def _measured(given: argparse.Namespace) -> dict[str, Any]:
-    names = given.only.split(",") if given.only else list(PARTS)
+    names = given.only.split(",") if given.only else [name for name in PARTS if name not in ALONE]
     if unknown := set(names) - PARTS.keys():
         raise UserError(f"--only {','.join(sorted(unknown))}: there is {', '.join(PARTS)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))

@@ -62,6 +62,15 @@ def asynchronous(bench: Bench, *, shape: Shape, seconds: float) -> Row:
     return run(replace(shape, until={"seconds": seconds}), bench.url, bench.place()).figures()
 
 
+def sharded(bench: Bench, *, shape: Shape, pairs: int = 1) -> Row:
+    """The same with one aggregator in the master and with several beside it, in turn: medians of so many pairs."""
+    ran: dict[str, list[Row]] = {"one": [], "many": []}
+    for _ in range(pairs):
+        ran["one"].append(run(replace(shape, shards=1), bench.url, bench.place()).figures())
+        ran["many"].append(run(shape, bench.url, bench.place()).figures())
+    return {name: merged(rows) for name, rows in ran.items()}
+
+
 def _hand_out(bench: Bench, *, parameters: int, readers: int) -> Row:
     return hand_out(bench.url, parameters=parameters, readers=readers)
 
@@ -78,7 +87,17 @@ def _free(parameters: int, seconds: float) -> Cell:
     return partial(asynchronous, shape=Shape(4, parameters, rule=_FREE), seconds=seconds)
 
 
-#: What the rows of the aim are measured by. Together under ten minutes on two processors.
+def _shards(
+    shards: int, nodes: int, parameters: int, *, pairs: int = 1, rule: Row | None = None, versions: int = 10
+) -> Cell:
+    shape = Shape(nodes, parameters, until={"versions": versions}, shards=shards)
+    return partial(sharded, shape=shape if rule is None else replace(shape, rule=rule), pairs=pairs)
+
+
+#: Parts that are measured by themselves, if they are named.
+ALONE = ("shards",)
+
+#: What the rows of the aim are measured by. Together under ten minutes on two processors, without those that are ALONE.
 PARTS: Parts = {
     "synchronous": [
         _round(4, 25_000_000, 10, 6),
@@ -100,6 +119,13 @@ PARTS: Parts = {
         *(partial(_hand_out, parameters=10_000_000, readers=readers) for readers in (1, 4, 16, 64)),
     ],
     "simulated": [lambda bench: simulated(bench.place(), nodes=1_000, returns=10)],
+    "shards": [
+        _shards(2, 4, 25_000_000, pairs=3),
+        _shards(4, 4, 25_000_000),
+        _shards(2, 4, 10_000_000, pairs=3, rule=_FREE, versions=14),
+        _shards(2, 2, 1_000_000),
+        _shards(2, 2, 100_000_000, versions=6),
+    ],
 }
 
 

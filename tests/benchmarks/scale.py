@@ -1,11 +1,11 @@
 """What federations of other sizes need, from what was measured of small ones.
 
-    python -m tests.benchmarks.scale bench.json --check
+    python -m tests.benchmarks.scale bench.json shards.json --check
 
 What is counted: bytes, as the protocol moves them (see `Federation`), and processor seconds for an update, a parameter
-and a byte, as `make bench` found them. What it gives is, for each resource, the shortest time between two updates of a
-node that it can bear; the longest of these is where the federation breaks first. `--check` simulates a small one, and
-puts its bytes beside those that are counted here.
+and a byte, as `make bench` found them, without aggregators and with. What it gives is, for each resource, the shortest
+time between two updates of a node that it can bear; the longest of these is where the federation breaks first.
+`--check` simulates a small one, and puts its bytes beside those that are counted here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from common.errors import EXIT_USER_ERROR, UserError
 from common.numbers.slicing import payload_size, slice_count
+from tests.benchmarks.scale_shards import ShardCosts, Sharded, worth
 from tests.benchmarks.tables import Table, placed, provenance
 
 NODES = (10, 100, 1_000, 10_000)
@@ -39,7 +40,8 @@ _SMALL, _CHUNK_HEAD = 2_000, 500
 class Costs:
     """Processor seconds. `update`, `version`: of the master, for a parameter of an update and of a version; `fixed`: of
     the master, for an update beside its parameters; `broker`: for a byte, in or out; `node`: for a parameter, of
-    handing in and adopting. `master_sets`: the master's memory in float32 sets."""
+    handing in and adopting. `master_sets`: the master's memory in float32 sets. `shards`: what aggregators cost, each
+    beside the master."""
 
     fixed: float
     update: float
@@ -47,13 +49,18 @@ class Costs:
     broker: float
     node: float
     master_sets: float
+    shards: ShardCosts
 
     @classmethod
     def measured(cls, figures: dict[str, Any]) -> Costs:
-        """From the parts synchronous, asynchronous and fixed-cost of a `make bench`. Raises UserError without them."""
+        """From the parts synchronous, asynchronous, fixed-cost and shards of the benchmark. Raises UserError without
+        them."""
         parts = figures["parts"]
-        if lacking := {"synchronous", "asynchronous", "fixed-cost"} - parts.keys():
-            raise UserError(f"these figures lack {', '.join(sorted(lacking))}; make bench without --only measures all")
+        if lacking := {"synchronous", "asynchronous", "fixed-cost", "shards"} - parts.keys():
+            raise UserError(
+                f"these figures lack {', '.join(sorted(lacking))}; make bench measures all but shards, and with "
+                'ARGS="--only shards --out shards.json" those'
+            )
         # a round: `nodes` updates and a version; in the asynchronous one, half as many updates to a version
         round_ = next(row for row in parts["synchronous"] if row["parameters"] == 25_000_000 and row["up"] == "int8")
         free = max(parts["asynchronous"], key=lambda row: row["parameters"])
@@ -72,6 +79,7 @@ class Costs:
             broker=round_["cpu_seconds_a_version"]["broker"] / moved,
             node=round_["cpu_seconds_a_version"]["n0"] / round_["parameters"],
             master_sets=largest["sets_above"]["master"],
+            shards=ShardCosts.measured(parts["shards"]),
         )
 
 
@@ -123,6 +131,13 @@ class Federation:
             "broker's disk": replicas * (self.nodes * self.up * (replicas > 1) + self.versions * self.down) / DISK,
         }
 
+    def sharded(self, costs: Costs) -> Sharded:
+        """What aggregators change, and what they do not."""
+        bears = self.shortest(costs)
+        alone = {each: bears.pop(f"master's {each}") for each in ("core", "line", "disk")}
+        core, line = bears.pop("broker's core"), bears.pop("broker's line")
+        return Sharded(self.nodes, alone, core, line, max(bears.values()))
+
 
 def table(costs: Costs) -> Table:
     """For each size what each resource can bear, the narrowest in bold; then what an update every so often needs."""
@@ -165,6 +180,7 @@ def needs(costs: Costs, every: Sequence[tuple[int, float]] = ((100_000_000, 600.
                     f"{costs.master_sets * 4 * parameters / 1e9:,.1f} GB",
                     f"{_rate(nodes * federation.up / seconds)}",
                     f"{kept / 1e12:,.2f} TB",
+                    _aggregators(federation, costs, seconds),
                     f"{broker / seconds:,.2f}",
                     f"{_rate(federation.broker_in / seconds)}",
                     f"{_rate(federation.broker_out / seconds)}",
@@ -178,13 +194,37 @@ def needs(costs: Costs, every: Sequence[tuple[int, float]] = ((100_000_000, 600.
         "its memory",
         "its disk",
         "payloads a day",
+        "aggregators",
         "broker's cores",
         "in",
         "out",
         "three replicas write",
         "queues and connections",
     ]
-    return Table('What a pace needs; payloads are what `retention = "all"` keeps', headings, rows)
+    title = (
+        "What a pace needs; as many aggregators as neither they nor the master are busy for more than half of the time "
+        'with; payloads are what `retention = "all"` keeps'
+    )
+    return Table(title, headings, rows)
+
+
+def _aggregators(federation: Federation, costs: Costs, seconds: float) -> str:
+    """How many are needed, and the memory of each."""
+    needed = federation.sharded(costs).needed(costs.shards, seconds)
+    if needed is None:
+        return "not enough"
+    memory = costs.shards.sets * 4 * federation.parameters / needed
+    return "none" if needed == 1 else f"{needed} of {memory / 1e9:,.1f} GB"
+
+
+def shards(costs: Costs) -> Table:
+    """How many aggregators are worth what."""
+    federations = [
+        (f"{nodes:,} × {parameters / 1e6:,.0f} M", Federation(nodes, parameters).sharded(costs))
+        for parameters in PARAMETERS
+        for nodes in NODES
+    ]
+    return worth(federations, costs.shards, _time)
 
 
 def checked(nodes: int = 40, returns: int = 5, parameters: int = 20_000) -> Table:
@@ -240,7 +280,8 @@ def main() -> int:
         read = [json.loads(file.read_text()) for file in given.figures]
         together = {"parts": {name: rows for each in read for name, rows in each["parts"].items()}}
         costs = Costs.measured(together)
-        made = {"scale": table(costs), "needs": needs(costs)} | ({"check": checked()} if given.check else {})
+        made = {"scale": table(costs), "shards": shards(costs), "needs": needs(costs)}
+        made |= {"check": checked()} if given.check else {}
         console = Console(width=200)
         for each in made.values():
             console.print(each.rich())

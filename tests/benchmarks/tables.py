@@ -149,6 +149,37 @@ def _free(row: Row) -> Iterator[str]:
     yield f"{row['peak_mib']['n0']}"
 
 
+def _shards(row: Row) -> Iterator[str]:
+    one, many = row["one"], row["many"]
+    yield _pair(row)
+    yield from (f"{run['round_seconds']:.2f} s" for run in (one, many))
+    yield f"{many['round_seconds'] / one['round_seconds']:.2f}"
+    before, cpu = one["cpu_seconds_a_version"], many["cpu_seconds_a_version"]
+    each = aggregators(many)
+    for party in ("master", "n0", "broker"):
+        yield f"{before[party]:.2f} → {cpu[party]:.2f}"
+    yield f"{max(cpu[party] for party in each):.2f}"
+    moved = [
+        sum(run[way][party] for way in ("sent_a_version", "given_a_version"))
+        for run, party in ((one, "master"), (many, "master"), *((many, party) for party in each))
+    ]
+    yield f"{moved[0] / 1e6:,.1f} → {moved[1] / 1e6:,.2f}"
+    yield f"{max(moved[2:]) / 1e6:,.1f}"
+    yield f"{one['peak_mib']['master']} → {many['peak_mib']['master']}"
+    largest = max(each, key=lambda party: many["peak_mib"][party])
+    yield f"{many['peak_mib'][largest]} ({many['sets_above'][largest]:.1f})"
+
+
+def _pair(row: Row) -> str:
+    many = row["many"]
+    return f"{_size(many)}, {many['rule']}, {many['shards']} aggregators"
+
+
+def aggregators(row: Row) -> list[str]:
+    """The parties of a federation that are."""
+    return [party for party in row["peak_mib"] if re.fullmatch(r"a\d+", party)]
+
+
 def _fixed(row: Row) -> Iterator[str]:
     yield f"{row['parameters']:,} parameters, {row['updates']} updates at hand"
     yield f"{row['milliseconds']:.2f} ms"
@@ -260,5 +291,28 @@ _TABLES: dict[str, tuple[str, Words, Words, list[str], Callable[[Row], Iterator[
         lambda row: f"{row['seconds']:.0f} s",
         ["federation", "whole", "ms an update"],
         _simulated,
+    ),
+    "shards": (
+        "Without aggregators → with them, in turn on the same processors: the median time between two versions; "
+        "processor seconds a version, and of the aggregator that has most; bytes of messages that the master sends and "
+        "is given a version, MB, and that an aggregator does; peak memory in MiB, in brackets above the start in "
+        "float32 sets of its part",
+        _pair,
+        lambda row: f"{row['many']['round_seconds']:.2f} s",
+        [
+            "nodes × parameters",
+            "a version without",
+            "with",
+            "÷",
+            "master s",
+            "node s",
+            "broker s",
+            "an aggregator s",
+            "master MB",
+            "an aggregator MB",
+            "master MiB",
+            "an aggregator MiB",
+        ],
+        _shards,
     ),
 }

@@ -13,7 +13,7 @@ from common.errors import UserError
 from tests.benchmarks.federation import Shape
 from tests.benchmarks.hand_fed import fixed_cost, master_peak, small_messages
 from tests.benchmarks.hand_out import hand_out
-from tests.benchmarks.measured import PARTS, Parts, asynchronous, measured, merged, synchronous
+from tests.benchmarks.measured import PARTS, Parts, asynchronous, measured, merged, sharded, synchronous
 from tests.benchmarks.simulated import simulated
 from tests.benchmarks.tables import document, show
 
@@ -28,6 +28,9 @@ SMALL: Parts = {
     "master-peak": [lambda bench: master_peak(bench.url, bench.place(), parameters=3000, nodes=2, updates=4)],
     "hand-out": [lambda bench: hand_out(bench.url, parameters=3000, readers=2, versions=2)],
     "simulated": [lambda bench: simulated(bench.place(), nodes=50, returns=2)],
+    "shards": [
+        lambda bench: sharded(bench, shape=Shape(2, 2_000_000, until={"versions": 6}, shards=2)),
+    ],
 }
 
 
@@ -51,6 +54,13 @@ def test_the_benchmark_runs_and_adds_up(tmp_path: Path) -> None:
     assert parts["master-peak"]["versions"] == 2 and parts["master-peak"]["above_mib"] > 0
     assert parts["hand-out"]["seconds"] > 0 and parts["hand-out"]["raw_seconds"] > 0
     assert parts["simulated"]["updates"] == 100
+    one, many = parts["shards"]["one"], parts["shards"]["many"]
+    assert set(many["peak_mib"]) - set(one["peak_mib"]) == {"a1", "a2"} and min(many["peak_mib"].values()) > 10
+    assert one["versions"] == many["versions"] == 6 and many["adopted_a_node"] == 7
+    assert one["sent_a_version"]["master"] > 3_000_000, "a version"
+    sent, given = many["sent_a_version"], many["given_a_version"]
+    assert sent["master"] < 100_000 and min(sent["a1"], sent["a2"]) > 1_500_000, "words, and half of a version each"
+    assert min(given["a1"], given["a2"]) > 1_500_000, "half of each update"
     said = Console(file=io.StringIO(), width=160)
     show(figures, said, before=figures)
     assert "2 × 3,000" in said.file.getvalue()  # type: ignore[attr-defined]
