@@ -2,11 +2,12 @@
 adopt.
 
 A broker tells a publisher no offsets. But nobody writes to these streams but the master, and who does it for it (see
-`shards`), one version after the other: once it has looked where one ends, it counts what is written there. What is told may be too low, which costs a reader a few messages: RabbitMQ gives
-an offset to what it notes at the beginning of a segment, and what was published again after a reconnect counts twice.
-So it is looked at again once a quarter of a segment may have been written, which a look of some milliseconds is small
-beside. It must not be too high, for then a reader waits in vain for some seconds: a broker that was killed may have
-lost a stream's end, so after a reconnect, and while a connection is away, nothing is told until it was looked at anew.
+`shards`), one version after the other: once it has looked where one ends, it counts what is written there. What is told
+may be too low, which costs a reader a few messages: RabbitMQ gives an offset to what it notes at the beginning of a
+segment, and what was published again after a reconnect counts twice. So it is looked at again once a quarter of a
+segment may have been written, which a look of some milliseconds is small beside. It must not be too high, for then a
+reader waits in vain for some seconds: a broker that was killed may have lost a stream's end, so after a reconnect, and
+while a connection is away, nothing is told until it was looked at anew.
 """
 
 from __future__ import annotations
