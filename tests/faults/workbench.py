@@ -51,6 +51,8 @@ def bodies_of(digest: str, encoding: EncodingName) -> list[bytes]:
 class Tokens:
     """Arithmetic that remembers what it was given: a version is the hash of its predecessor and of that."""
 
+    elsewhere = False
+
     def __init__(self, payloads: dict[str, bytes], assets: int = 0, *, words: bool = False) -> None:
         """`assets`: how many the encoders have that are made here; `words`: they are made of words that nodes
         contribute."""
