@@ -238,7 +238,7 @@ class Master:
         """Begin to write one now, once all that it stands for has left, and the one before is written. Not after an
         error. Raises StorageBlocked while something waits to be written."""
         if self.recorder.blocked or not self.recorder.settle():
-            raise StorageBlocked(self.recorder.blocked)
+            raise self.recorder.blocked_by(self.recorder.blocked)
         self._publisher.outbox.drain()
         self.journal.carried_out = max(self.journal.carried_out, self.outbox.left)
         self.journal.wait_for_snapshot()

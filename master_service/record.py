@@ -104,6 +104,7 @@ class Recorder:
         self, config: MasterConfig, journal: Journal, publisher: Publisher, broker: Broker, live: Live, clock: Clock
     ) -> None:
         self.blocked = ""
+        self.blocked_by: type[StorageBlocked] = StorageBlocked
         self.live = live
         self.journal = journal
         self._config = config
@@ -381,7 +382,7 @@ class Recorder:
     def _wait(self, error: StorageBlocked) -> None:
         if not self.blocked:
             log.error(f"{_what(error)}: accepting nothing meanwhile", problem=str(error))
-        self.blocked = str(error)
+        self.blocked, self.blocked_by = str(error), type(error)
         self._try_again_at = self._clock.monotonic() + ROOM_SECONDS
 
     def writes_again(self) -> bool:

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from common.clock import SYSTEM, Clock
-from common.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable, ShardsAway
 from common.events import BrokerWatch
 from common.wire.broker import Broker, Delivery
 from common.wire.topology import Topology
@@ -105,7 +105,8 @@ class MasterService:
             self._beside("outbox", self._send)
             self._serve(stop)
             # only here: after an error the state in memory may be half of an entry, and the log is the truth
-            self.master.snapshot()
+            with contextlib.suppress(ShardsAway):  # all that was decided is in the log
+                self.master.snapshot()
         finally:
             self.master.outbox.close()
             self.master.journal.close()
