@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import structlog
 
@@ -15,12 +16,11 @@ from common.wire.broker import Broker, Delivery, OnDelivery
 from common.wire.to_master import UpdateManifest
 from common.wire.topology import Topology
 from master_service.arithmetic.measuring import Measurement, scratch
-from master_service.decisions.records import UpdateFacts
 from master_service.log.deadly import Attempts
-from master_service.log.payloads import Incoming
 from master_service.shards.holding import part_of
 from master_service.shards.store import ShardStore, Taken
 from master_service.wire import intake, orders
+from master_service.wire.arriving import Arrived
 from master_service.wire.orders import Arriving, Report
 
 log = structlog.get_logger()
@@ -31,31 +31,11 @@ _TOLD_SECONDS = 1.0
 _DISCARD_PAUSE = 4.0
 
 
-class _Part:
-    """A part of an update as it arrives: into its payload, and measured."""
-
-    def __init__(self, incoming: Incoming, measuring: Measurement) -> None:
-        self._incoming, self.measuring = incoming, measuring
-        self.size = 0
-
-    def add(self, body: bytes) -> None:
-        self._incoming.add(body)
-        self.size += len(body)
-        self.measuring.add(body)
-
-    def kept(self) -> UpdateFacts:
-        finite, norm = self.measuring.result()
-        return UpdateFacts(digest=self._incoming.keep(), size=self.size, finite=finite, norm=norm)
-
-    def discard(self) -> None:
-        self._incoming.discard()
-
-
 class _Fetched:
     """An update whose part, these of its chunks, is being fetched."""
 
-    def __init__(self, fetched: intake.Intake, part: _Part, chunks: range) -> None:
-        self.fetched, self.part, self.chunks = fetched, part, chunks
+    def __init__(self, fetched: intake.Intake, part: Arrived, measuring: Measurement, chunks: range) -> None:
+        self.fetched, self.part, self.measuring, self.chunks = fetched, part, measuring, chunks
         self.told_at = float("-inf")
 
 
@@ -149,11 +129,14 @@ class Taking:
         part = part_of(begun.size, self._number, self._shards)
         lengths = [slice_length(begun.size, index) for index in part]
         size = sum(encoded_size(length, manifest.encoding) for length in lengths)
-        arriving = _Part(self._store.payloads.receive(size), Measurement(sum(lengths), manifest.encoding, self._room))
+        measuring = Measurement(sum(lengths), manifest.encoding, self._room)
+        incoming = self._store.payloads.receive(size)
+        # what kills is marked around all that is done with a chunk
+        arriving = Arrived(incoming, measuring, keep=lambda whole: whole.keep(), marked=nullcontext)
         fetched = intake.Intake(
             self._broker, self._topology, manifest, delivery, self._on_delivery, arriving, shard=self._number
         )
-        taking = self._taking[manifest.node] = _Fetched(fetched, arriving, part)
+        taking = self._taking[manifest.node] = _Fetched(fetched, arriving, measuring, part)
         if not part:
             self._complete(taking, (delivery,))
 
@@ -171,8 +154,8 @@ class Taking:
         del self._taking[manifest.node]
         taking.fetched.stop()
         facts = part.kept()
-        fits = part.measuring.complete or not len(taking.chunks)
-        squares = orders.packed(part.measuring.squares)
+        fits = taking.measuring.complete or not len(taking.chunks)
+        squares = orders.packed(taking.measuring.squares)
         taken = Taken(manifest.digest, facts.digest, facts.size, fits, squares)
         reached("shard before taken")
         self._store.take(manifest.update_id, taken)

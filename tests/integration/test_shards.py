@@ -26,6 +26,8 @@ from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings
 from master_service.log.message_log import open_log
 from master_service.shards.service import ShardService
+from master_service.shards.shard import Shard
+from master_service.wire.orders import Compute, Done
 from tests.builders import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,
@@ -224,3 +226,28 @@ def test_an_aggregator_that_lacks_what_was_published_is_not_gone_on_with(tmp_pat
         instruction = node.enter()
         world.send(node, instruction, torch.zeros(Layout(instruction.layout).size), "int8")
         master.party.wait(20.0)
+
+
+def test_a_master_that_waits_for_an_aggregator_says_so_and_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has decided is in the log: at the next start the version is computed."""
+    world = World(tmp_path, 2)
+    compute = Shard._compute  # private: all others answer
+
+    def silent(self: Shard, order: Compute) -> Done | None:
+        return None if self.number == 1 else compute(self, order)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "_compute", silent)  # private: an order that is lost every time
+        with (
+            world.aggregators(),
+            running_master(world.server, tmp_path / "master", world.settings(), get="tiny") as master,
+        ):
+            node = HandNode(world.server, "a", encoder_type="tiny")
+            instruction = node.enter()
+            world.send(node, instruction, torch.zeros(Layout(instruction.layout).size), "int8")
+            eventually(lambda: "aggregator 2/2" in master.service.report().log.blocked)
+    assert not any(isinstance(entry.body, Versioned) for entry in world.log())
+    with world.aggregators(), running_master(world.server, tmp_path / "master", world.settings(), get="tiny"):
+        assert node.hear(Receipt).version == 1
