@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# where torch comes from: an index's URL, or a folder of wheels; empty: pip's own, which on Linux has the CUDA build
+TORCH_INDEX ?=
 # of `make test`: processes that run tests side by side, each with a broker of its own
 WORKERS ?= 2
 # of `make faults`: how many faults, and the seed of the random choices (the time if not given)
@@ -55,9 +57,10 @@ lint: $(VENV)/.installed-dev
 rabbitmq:
 	@sh deploy/ensure_rabbitmq.sh
 
-# The constraints pin torch: an unpinned one brings gigabytes of CUDA that most nodes do not need.
+# torch first: which build it is decides whether this takes one gigabyte or six.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python deploy/install_torch.py --index "$(TORCH_INDEX)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
