@@ -23,7 +23,9 @@ from common.errors import (
 )
 from deploy.commands.broker_certs import broker_certs
 from deploy.commands.broker_commands import broker_app
+from deploy.commands.corpus_commands import corpus_app
 from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
+from deploy.commands.options import ConfigFile, Credentials, Namespace, SampleField, SampleType
 
 app = typer.Typer(
     name="shared-encoder",
@@ -37,31 +39,17 @@ request_app = typer.Typer(
 )
 app.add_typer(request_app, name="request")
 app.add_typer(log_app, name="log")
-corpus_app = typer.Typer(help="Look at samples before a node trains on them.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(broker_app, name="broker")
 broker_app.command("certs")(broker_certs)
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")
-]
 BrokerUrl = Annotated[
     str | None,
     typer.Option(
         "--broker", metavar="URL", help="amqp\\[s]://user:password@host:port/vhost", show_default="a local RabbitMQ"
     ),
 ]
-Namespace = Annotated[
-    str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
-]
-Credentials = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="account at the broker, as `broker add-…` wrote it")
-]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
-SampleType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")]
-SampleField = Annotated[
-    str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
-]
 WaitForBroker = Annotated[
     float | None,
     typer.Option(
@@ -460,69 +448,6 @@ def vocabulary(
     from deploy.commands.vocabulary import write_vocabulary
 
     write_vocabulary(reference, entries, out)
-
-
-@corpus_app.command("check")
-def corpus_check(
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PATH", help="files, folders or globs; without them, the corpora of --config"),
-    ] = None,
-    type_: SampleType = None,
-    field: SampleField = None,
-    label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="field or array of the labels", show_default="label")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="LABEL", help="only samples with this label; may be repeated")
-    ] = None,
-    documents: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHAT", help="a sample of a plain text file: file, paragraph or line", show_default="auto"
-        ),
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(metavar="N", help="scale pictures to N x N pixels")] = None,
-    alpha: Annotated[
-        str | None, typer.Option(metavar="HOW", help="transparent pixels: white, or channel", show_default="white")
-    ] = None,
-    entry_point: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="the function that gives the samples")
-    ] = None,
-    test: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="held-out samples of their own; may be repeated")
-    ] = None,
-    held_out: Annotated[float | None, typer.Option(metavar="SHARE", help="else held out", show_default="0.1")] = None,
-    validation: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="of the rest, by which training is steered", show_default="0.05"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="at most so many samples")] = None,
-    config: ConfigFile = None,
-    node: Annotated[str | None, typer.Option(metavar="NAME", help="of --config", show_default="all nodes")] = None,
-) -> None:
-    """Show what a node would train on, with three examples, and what is left out and why. Nothing leaves this machine.
-
-    Exit code 2 if a node would refuse to start, with every file that has to be mended.
-    """
-    from deploy.commands.corpus import check_corpora
-
-    table: dict[str, Any] = {
-        "path": paths,
-        "type": type_,
-        "field": field,
-        "label": label,
-        "only": only,
-        "documents": documents,
-        "image_size": image_size,
-        "alpha": alpha,
-        "entry_point": entry_point,
-        "test_path": test,
-        "held_out": held_out,
-        "validation": validation,
-        "limit": limit,
-    }
-    check_corpora({key: value for key, value in table.items() if value is not None}, config, node)
 
 
 @app.command()

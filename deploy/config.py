@@ -16,12 +16,12 @@ from common.config import BrokerConfig, Section, explained, suggestion
 from common.errors import UserError
 from common.wire.update_rule import UpdateRule
 from deploy.compare_settings import CompareConfig
+from deploy.variables import CREDENTIALS, PREFIX
 from master_service.config import EncoderConfig, MasterConfig, RuleConfig, given, settings
 from master_service.decisions.rules.model import AggregationRule
 from master_service.decisions.settings import Settings, StopRule
 from node_service.config import NodeConfig
 
-PREFIX = "SHARED_ENCODER_"
 #: Between the names of sections and settings in one of the environment.
 _BELOW = "__"
 #: How alike a name and a setting's are, from 0 to 1, so that one may be meant for the other.
@@ -101,7 +101,8 @@ def load_config(file: Path | None, flags: dict[str, Any]) -> Config:
 
         model_config = SettingsConfigDict(nested_model_default_partial_update=False)
 
-    unknown = [name for name in os.environ if name.startswith(PREFIX) and _section(name) not in Config.model_fields]
+    known = {*Config.model_fields, _section(CREDENTIALS)}
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and _section(name) not in known]
     for name in unknown:
         if _BELOW in name:  # nobody but a user of ours writes names like that
             raise UserError(f"environment: {name} names no section; {suggestion(_section(name), Config.model_fields)}")

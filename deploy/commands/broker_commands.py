@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.commands.log_commands import DEFAULT_STATE, State
+from deploy.commands.options import ConfigFile, Credentials, Namespace
 
 if TYPE_CHECKING:
     from deploy.commands.accounts import Target
@@ -19,13 +20,9 @@ broker_app = typer.Typer(
     no_args_is_help=True,
 )
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file, section broker")]
 BrokerUrl = Annotated[
     str | None,
     typer.Option("--broker", metavar="URL", help="where parties come to: amqp\\[s]://host:port/vhost"),
-]
-Namespace = Annotated[
-    str | None, typer.Option(metavar="NAME", help="prefix of all names at the broker", show_default="shared-encoder")
 ]
 ManagementUrl = Annotated[
     str | None,
@@ -176,7 +173,7 @@ def broker_clean(
     everything: Annotated[
         bool, typer.Option("--all", help="also the queues of the master and of every node in its log")
     ] = False,
-    credentials: Annotated[Path | None, typer.Option(metavar="FILE", help="the master's, from broker init")] = None,
+    credentials: Credentials = None,
     config: ConfigFile = None,
     broker: BrokerUrl = None,
     namespace: Namespace = None,

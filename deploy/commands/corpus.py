@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.sample_files.refusals import Refusals
 from deploy.commands.display import saying
 from deploy.config import load_config
+from deploy.example_texts import write_corpora
 from deploy.logging import configure_logging
 from node_service.corpus.corpus import Corpus, CorpusConfig, load_corpus
 from node_service.corpus.overview import page
@@ -36,6 +37,19 @@ def check_corpora(given: dict[str, Any], file: Path | None, node: str | None) ->
         if corpus is not None:
             _print(name, corpus)
     refusals.check()
+
+
+def write_examples(directory: Path) -> None:
+    """Write the demo's corpora, and say where each is and how large. Raises UserError."""
+    try:
+        written = write_corpora(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}") from None
+    for topic, (train, test) in written.items():
+        texts = sum(1 for file in (train, test) for _ in file.open())
+        print(
+            f"{topic:<12} {texts:>5} texts, {(train.stat().st_size + test.stat().st_size) / 1e6:.1f} MB: {train.parent}"
+        )
 
 
 def _configured(

@@ -17,8 +17,8 @@ from deploy.commands.display import FederationDisplay, console, saying
 from deploy.commands.progress import counting
 from deploy.commands.run import load_corpora
 from deploy.config import Config, load_config
-from deploy.demo.corpus import write_corpora
 from deploy.demo.federation import Federation, over_rabbitmq
+from deploy.example_texts import write_corpora
 from deploy.logging import configure_logging
 from master_service.status import Report
 
