@@ -80,14 +80,14 @@ def write(path: Path, credentials: Credentials) -> None:
 
 
 def read(path: Path) -> Credentials:
-    """Raises UserError: for what is no such file, and for one that others can read."""
+    """Raises UserError: for what is no such file, and for one that is `too_open`."""
     try:
-        mode, text = path.stat().st_mode, path.read_text()
+        status, text = path.stat(), path.read_text()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `shared-encoder broker add-node` writes such a file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a file of credentials") from None
-    if stat.S_ISREG(mode) and mode & 0o077:
+    if stat.S_ISREG(status.st_mode) and too_open(status.st_mode, status.st_uid):
         raise UserError(f"{path} can be read by others, who could then act as its party: chmod 600 {path}")
     try:
         table = tomllib.loads(text)
@@ -103,6 +103,12 @@ def read(path: Path) -> Credentials:
         raise UserError(f"{path}: not a file of credentials: its section broker has no url")
     pem = {name: str(section.pop(name)) for name in PEM if name in section}
     return Credentials(role, party, tuple(urls), section, pem)
+
+
+def too_open(mode: int, owner: int) -> bool:
+    """Whether others than the party could read a file of this mode and owner's uid. One of root's may be readable for
+    its group: that is how Kubernetes mounts a secret for the user of a pod. (The rule is libpq's, for keys.)"""
+    return bool(mode & (0o037 if owner == 0 else 0o077))
 
 
 def settings(credentials: Credentials) -> dict[str, Any]:

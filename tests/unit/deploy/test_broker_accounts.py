@@ -19,7 +19,7 @@ from common.broker_url import split
 from common.errors import BrokerUnavailable, UserError
 from common.wire.topology import Topology, note_queue
 from deploy.broker.admin import Management, rabbitmqctl
-from deploy.broker.credentials import Credentials, merged, read, with_account, write
+from deploy.broker.credentials import Credentials, merged, read, too_open, with_account, write
 from deploy.broker.definitions import account, as_commands, declared, password_hash, surroundings, together
 from deploy.broker.plan import (
     NODE_SAYS,
@@ -245,7 +245,7 @@ def test_credentials_are_one_file_for_its_owner_alone(tmp_path: Path, url: str) 
     assert found["broker"]["namespace"] == "other", "a flag says it last"
     assert Path(found["broker"]["ca_file"]).read_text() == pem["ca"]
     assert merged(flags, None) == (flags, None)
-    file.chmod(0o640)
+    file.chmod(0o644)
     with pytest.raises(UserError, match="chmod 600"):
         read(file)
 
@@ -289,3 +289,20 @@ def test_who_cannot_administer_the_broker_is_told_what_to_do() -> None:
         at.admin()
     with pytest.raises(UserError, match="there are: commands, definitions"):
         accounts.target({}, None, say="everything")
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "open_"),
+    [
+        (0o600, 1000, False),
+        (0o400, 0, False),
+        (0o440, 0, False),  # a secret of Kubernetes, for the group of the pod
+        (0o640, 0, False),
+        (0o440, 1000, True),
+        (0o444, 0, True),
+        (0o660, 0, True),
+        (0o604, 1000, True),
+    ],
+)
+def test_who_may_read_the_file_of_whom(mode: int, owner: int, open_: bool) -> None:
+    assert too_open(mode, owner) is open_
