@@ -43,9 +43,9 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRabbitMQ]:
-    with LocalRabbitMQ(tmp_path_factory.mktemp("refusals")) as running:
+    settings = f"max_message_size = {LIMIT}\n"
+    with LocalRabbitMQ(tmp_path_factory.mktemp("refusals"), settings=settings) as running:
         running.ctl("add_user", "member", "secret")
-        running.ctl("eval", f"application:set_env(rabbit, max_message_size, {LIMIT}).")
         yield running
 
 
