@@ -198,14 +198,20 @@ def request_encoder(
 
 
 def request_stop(flags: dict[str, Any], file: Path | None, encoder: str | None) -> None:
-    """Ask the master to end the training of one encoder, or of all, and print how they stand."""
+    """Ask the master to end the training of one encoder, or of all, and print how they stand. That it was asked is
+    durable; it may be busy for longer than one waits here, with the last version of a large encoder."""
     with observing(flags, file) as (observer, _, _):
         before = observer.status(10.0)
         if encoder is not None and encoder not in before.encoders:
             known = ", ".join(before.encoders) or "none"
             raise UserError(f"no encoder {encoder!r} is known to the master; there are: {known}")
         observer.say(Stop(sender=observer.name, encoder=encoder))
-        for name, state in observer.status(10.0).encoders.items():
+        try:
+            after = observer.status(10.0)
+        except BrokerUnavailable:
+            print("the master has been told to stop, and is still busy with it: `status` shows when it has")
+            return
+        for name, state in after.encoders.items():
             if encoder in (None, name):
                 print(f"{name}: {state.status}, version {state.version}")
 
