@@ -13,7 +13,7 @@ SEED ?=
 # of `make soak` and `make fuzz`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow faults soak fuzz one-member bench lint clean rabbitmq
+.PHONY: demo test test-slow test-containers test-debian-13 faults soak fuzz one-member bench lint clean rabbitmq
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
@@ -28,6 +28,16 @@ test-slow: $(VENV)/.installed-dev rabbitmq
 	$(MAKE) faults
 	$(MAKE) one-member
 	$(MAKE) fuzz MINUTES=4 ARGS="--rabbitmq 10000"
+
+# Images, compose.yaml under faults, the Helm chart, the systemd units. Needs a Docker engine with compose, and systemd.
+# RABBITMQ_VERSIONS="3 4": over both.
+test-containers: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[containers]'
+	$(BIN)/python -m pytest -m containers -v $(ARGS) tests/containers
+
+# `make test` in a container, with Debian 13's Python 3.13 and RabbitMQ 4.
+test-debian-13:
+	sh tests/containers/suite.sh -n $(WORKERS) --dist worksteal $(ARGS)
 
 faults: $(VENV)/.installed-dev rabbitmq
 	$(BIN)/python -m tests.faults -n $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)

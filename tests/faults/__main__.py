@@ -53,12 +53,7 @@ def main() -> int:
 
 def line(arena: Arena, found: Findings) -> str:
     """The one line."""
-    return (
-        f"kills={arena.kills} restarts={arena.restarts} sent={found.sent} accepted={found.accepted} "
-        f"refused={found.refused} duplicates={found.duplicates} again={found.again} "
-        f"lost={found.lost} doubled={found.doubled} "
-        f"digest={'equal' if found.equal else 'DIFFERENT'}"
-    )
+    return f"kills={arena.kills} restarts={arena.restarts} {found}"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,13 @@ class Findings:
     equal: bool = True
     problems: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return (
+            f"sent={self.sent} accepted={self.accepted} refused={self.refused} duplicates={self.duplicates} "
+            f"again={self.again} lost={self.lost} doubled={self.doubled} "
+            f"digest={'equal' if self.equal else 'DIFFERENT'}"
+        )
+
 
 def examine(master: Path, nodes: Iterable[Path], aggregators: Sequence[Path] = ()) -> Findings:
     """Examine the state directories of a master, of its aggregators, if any, and of nodes (present and former) after
