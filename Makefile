@@ -58,7 +58,7 @@ rabbitmq:
 # The constraints pin torch: an unpinned one brings gigabytes of CUDA that most nodes do not need.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,evaluate]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

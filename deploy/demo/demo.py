@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.exports import check_writable
+from common.extras import need
 from deploy.commands.display import FederationDisplay, console, saying
 from deploy.commands.progress import counting
 from deploy.commands.run import load_corpora
@@ -63,6 +64,8 @@ class _Found:
 def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -> None:
     """Run the demo and write its results into `out`. Raises UserError if `out` holds anything but an earlier demo."""
     configure_logging(level="warning" if broker_url else "error")
+    need("matplotlib", "the demo draws its report with")
+    need("sklearn", "the demo measures with")
     screen, started = console(), time.monotonic()
     _prepare(out)
     screen.print(f"[bold]shared-encoder demo[/bold]: four private corpora, one shared encoder; results go to {out}/")

@@ -117,10 +117,10 @@ def _images(whose: str, samples: Sequence[Any], alpha: Alpha | None) -> NDArray[
 
 
 def _array(whose: str, i: int, sample: Any, alpha: Alpha | None) -> NDArray[Any]:
-    from PIL import Image
-
+    # who has a picture of pillow's has loaded it: an owner whose samples are arrays need not have it at all
+    pillow = sys.modules.get("PIL.Image")
     with owners_code(whose):  # a sample may have a conversion of its own
-        if isinstance(sample, Image.Image):
+        if pillow is not None and isinstance(sample, pillow.Image):
             return picture_array(sample, f"{whose}: sample {i}", alpha)
         try:
             return np.asarray(sample)
