@@ -26,7 +26,7 @@ from master_service.status import Report
 if TYPE_CHECKING:
     from common.encoders.base import PrivateSpec
     from deploy.compare.training import State
-    from deploy.demo.stepped import KeptSession
+    from deploy.simulation.configured import KeptSession
     from node_service.corpus.corpus import Corpus
     from node_service.training.checkpoint import Facts
 
@@ -115,10 +115,10 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -
 
 def _step(config: Config, corpora: dict[str, Corpus], steps: int) -> tuple[Report, dict[str, KeptSession]]:
     """Train under the virtual clock, with a display."""
-    from deploy.demo.stepped import Absence, SteppedDemo
+    from deploy.simulation.configured import Absence, ConfiguredFederation
 
     absences = {LATE: Absence(LATE, 0.0, LATE_AT), AWAY: Absence(AWAY, AWAY_FROM, AWAY_UNTIL)}
-    demo = SteppedDemo(config, corpora, SPEEDS, seconds=steps / max(SPEEDS.values()))
+    demo = ConfiguredFederation(config, corpora, SPEEDS, seconds=steps / max(SPEEDS.values()))
     with FederationDisplay(quiet=False) as display:
 
         def show(report: Callable[[], Report]) -> None:

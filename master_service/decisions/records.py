@@ -6,7 +6,7 @@ Everything that decides is an entry, so that the log alone rebuilds every versio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -162,6 +162,8 @@ Record = (
 #: What nodes and observers say that is decided upon.
 Said = Join | Get | Continue | Fetch | FetchAssets | Words | Finished | Leave | Stop | InstructionAck | UpdateManifest
 Loggable = Said | Record
+#: Every kind of row.
+KINDS: frozenset[str] = frozenset(each.model_fields["kind"].default for each in get_args(Loggable))
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 
 
