@@ -16,6 +16,7 @@ from master_service.decisions.settings import Settings
 from master_service.log.message_log import MessageLog
 
 if TYPE_CHECKING:
+    from common.numbers.parameters import ParameterSet
     from master_service.history.replay import Refold
 
 #: What is to be said of whatever comes of it; `how` as `in_words` gives it.
@@ -92,3 +93,11 @@ def refold_of(log: MessageLog, change: Callable[[Settings], Settings] | None, wi
         return changed.model_copy(update={"min_nodes": min(changed.min_nodes, left)})
 
     return Refold(log, decided if without else change, frozenset(without))
+
+
+def distance(new: ParameterSet, published: ParameterSet) -> float:
+    """‖new − published‖ / ‖published‖, in double precision."""
+    import torch
+
+    theirs = published.vector.double()
+    return float(torch.dist(new.vector.double(), theirs) / theirs.norm())

@@ -13,7 +13,7 @@ from common.errors import Damaged, UserError
 from common.exports import check_export_directory
 from deploy.commands.display import console, number, saying
 from deploy.commands.progress import Counted, counting
-from deploy.counterfactual import COUNTERFACTUAL, changed_rule, in_words, parse_changes, refold_of
+from deploy.counterfactual import COUNTERFACTUAL, changed_rule, distance, in_words, parse_changes, refold_of
 from deploy.logging import configure_logging
 from master_service.decisions.records import Started, unpack
 from master_service.decisions.settings import Settings
@@ -231,8 +231,6 @@ def _decide_anew(
 
 def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, how: str) -> None:
     """Old next to new: each node of an encoder a row, and then all of them."""
-    import torch
-
     for name, old in published.coordinator.state.encoders.items():
         new = refold.fold.coordinator.state.encoders[name]
         if encoder not in (None, name) or name not in refold.fold.arithmetic.targets:
@@ -262,9 +260,9 @@ def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, h
         )
         console().print(table)
         mine, theirs = (fold.arithmetic.targets[name].parameters for fold in (refold.fold, published))
-        apart = torch.dist(mine.vector.double(), theirs.vector.double()) / theirs.vector.double().norm()
         console().print(
-            f"‖new − published‖ / ‖published‖ = {float(apart):.4g}; sha256 {mine.digest()[:32]}…", highlight=False
+            f"‖new − published‖ / ‖published‖ = {distance(mine, theirs):.4g}; sha256 {mine.digest()[:32]}…",
+            highlight=False,
         )
     if refold.uncounted:
         console().print(
