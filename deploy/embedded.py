@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,9 @@ def read_corpora(sources: Mapping[str, Any], encoder_type: str) -> dict[str, Cor
     for name, source in sources.items():
         check_node_id(name)
         if isinstance(source, str | Path):
-            corpora[name] = load_corpus(CorpusConfig(type=encoder_type, path=(str(source),)))
+            read = load_corpus(CorpusConfig(type=encoder_type, path=(str(source),)))
+            # labels are for probes, which are `evaluate`'s matter and need an extra
+            corpora[name] = replace(read, train_labels=None, test_labels=None)
         else:
             corpora[name] = corpus_of(source, f"the corpus of {name!r}", encoder_type)
     return corpora

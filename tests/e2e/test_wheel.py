@@ -63,7 +63,9 @@ import sys
 sys.modules.update(dict.fromkeys({extras!r}))
 import shared_encoder
 from deploy.cli import app, guarded
-corpora = {{name: [f"{{name}} saw patient {{n}} on day {{n % 7}}" for n in range(60)] for name in ("north", "south")}}
+with open("south.csv", "w") as file:
+    print("text,label", *(f"a dose of {{n}} mg,{{n % 2}}" for n in range(60)), sep="\\n", file=file)
+corpora = {{"north": [f"patient {{n}} was seen on day {{n % 7}}" for n in range(60)], "south": "south.csv"}}
 found = shared_encoder.federation(corpora, versions=1)
 print(found.encoder().features(["patient 3"]).shape, found.log().replay().identical)
 state = str(found.directory / "master")
