@@ -71,7 +71,7 @@ rabbitmq:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python deploy/install_torch.py --index "$(TORCH_INDEX)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[node,evaluate]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -19,6 +19,7 @@ SharedEncoderError
     ├── CannotBuild         an encoder type fails on what an instruction asks for
     ├── AccessRefused       wrong account or password, or no permission at the broker
     ├── FilesRefused        files of a corpus that cannot be read right: one line, or one for each
+    ├── PackageMissing      what was asked for needs a package that is not installed: the line says how to get it
     └── OwnersCodeError     code of the owner or of another package raised
 """
 
@@ -163,6 +164,10 @@ class FilesRefused(UserError):
         shown = [*self.lines[:_FILES], *([f"and {rest} more"] if rest > 0 else [])]
         several = "\n  ".join([f"{len(self.lines)} things are wrong with the samples:", *shown])
         super().__init__(self.lines[0] if len(self.lines) == 1 else several)
+
+
+class PackageMissing(UserError):
+    """A package that not everybody needs is not installed; the text has the command that installs it."""
 
 
 class OwnersCodeError(UserError):

@@ -5,12 +5,28 @@ So an image installs them in a layer of their own, which a change of the source 
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
-extras = sys.argv[1:]
-print(
-    *([each for name in extras for each in project["optional-dependencies"][name]] or project["dependencies"]), sep="\n"
-)
+PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+
+
+def requirements(project: dict[str, Any], extras: list[str]) -> Iterator[str]:
+    """Those of `extras`, or the project's own if there are none; an extra of the project's among them is taken apart."""
+    if not extras:
+        yield from project["dependencies"]
+    for extra in extras:
+        for each in project["optional-dependencies"][extra]:
+            own = re.fullmatch(rf"{re.escape(project['name'])}\[([\w,]+)\]", each)
+            if own:
+                yield from requirements(project, own[1].split(","))
+            else:
+                yield each
+
+
+if __name__ == "__main__":
+    print(*requirements(tomllib.loads(PROJECT.read_text())["project"], sys.argv[1:]), sep="\n")

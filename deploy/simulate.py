@@ -20,7 +20,7 @@ from common.locks import DirectoryLock
 from common.wire.update_rule import UpdateRule
 from deploy.commands.display import console, saying
 from deploy.commands.progress import counting
-from deploy.commands.replay import parse_changes
+from deploy.counterfactual import parse_changes
 from deploy.logging import configure_logging
 from master_service.decisions.rules.model import AggregationRule, aggregation_rule, check_nodes
 

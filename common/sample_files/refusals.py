@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import FilesRefused, UserError
+from common.errors import FilesRefused, PackageMissing, UserError
 
 #: Names of one reason in a line; the others are counted.
 _NAMES = 3
@@ -40,9 +40,11 @@ class Refusals:
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """A UserError inside is gathered instead of raised."""
+        """A UserError inside is gathered instead of raised, but for a missing package: that is no file's fault."""
         try:
             yield
+        except PackageMissing:
+            raise
         except FilesRefused as error:
             self._lines.update(dict.fromkeys(error.lines))
         except UserError as error:

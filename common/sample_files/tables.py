@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import UserError
+from common.extras import need
 from common.sample_files import kinds
 from common.sample_files.decoding import HEAD, check_unicode, encoding, first_line, opened
 from common.sample_files.kinds import Kind
@@ -121,6 +122,7 @@ def _tabs(path: Path, field: str, label: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, field: str, label: str) -> Iterator[Row]:
+    need("pyarrow", "Parquet files need")
     import pyarrow
     import pyarrow.parquet
 

@@ -17,6 +17,7 @@ from common import cards
 from common.durable import write_durably
 from common.errors import UserError
 from common.exports import check_file
+from common.extras import need
 from deploy.commands.display import console, number, saying
 from deploy.commands.run import load_corpora
 from deploy.config import load_config
@@ -83,6 +84,8 @@ def run_evaluation(
     if len(kinds) > 1:
         named = " and ".join(f"{name} of type {kind}" for kind, name in kinds.items())
         raise UserError(f"nodes of different encoder types have no encoder in common: {named}; name those of one type")
+    if any(domain.corpus.train_labels is not None for domain in domains):
+        need("sklearn", "what evaluate finds by labels needs")
     encoder_type = get_encoder_type(domains[0].pinned.type)
     tensors, *others = [encoder_type.architecture_of(directory)[1] for directory in directories if directory]
     more = dict(zip(_names(encoders[1:]), others, strict=True))

@@ -16,12 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import Damaged, UserError
-from common.exports import check_file
 from common.locks import DirectoryLock
 from deploy.commands.display import console, number, saying, size
 from deploy.commands.progress import counting
 from deploy.logging import configure_logging
-from master_service.log.jsonl import export_log, is_export, opened
+from master_service.log.jsonl import check_export_file, export_log, opened
 from master_service.log.message_log import Row, logged_shards, open_log
 from master_service.log.payload_files import payload_path
 
@@ -130,7 +129,7 @@ def show_row(state: Path, offset: int) -> None:
 
 def export_rows(state: Path, file: Path, *, after: int, before: int | None, payloads: bool) -> None:
     """Write an export, and say what is in it and what is not."""
-    check_file(file, "exported message log", is_export)
+    check_export_file(file)
     up_to = None if before is None else before - 1
     with opened(state) as log:
         total = (log.last_offset if up_to is None else min(up_to, log.last_offset)) - after

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.table import Table
 
-from common.config import explained
 from common.errors import Damaged, UserError
 from common.exports import check_export_directory
 from deploy.commands.display import console, number, saying
 from deploy.commands.progress import Counted, counting
+from deploy.counterfactual import COUNTERFACTUAL, changed_rule, distance, in_words, parse_changes, refold_of
 from deploy.logging import configure_logging
-from master_service.decisions.records import Configured, Started, unpack
-from master_service.decisions.rules.model import AggregationRule, aggregation_rule, check_nodes
+from master_service.decisions.records import Started, unpack
 from master_service.decisions.settings import Settings
 from master_service.log.jsonl import opened
 from master_service.log.message_log import MessageLog
@@ -29,11 +26,6 @@ if TYPE_CHECKING:
     from master_service.decisions.state import EncoderState
     from master_service.history.fold import Check, Fold
     from master_service.history.replay import Refold
-
-_COUNTERFACTUAL = (
-    "The nodes trained on what was really published: this is what the same updates make when they are decided upon "
-    "{how}, and not what a run that was decided so would have made."
-)
 
 
 def run_replay(
@@ -69,7 +61,7 @@ def run_replay(
             if out is not None:
                 _write(log, fold, encoder, version, out)
             return
-        _decide_anew(log, change, without, encoder=encoder, out=out, how=partial(_how, rule, changes))
+        _decide_anew(log, change, without, encoder=encoder, out=out, how=partial(in_words, rule, changes))
 
 
 def export_version(encoder: str, state: Path, version: int | None, out: Path, aggregators: Sequence[Path] = ()) -> None:
@@ -210,48 +202,6 @@ def _export(
 # --- what another rule makes of it -----------------------------------------------------------------------------------
 
 
-def parse_changes(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`outer.lr=2` and the like by section. A value is JSON, or else a word. Raises UserError."""
-    found: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        key, is_there, value = change.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (is_there and dot and name):
-            raise UserError(f"--set {change}: write it as section.key=value, for instance outer.lr=2")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value.strip()
-        found.setdefault(section, {})[name] = parsed
-    return found
-
-
-def changed_rule(preset: str | None, changes: Mapping[str, Mapping[str, Any]]) -> Callable[[Settings], Settings]:
-    """Maps logged settings to those with a preset, or with numbers of the logged rule changed. Raises UserError."""
-
-    def rule(logged: AggregationRule) -> AggregationRule:
-        try:
-            if preset is not None:
-                return aggregation_rule(preset, changes)
-            plain = logged.model_dump()
-            for section, values in changes.items():
-                known = plain.get(section)
-                plain[section] = {**known, **values} if isinstance(known, dict) else values
-            return AggregationRule.model_validate(plain)
-        except ValidationError as error:
-            raise explained(error, AggregationRule, "--set") from None
-
-    rule(AggregationRule())  # what is wrong is said before anything is read
-    return lambda settings: settings.model_copy(update={"rule": rule(settings.rule)})
-
-
-def _how(rule: str | None, changes: Sequence[str], without: Sequence[str]) -> str:
-    parts = [f"by the rule {rule}"] if rule else []
-    parts += [f"with {', '.join(changes)}"] if changes else []
-    parts += [f"without {', '.join(without)}"] if without else []
-    return " ".join(parts)
-
-
 def _decide_anew(
     log: MessageLog,
     change: Callable[[Settings], Settings] | None,
@@ -262,35 +212,25 @@ def _decide_anew(
     how: Callable[[Sequence[str]], str],
 ) -> None:
     """`how`: in words, given what to call the nodes that are left out."""
-    from master_service.history.replay import Refold
-
-    nodes = {row.sender for row in log.rows() if row.kind == "request.join"}
-    if unknown := sorted(set(without) - nodes):
-        raise UserError(f"no node {unknown[0]!r} is in the log; there are: {', '.join(sorted(nodes)) or 'none'}")
-    for body in log.bodies("configured"):
-        if change is not None and isinstance(body, Configured):
-            check_nodes(change(body.settings).rule, len(nodes - set(without)), "there are in the log")
-    refold = Refold(log, change, frozenset(without))
+    refold = refold_of(log, change, without)
     with counting(f"deciding {how(without)}", "messages", log.last_offset + 1) as (_, advance):
         for _entry in refold.run():
             advance()
     published = _verified(log, encoder, None, every=False)
     _print_compared(published, refold, encoder, how(without))
-    console().print(_COUNTERFACTUAL.format(how=how(without)), highlight=False)
+    console().print(COUNTERFACTUAL.format(how=how(without)), highlight=False)
     if out is not None:
         state = _chosen(refold.fold, encoder)
         members = published.coordinator.state.encoders[state.encoder].members
         # the card is for others: a node that was left out is named in it no more than one that took part
         agreed = [node if node in members and members[node].named else "a node" for node in without]
-        note = _COUNTERFACTUAL.format(how=how(agreed))
+        note = COUNTERFACTUAL.format(how=how(agreed))
         decided = refold.fold.coordinator.state.settings
         _export(log, state, decided, refold.fold.arithmetic.targets[state.encoder].parameters, out, note)
 
 
 def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, how: str) -> None:
     """Old next to new: each node of an encoder a row, and then all of them."""
-    import torch
-
     for name, old in published.coordinator.state.encoders.items():
         new = refold.fold.coordinator.state.encoders[name]
         if encoder not in (None, name) or name not in refold.fold.arithmetic.targets:
@@ -320,9 +260,9 @@ def _print_compared(published: Fold[Any], refold: Refold, encoder: str | None, h
         )
         console().print(table)
         mine, theirs = (fold.arithmetic.targets[name].parameters for fold in (refold.fold, published))
-        apart = torch.dist(mine.vector.double(), theirs.vector.double()) / theirs.vector.double().norm()
         console().print(
-            f"‖new − published‖ / ‖published‖ = {float(apart):.4g}; sha256 {mine.digest()[:32]}…", highlight=False
+            f"‖new − published‖ / ‖published‖ = {distance(mine, theirs):.4g}; sha256 {mine.digest()[:32]}…",
+            highlight=False,
         )
     if refold.uncounted:
         console().print(

@@ -17,6 +17,7 @@ from common.config import explained, suggestion
 from common.durable import write_durably
 from common.errors import SharedEncoderError, UserError, WordsNeeded
 from common.exports import check_writable
+from common.extras import need
 from common.locks import DirectoryLock
 from common.wire.update_rule import UpdateRule
 from deploy.commands.display import console, saying
@@ -59,6 +60,11 @@ def run_comparison(
     config = load_config(file, {"compare": {"seeds": seeds}})
     configure_logging(level="error")
     settings = config.compare.rehearsal() if quick else config.compare
+    # hours of cells come before what they are for
+    need("matplotlib", "a comparison draws its report with")
+    if settings.transfer:
+        need("sklearn", "compare.transfer probes with")
+        need("threadpoolctl", "compare.transfer probes with")
     chosen = chosen_arms(settings, arms)
     encoder_type = encoder_type_of(config)
     corpora = dealt(read_corpora(config, encoder_type, file), settings.cut)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.exports import check_writable
+from common.extras import need
 from deploy.commands.display import FederationDisplay, console, saying
 from deploy.commands.progress import counting
 from deploy.commands.run import load_corpora
@@ -25,7 +26,7 @@ from master_service.status import Report
 if TYPE_CHECKING:
     from common.encoders.base import PrivateSpec
     from deploy.compare.training import State
-    from deploy.demo.stepped import KeptSession
+    from deploy.simulation.configured import KeptSession
     from node_service.corpus.corpus import Corpus
     from node_service.training.checkpoint import Facts
 
@@ -63,6 +64,8 @@ class _Found:
 def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -> None:
     """Run the demo and write its results into `out`. Raises UserError if `out` holds anything but an earlier demo."""
     configure_logging(level="warning" if broker_url else "error")
+    need("matplotlib", "the demo draws its report with")
+    need("sklearn", "the demo measures with")
     screen, started = console(), time.monotonic()
     _prepare(out)
     screen.print(f"[bold]shared-encoder demo[/bold]: four private corpora, one shared encoder; results go to {out}/")
@@ -112,10 +115,10 @@ def run_demo(out: Path, *, quick: bool, broker_url: str | None, seed: int = 0) -
 
 def _step(config: Config, corpora: dict[str, Corpus], steps: int) -> tuple[Report, dict[str, KeptSession]]:
     """Train under the virtual clock, with a display."""
-    from deploy.demo.stepped import Absence, SteppedDemo
+    from deploy.simulation.configured import Absence, ConfiguredFederation
 
     absences = {LATE: Absence(LATE, 0.0, LATE_AT), AWAY: Absence(AWAY, AWAY_FROM, AWAY_UNTIL)}
-    demo = SteppedDemo(config, corpora, SPEEDS, seconds=steps / max(SPEEDS.values()))
+    demo = ConfiguredFederation(config, corpora, SPEEDS, seconds=steps / max(SPEEDS.values()))
     with FederationDisplay(quiet=False) as display:
 
         def show(report: Callable[[], Report]) -> None:

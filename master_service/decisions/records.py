@@ -6,10 +6,12 @@ Everything that decides is an entry, so that the log alone rebuilds every versio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from common.config import suggestion
+from common.errors import UserError
 from common.wire.base import Message
 from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries
 from common.wire.to_master import (
@@ -162,6 +164,7 @@ Record = (
 #: What nodes and observers say that is decided upon.
 Said = Join | Get | Continue | Fetch | FetchAssets | Words | Finished | Leave | Stop | InstructionAck | UpdateManifest
 Loggable = Said | Record
+_KINDS = sorted(each.model_fields["kind"].default for each in get_args(Loggable))
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])
 
 
@@ -200,3 +203,9 @@ def pack(body: Message) -> str:
 def unpack(body: str) -> Loggable:
     """The typed body of a row."""
     return _ADAPTER.validate_json(body)
+
+
+def check_kind(kind: str) -> None:
+    """Raises UserError for a kind that no row can have, with the nearest one."""
+    if kind not in _KINDS:
+        raise UserError(f"no row is of kind {kind!r}; {suggestion(kind, _KINDS)}")

@@ -184,7 +184,7 @@ def merged(logged: Settings, given: Mapping[str, Any]) -> Settings:
             changes = {section: numbers for section, numbers in value.items() if section != "preset"}
             plain["rule"] = aggregation_rule(value["preset"], changes).model_dump()
         else:
-            plain[name] = _overlaid(plain[name], value)
+            plain[name] = overlaid(plain[name], value)
             if name == "update_rule" and value.get("when"):
                 plain[name]["when"] = value["when"]
     return Settings.model_validate(plain)
@@ -210,10 +210,11 @@ def _possible(settings: Settings) -> Settings:
     return settings
 
 
-def _overlaid(below: Any, above: Any) -> Any:
+def overlaid(below: Any, above: Any) -> Any:
+    """A table of tables with the values of another above it; what is no table is replaced whole."""
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return above
-    return {**below, **{name: _overlaid(below.get(name), value) for name, value in above.items()}}
+    return {**below, **{name: overlaid(below.get(name), value) for name, value in above.items()}}
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -113,7 +113,15 @@ def verify(log: MessageLog, fold: Fold[Any]) -> Iterator[tuple[Entry, Check | No
 def rebuild(
     log: MessageLog, encoder: str, version: int | None = None, on_row: Callable[[Entry], None] = lambda entry: None
 ) -> tuple[EncoderState, ParameterSet]:
-    """A version (the newest by default) from the log, with the encoder's state at that moment.
+    """A version (the newest by default) from the log, with the encoder's state at that moment. Raises as `reach`."""
+    fold = reach(log, encoder, version, on_row)
+    return fold.coordinator.state.encoders[encoder], fold.arithmetic.targets[encoder].parameters
+
+
+def reach(
+    log: MessageLog, encoder: str, version: int | None = None, on_row: Callable[[Entry], None] = lambda entry: None
+) -> Fold[Aggregator]:
+    """The log folded up to a version of an encoder, or all of it.
 
     Raises KeyError with the reason if the log does not hold it, Damaged at the first version that is not what was
     published.
@@ -121,7 +129,7 @@ def rebuild(
     start = origin(log)
     fold = start.fold
     if (begun := fold.coordinator.state.encoders.get(encoder)) is not None and begun.version == version:
-        return begun, fold.arithmetic.targets[encoder].parameters
+        return fold
     found = begun is not None
     for entry, check in verify(log, fold):
         on_row(entry)
@@ -137,7 +145,7 @@ def rebuild(
         newest = f", whose newest is {state.version}" if state is not None else f"; encoders there: {known}"
         why = f" ({start.left_out})" if start.left_out else ""
         raise KeyError(f"version {0 if version is None else version} of {encoder} is not in the log{newest}{why}")
-    return state, fold.arithmetic.targets[encoder].parameters
+    return fold
 
 
 @dataclass

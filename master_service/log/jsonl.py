@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import Damaged, UserError
+from common.exports import check_file
 from master_service.log.message_log import SCHEMA_VERSION, MessageLog, Row, open_log
 
 #: The key of the header line, whose value is the version of this format.
@@ -105,6 +106,11 @@ def opened(path: Path) -> Iterator[MessageLog]:
 def is_export(path: Path) -> bool:
     """Whether a file begins as `export_log` begins one. Raises Damaged for what is no table of JSON."""
     return _MARK in next(_lines(path), {})
+
+
+def check_export_file(path: Path) -> None:
+    """Whether an export can be written there. Raises UserError, also for a file that is there and is none."""
+    check_file(path, "exported message log", is_export)
 
 
 def import_log(path: Path, directory: Path) -> MessageLog:

@@ -17,7 +17,7 @@ from common.sample_files.kinds import SUFFIXES
 from common.sample_files.refusals import LeftOut, Refusals
 from common.sample_files.texts import read_texts
 from node_service.corpus.arrays import Alpha
-from node_service.corpus.entry_point import call_entry_point
+from node_service.corpus.entry_point import call_entry_point, given_samples
 from node_service.corpus.image_files import ImageOptions, read_images
 
 #: Rows of the validation part at most, and training rows that there must be for one.
@@ -139,6 +139,18 @@ def load_corpus(config: CorpusConfig, base: Path | None = None, *, beside: Path 
         test = _take(samples, labels, held_out)
     train, validation = _without_validation([samples[i] for i in train], train, config.validation)
     return Corpus(config.type, *_take(samples, labels, train), *test, _take(samples, None, validation)[0], sources)
+
+
+def corpus_of(samples: Any, whose: str, encoder_type: str = "text") -> Corpus:
+    """Samples that are in memory: texts in any iterable, images as `as_images` takes them. Split by their content, as
+    `load_corpus` splits by default. `whose` begins what errors say. Raises UserError for samples that are none."""
+    given, shares = given_samples(whose, encoder_type, samples), CorpusConfig.model_fields
+    try:
+        train, test = split_by_content(given, shares["held_out"].default)
+    except ValueError:
+        raise UserError(f"{whose} has no two samples that differ; a part is held out, so give more of them") from None
+    train, validation = _without_validation([given[i] for i in train], train, shares["validation"].default)
+    return Corpus(encoder_type, taken(given, train), None, taken(given, test), None, taken(given, validation))
 
 
 def _from_files(config: CorpusConfig, base: Path) -> tuple[_Labelled, _Labelled | None, Sources]:

@@ -62,6 +62,17 @@ def call_entry_point(name: str, encoder_type: str, beside: Path | None, alpha: A
     return _fitting(whose, encoder_type, samples, alpha), texts
 
 
+def given_samples(whose: str, encoder_type: str, given: Any) -> Sequence[Any]:
+    """Samples that somebody has in memory, any iterable, as their type wants them; `whose` begins what errors say.
+
+    Raises UserError for samples that are none, and if there is none.
+    """
+    samples = _sequence(whose, "samples", given)
+    if len(samples) == 0:
+        raise UserError(f"{whose} is empty; give samples")
+    return _fitting(whose, encoder_type, samples, None)
+
+
 def _sequence(whose: str, what: str, given: Any) -> Sequence[Any]:
     """Any iterable, a generator too, as a list; an array stays an array. Raises UserError for anything else."""
     if isinstance(given, np.ndarray) and given.ndim > 0:
@@ -117,10 +128,10 @@ def _images(whose: str, samples: Sequence[Any], alpha: Alpha | None) -> NDArray[
 
 
 def _array(whose: str, i: int, sample: Any, alpha: Alpha | None) -> NDArray[Any]:
-    from PIL import Image
-
+    # who has a picture of pillow's has loaded it: an owner whose samples are arrays need not have it at all
+    pillow = sys.modules.get("PIL.Image")
     with owners_code(whose):  # a sample may have a conversion of its own
-        if isinstance(sample, Image.Image):
+        if pillow is not None and isinstance(sample, pillow.Image):
             return picture_array(sample, f"{whose}: sample {i}", alpha)
         try:
             return np.asarray(sample)

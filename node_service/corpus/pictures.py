@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError
+from common.extras import need
 from common.sample_files.decoding import first_line
 from common.sample_files.kinds import SampleFile
 from common.sample_files.refusals import LeftOut, Refusals, shown
@@ -34,6 +35,8 @@ def read_pictures(
     pixels a side; without it all have one size. All grey is grey, else all is RGB; with `alpha` "channel" all is RGBA.
     None where nothing could be read; `refusals` gathers a line for each file that could not.
     """
+    if files:
+        need("PIL", "pictures need")
     found: list[tuple[Path, Images]] = []
     left_out: list[LeftOut] = []
     for file in files:

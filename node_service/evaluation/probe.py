@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from common.encoders.base import EncoderModel, Samples
 from common.errors import NotProbed
+from common.extras import need
 from node_service.corpus.corpus import taken
 
 # whoever evaluates finds both measures here
@@ -23,6 +24,7 @@ TEST_ROWS = 1000
 
 #: Neighbours that vote in `knn_probe`.
 _NEIGHBOURS = 10
+_WHO = "probes need"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def linear_probe(train_x: ArrayLike, train_y: Sequence[str], test_x: ArrayLike, 
 
     Features are (n, d); C = 1 is scikit-learn's default. Raises ValueError for fewer than two labels.
     """
+    need("sklearn", _WHO)
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -55,6 +58,7 @@ def linear_probe(train_x: ArrayLike, train_y: Sequence[str], test_x: ArrayLike, 
 
 def knn_probe(train_x: ArrayLike, train_y: Sequence[str], test_x: ArrayLike, test_y: Sequence[str]) -> float:
     """Test accuracy of a vote of the ten nearest rows by cosine of the standardised features, weighted by distance."""
+    need("sklearn", _WHO)
     from sklearn.neighbors import KNeighborsClassifier
 
     train, test = _standardised(train_x, test_x)

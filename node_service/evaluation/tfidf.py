@@ -10,6 +10,7 @@ import numpy as np
 
 from common.encoders.base import Samples
 from common.errors import NotProbed
+from common.extras import need
 from node_service.corpus.corpus import taken
 from node_service.evaluation.few_labels import USUAL, FewLabels, FewLabelScore, draws, tested_rows
 
@@ -52,6 +53,7 @@ def _check(train: tuple[Samples, Sequence[str]]) -> None:
         raise NotProbed("TF-IDF is for texts, and these samples are none")
     if len(set(labels)) < 2:
         raise NotProbed("TF-IDF needs two different labels for training")
+    need("sklearn", "TF-IDF needs")
 
 
 def _rows(part: tuple[Samples, Sequence[str]], rows: Sequence[int]) -> tuple[Samples, list[str]]:

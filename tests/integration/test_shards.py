@@ -28,6 +28,7 @@ from master_service.log.message_log import open_log
 from master_service.shards.service import ShardService
 from master_service.shards.shard import Shard
 from master_service.wire.orders import Compute, Done
+from shared_encoder import Log
 from tests.builders import update_chunks
 from tests.integration.harness import (
     TOPOLOGY,
@@ -177,6 +178,8 @@ def test_aggregators_make_the_bits_of_one_and_a_replay_by_one_makes_theirs(
         aggregators=world.directories(),
     )
     assert capsys.readouterr().out.count("identical\n") == 4
+    with Log.open(tmp_path / "master", aggregators=world.directories()) as log:
+        assert log.replay().identical and len(log.replay().checks) == 4
 
 
 def test_what_is_damaged_where_an_aggregator_keeps_it_is_sent_again(tmp_path: Path) -> None:

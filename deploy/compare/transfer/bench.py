@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from common.encoders import get_encoder_type
@@ -51,6 +50,8 @@ Part = Literal["train", "test"]
 def one_thread() -> AbstractContextManager[Any]:
     """Inside, scikit-learn's arithmetic has one thread, as torch has: cells are computed side by side, and small
     matrices cost eight times as much where the threads of each wait for one another."""
+    from threadpoolctl import threadpool_limits
+
     limits: AbstractContextManager[Any] = threadpool_limits(limits=1)
     return limits
 

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.config import load_config
 from deploy.demo.demo import configuration
-from deploy.demo.stepped import Absence, SteppedDemo
+from deploy.simulation.configured import Absence, ConfiguredFederation
 from master_service.log.message_log import open_log
 from node_service.corpus.corpus import Corpus
 
@@ -38,14 +38,16 @@ def corpus(seed: int) -> Corpus:
     return Corpus("text", texts[:60], None, texts[60:70], None, texts[70:])
 
 
-def demo(directory: Path, seed: int) -> tuple[SteppedDemo, str]:
+def demo(directory: Path, seed: int) -> tuple[ConfiguredFederation, str]:
     directory.mkdir()
     places = {name: (directory / f"{name}.jsonl", directory / f"{name}.jsonl") for name in SPEEDS}
     file = directory / "demo.toml"
     words = configuration(directory, places, quick=True, broker_url=None, seed=seed)
     words = words.replace("seconds = 6.0", "seconds = 2.0")
     file.write_text(words.replace("[encoder]", '[encoder]\ntokenizer = "bytes"\narchitecture = { hidden_size = 16 }'))
-    made = SteppedDemo(load_config(file, {}), {name: corpus(i) for i, name in enumerate(SPEEDS)}, SPEEDS, seconds=2.0)
+    made = ConfiguredFederation(
+        load_config(file, {}), {name: corpus(i) for i, name in enumerate(SPEEDS)}, SPEEDS, seconds=2.0
+    )
     absences = {"late": Absence("late", 0.0, 0.4), "away": Absence("away", 0.4, 0.7)}
     report = made.train(absences, lambda report: None)
     return made, next(iter(report.encoders.values())).digest

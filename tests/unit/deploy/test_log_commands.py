@@ -14,7 +14,7 @@ import pytest
 from common.locks import DirectoryLock
 from common.wire.to_master import UpdateManifest
 from common.wire.to_node import Receipt
-from deploy.commands.replay import changed_rule, parse_changes
+from deploy.counterfactual import changed_rule, parse_changes
 from master_service.decisions.records import Loggable, Started, Versioned
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.settings import Settings

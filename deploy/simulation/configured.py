@@ -1,4 +1,4 @@
-"""The demo's master and nodes in one thread under a virtual clock: the same seed leads to the same encoder.
+"""Master and nodes of a configuration in one thread under a virtual clock: the same seed leads to the same encoder.
 
 Everything is real but time: the message log, the embedded broker's bytes, training, exports. Somebody who is slow takes
 as many steps as he would, and the order of events is the same whatever the machine does meanwhile.
@@ -50,7 +50,7 @@ class KeptSession(TimedSession):
         return super()._export(directory, *notes)
 
 
-class SteppedDemo(SteppedFederation):
+class ConfiguredFederation(SteppedFederation):
     """One training of `seconds` virtual seconds by a configuration. `speeds`: steps a second, by node."""
 
     def __init__(
@@ -77,7 +77,8 @@ class SteppedDemo(SteppedFederation):
     def train(self, absences: Mapping[str, Absence], on_report: Callable[[Callable[[], Report]], None]) -> Report:
         """From the first message to the end of the last finishing phase; gives the report of the end.
 
-        `on_report` is called often, with what gives a report. Raises UserError if the encoder could not be made.
+        `on_report` is called often, with what gives a report; it may raise. Raises UserError if the encoder could not
+        be made.
         """
         reports: list[Report] = []
 
