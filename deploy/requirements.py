@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def requirements(project: dict[str, Any], extras: list[str]) -> Iterator[str]:
-    """Those of `extras`, or the project's own if there are none; an extra of the project's among them is taken apart."""
+    """Those of `extras`, or the project's own if there are none; an extra of its own among them is taken apart."""
     if not extras:
         yield from project["dependencies"]
     for extra in extras:
