@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ByteSize, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, field_validator, model_validator
 
 from common.config import Section
 from common.numbers.slicing import EncodingName
@@ -41,12 +42,23 @@ Operator = Annotated[
 ]
 
 
+#: What the log keeps of updates' payloads: all, those after the oldest kept snapshot, or as many as fit into so many
+#: bytes.
+Retention = Literal["all", "since-snapshot"] | int
+#: Of the disk where the log lies, in percent.
+DISK_SHARE = re.compile(r"(100|[1-9]?\d(\.\d+)?)%")
+DiskShare = Annotated[str, Field(pattern=rf"^{DISK_SHARE.pattern}$")]
+#: Of updates: enough for days of most federations, and never the whole disk.
+DEFAULT_RETENTION = "10%"
+
+
 class MasterConfig(Section):
     """The master's own affairs. Paths are made if they are not there.
 
-    `retention`: keep the payloads of all updates (`all`: every version can be rebuilt), those since the oldest kept
-    snapshot (`since-snapshot`), or as many as fit into a size ("20GiB"). Below `min_free` bytes of free disk nothing is
-    accepted until there is room again.
+    `retention`: of updates' payloads keep as many as fit into a share of the disk ("10%", the default) or a size
+    ("20GiB"), the newest; those since the oldest kept snapshot (`since-snapshot`); or all of them (`all`, the default
+    with several shards). Versions can be rebuilt as far back as payloads reach. Below `min_free` bytes of free disk
+    nothing is accepted until there is room again.
 
     `encoding`: of versions; that of updates is `update.encoding`.
 
@@ -69,7 +81,7 @@ class MasterConfig(Section):
     presence_timeout_seconds: Annotated[float, Field(gt=0)] = 90.0
     chunk_timeout_seconds: Annotated[float, Field(gt=0)] = 15.0
     encoding: Annotated[EncodingName, AfterValidator(_of_weights)] = "bfloat16"
-    retention: Literal["all", "since-snapshot"] | ByteSize = "all"
+    retention: Literal["all", "since-snapshot"] | DiskShare | ByteSize | None = None
     min_free: ByteSize = ByteSize(64 * MIB)
     snapshot_every_seconds: Annotated[float, Field(gt=0)] = 60.0
     exit_when_finished: bool = False
@@ -81,14 +93,30 @@ class MasterConfig(Section):
     max_encoders: Annotated[int, Field(ge=1)] = 16
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = 1
 
+    @field_validator("retention", mode="before")
+    @classmethod
+    def _share(cls, given: object) -> object:
+        if isinstance(given, str) and given.endswith("%") and not DISK_SHARE.fullmatch(given):
+            raise ValueError(f"{given}: a share of the disk is 0% to 100%")
+        return given
+
     @model_validator(mode="after")
     def _dropped_where_it_lies(self) -> Self:
-        if self.shards > 1 and not isinstance(self.retention, str):
+        if self.shards > 1 and self.retention not in (None, "all", "since-snapshot"):
             raise ValueError(
                 "a size is of one disk, and with several shards payloads lie on theirs; "
                 'take retention = "since-snapshot"'
             )
         return self
+
+    def keeps(self, disk_bytes: int | None) -> Retention:
+        """`retention` as the log applies it, on a disk of this size; without one, a share of it is everything."""
+        wanted = self.retention
+        if wanted is None:
+            wanted = DEFAULT_RETENTION if self.shards == 1 else "all"
+        if not isinstance(wanted, str) or wanted in ("all", "since-snapshot"):
+            return wanted  # type: ignore[return-value]  # of the words, these two are left
+        return "all" if disk_bytes is None else int(disk_bytes * float(wanted.removesuffix("%")) / 100)
 
 
 class EncoderConfig(Section):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from master_service.config import Retention
 from master_service.history.snapshot import Manifest
 from master_service.log.message_log import MessageLog
 
-#: Keep all payloads, only those after the oldest snapshot that is kept, or as many as fit into so many bytes.
-Retention = Literal["all", "since-snapshot"] | int
+#: A budget is looked at whenever so many parts of it have come: it is exceeded by that, and by what a start needs.
+_PARTS = 20
 
 
 def prune(log: MessageLog, kept: Sequence[Manifest], retention: Retention, at: float) -> int:
@@ -29,7 +29,7 @@ def droppable(log: MessageLog, kept: Sequence[Manifest], retention: Retention) -
     found = [payload for payload in log.update_payloads(min(each.offset for each in kept)) if payload not in needed]
     if isinstance(retention, str):
         return found
-    over = sum(map(log.payloads.size, log.payloads.stored())) - retention
+    over = stored_bytes(log) - retention
     chosen = []
     for payload in found:
         if over <= 0:
@@ -37,3 +37,32 @@ def droppable(log: MessageLog, kept: Sequence[Manifest], retention: Retention) -
         over -= log.payloads.size(payload)
         chosen.append(payload)
     return chosen
+
+
+def stored_bytes(log: MessageLog) -> int:
+    """Of all payloads that are here. Each is looked at."""
+    return sum(map(log.payloads.size, log.payloads.stored()))
+
+
+class Budget:
+    """When a budget of bytes is to be looked at, between snapshots too. `over`: what lies there is more than that, and
+    all of it needed; a snapshot would free some."""
+
+    def __init__(self, retention: Retention) -> None:
+        self._bytes = None if isinstance(retention, str) else retention
+        self._came = 0
+        self.over = False
+
+    def comes(self, size: int) -> None:
+        """A payload of so many bytes."""
+        self._came += size
+
+    @property
+    def due(self) -> bool:
+        """Whether so much has come since it was looked at that it may be exceeded."""
+        return self._bytes is not None and self._came * _PARTS > self._bytes
+
+    def looked(self, log: MessageLog) -> None:
+        """What may go is gone; whether that was enough. Each payload is looked at."""
+        self._came = 0
+        self.over = self._bytes is not None and stored_bytes(log) > self._bytes

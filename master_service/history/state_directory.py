@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import uuid
@@ -17,7 +18,7 @@ from common.events import happened
 from common.locks import DirectoryLock
 from master_service.config import MasterConfig
 from master_service.decisions.records import Entry, Loggable, UpdateFacts
-from master_service.history.retention import prune
+from master_service.history.retention import Budget, prune
 from master_service.history.snapshot import SnapshotDirectory, Snapshots, Taken
 from master_service.log.deadly import Attempts, FileMark, Mark, MemoryMark
 from master_service.log.message_log import MessageLog, open_log
@@ -64,16 +65,19 @@ class Journal:
         making: Mark | None = None,
         background: Background = inline,
         on_close: Callable[[], None] = lambda: None,
+        disk_bytes: int | None = None,
     ) -> None:
         """`making`: for the encoder that is being made, which may be beside what `mark` is for; None where that is
-        inline. Raises Damaged if the log does not hold what the newest whole snapshot was made of."""
+        inline. `disk_bytes`: of the whole disk, of which retention may be a share. Raises Damaged if the log does not
+        hold what the newest whole snapshot was made of."""
         self.log = log
         self.fold = snapshots.read()
         self.attempts = Attempts(mark, log)
         self.making = Attempts(making or MemoryMark(), log)
         self._snapshots = snapshots
         self._room = room
-        self._config = config
+        self.retention = config.keeps(disk_bytes)
+        self._budget = Budget(self.retention)
         self._clock = clock
         self._new_id = new_id
         self.background = background
@@ -123,10 +127,12 @@ class Journal:
 
     def write_payload(self, payload: bytes) -> str:
         """Store a payload durably; gives its digest. Raises StorageBlocked."""
+        self._keep_within_budget(len(payload))
         return self._room.write(lambda: self.log.write_payload(payload))
 
     def receive_payload(self, size: int) -> Incoming:
         """A payload of so many bytes will come. Raises StorageBlocked if there is no room for all of it."""
+        self._keep_within_budget(size)
         return self._room.write(lambda: self.log.payloads.receive(size))
 
     def keep_payload(self, incoming: Incoming) -> str:
@@ -147,10 +153,12 @@ class Journal:
 
     def snapshot_due(self, after: float = 0.0) -> bool:
         """Whether `after` seconds have passed since the last one, and far more than it took to write it; whether
-        anything was folded since; and none is being written."""
+        anything was folded since; and none is being written. Sooner where only a snapshot lets go of payloads that are
+        over the budget."""
         if not self._written.is_set() or self.fold.offset == self._snapshot_offset:
             return False
-        wait = max(after, _APART * self._writing_seconds) if after > 0 else 0.0
+        wanted = 0.0 if self._budget.over else after
+        wait = max(wanted, _APART * self._writing_seconds) if after > 0 else 0.0
         return self._clock.monotonic() - self._snapshot_at >= wait
 
     def snapshot(self) -> None:
@@ -177,7 +185,7 @@ class Journal:
             self._room.write(taken.write)
             self._snapshot_offset = offset
             happened("snapshot", offset=offset)
-            prunes = self._config.retention != "all" and self._pruned.is_set()
+            prunes = self.retention != "all" and self._pruned.is_set()
             if prunes:
                 self._pruned.clear()  # before anybody may take it that all is done
         except StorageBlocked as error:
@@ -205,11 +213,19 @@ class Journal:
         self.log.close()
         self._on_close()
 
+    def _keep_within_budget(self, coming: int) -> None:
+        """A payload of so many bytes comes: drop old ones meanwhile, if it is time to."""
+        self._budget.comes(coming)
+        if self._budget.due and self._written.is_set() and self._pruned.is_set():
+            self._pruned.clear()
+            self.background("retention", self._prune)
+
     def _prune(self) -> None:
         """Beside the thread that decides: every payload is looked at."""
         try:
-            policy, kept = self._config.retention, self._snapshots.kept()
+            policy, kept = self.retention, self._snapshots.kept()
             freed = self._room.write(lambda: prune(self.log, kept, policy, self._clock.now()))
+            self._budget.looked(self.log)
             if freed:
                 log.info("payloads dropped", retention=str(policy), bytes=freed)
         except StorageBlocked as error:
@@ -244,6 +260,7 @@ def open_journal(
             making=FileMark(config.state_dir / "making"),
             background=background,
             on_close=lock.close,
+            disk_bytes=shutil.disk_usage(config.state_dir).total,
         )
     except sqlite3.OperationalError as error:
         lock.close()
