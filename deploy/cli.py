@@ -21,6 +21,7 @@ from common.errors import (
     SharedEncoderError,
     UserError,
 )
+from common.http_address import DEFAULT_HTTP
 from deploy.commands.broker_certs import broker_certs
 from deploy.commands.broker_commands import broker_app
 from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
@@ -71,6 +72,14 @@ WaitForBroker = Annotated[
 Aggregators = Annotated[
     list[Path] | None,
     typer.Option(metavar="DIR", help="state directory of one of the log's aggregators; name each, if it has several"),
+]
+Http = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="health and metrics here: HOST:PORT, or off", show_default="off"),
+]
+MasterHttp = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="health and metrics here: HOST:PORT, or off", show_default="127.0.0.1:9464"),
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic", show_default="1")]
 
@@ -154,6 +163,7 @@ def master(
         typer.Option(metavar="N", help="leave the numbers to N aggregators, a part each", show_default="1: none"),
     ] = None,
     threads: Threads = None,
+    http: MasterHttp = None,
     json: JsonLogs = False,
 ) -> None:
     """Run the master: instruct nodes, weigh and merge their updates, publish versions, export the encoder."""
@@ -169,6 +179,7 @@ def master(
             "exit_when_finished": once or None,
             "shards": shards,
             "threads": threads,
+            "http": http,
         },
         "encoder": {"get": get, "tokenizer": tokenizer, "reference": reference, "min_nodes": min_nodes},
         "rule": {"preset": rule},
@@ -190,6 +201,7 @@ def aggregator(
         typer.Option(metavar="DIR", help="its part of updates and versions", show_default="aggregator-state/K-of-N"),
     ] = None,
     threads: Threads = None,
+    http: Http = None,
     json: JsonLogs = False,
 ) -> None:
     """Run one of several aggregators, which hold a part of every encoder each; of a master with `--shards N`."""
@@ -200,7 +212,7 @@ def aggregator(
         "log": {"json_lines": json or None},
         "master": {"threads": threads},
     }
-    run_aggregator(shard, state, config, flags, credentials=credentials)
+    run_aggregator(shard, state, config, flags, credentials=credentials, http=http)
 
 
 @app.command()
@@ -232,6 +244,7 @@ def node(
         float | None, typer.Option(metavar="N", help="at most N training steps a second", show_default="no limit")
     ] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
+    http: Http = None,
     json: JsonLogs = False,
 ) -> None:
     """Run a node: train the shared encoder on this machine's samples; only its parameters leave."""
@@ -252,6 +265,7 @@ def node(
             "threads": threads,
             "max_steps_per_second": max_speed,
             "exit_when_finished": once or None,
+            "http": http,
         },
     }
     run_node(name, config, flags, credentials=credentials)
@@ -319,6 +333,21 @@ def status(
     from deploy.commands.observe import show_status
 
     show_status(_broker_flags(broker, namespace, credentials), config, timeout, watch=watch, as_json=json)
+
+
+@app.command()
+def health(
+    http: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="where the service of this machine is looked at")
+    ] = DEFAULT_HTTP,
+    alive: Annotated[bool, typer.Option("--alive", help="ask whether it is alive, not whether it is ready")] = False,
+) -> None:
+    """Ask a master, node or aggregator of this machine whether it is ready, in one line: exit code 0, or 1 if not."""
+    from deploy.commands.health import look
+
+    said = look(http, alive=alive)
+    print(said.line)
+    raise typer.Exit(0 if said.good else EXIT_FAILED)
 
 
 @app.command()
