@@ -11,12 +11,12 @@ SEED ?=
 # of `make soak` and `make fuzz`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow faults soak fuzz one-member bench lint clean rabbitmq
+.PHONY: demo test test-slow faults soak fuzz one-member bench lint clean rabbitmq prometheus
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
 
-test: $(VENV)/.installed-dev rabbitmq
+test: $(VENV)/.installed-dev rabbitmq prometheus
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What is left out of `make test`, or has a short version in it. No limit of time for the many interleavings.
@@ -54,6 +54,9 @@ lint: $(VENV)/.installed-dev
 # Debian's package is installed without starting the system's own service; the tests start a private one.
 rabbitmq:
 	@sh deploy/ensure_rabbitmq.sh
+
+prometheus:
+	@sh deploy/ensure_prometheus.sh
 
 # The constraints pin torch: an unpinned one brings gigabytes of CUDA that most nodes do not need.
 $(VENV)/.installed: pyproject.toml constraints.txt
