@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -43,25 +44,21 @@ class Federation:
 
     def __init__(self, directory: Path, url: str) -> None:
         self.directory = directory
-        self.ports = {name: free_port() for name in ("master", "a", "b")}
-        nodes = {"a": "", "b": ""}
-        self.file = configuration(
-            directory,
-            url,
-            f"test-{uuid.uuid4().hex[:8]}",
-            list(nodes),
-            encoder=f"min_nodes = {len(nodes)}",
-            stop="versions = 100000",
-        )
+        self.ports = {name: free_port() for name in ("master", "a", "b", "1-of-2", "2-of-2")}
+        namespace, lines = f"test-{uuid.uuid4().hex[:8]}", {"encoder": "min_nodes = 2", "stop": "versions = 100000"}
+        self.file = configuration(directory, url, namespace, ["a", "b"], **lines)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *more: str) -> None:
+        """The master, a node by its name, or an aggregator by its number and theirs; with `more` flags."""
         arguments = ["master"] if name == "master" else ["node", name]
+        if "-of-" in name:
+            arguments = ["aggregator", "--shard", name.replace("-of-", "/"), "--state", str(self.directory / name)]
         with (self.directory / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "deploy.cli", *arguments),
-                    *("--http", f"127.0.0.1:{self.ports[name]}", "--config", str(self.file)),
+                    *("--http", f"127.0.0.1:{self.ports[name]}", "--config", str(self.file), *more),
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -79,6 +76,18 @@ class Federation:
         with urlopen(f"http://127.0.0.1:{self.ports[name]}/{path}", timeout=5.0) as answer:
             body: bytes = answer.read()
         return body
+
+    def parts(self, name: str) -> dict[str, str]:
+        """What /readyz says; nothing before there is anybody."""
+        try:
+            body = self.asked(name, "readyz")
+        except HTTPError as error:
+            assert error.code == 503
+            body = error.read()
+        except OSError:
+            return {}
+        found: dict[str, str] = json.loads(body)["parts"]
+        return found
 
     def health(self, name: str) -> tuple[int, str]:
         done = shared_encoder("health", "--http", f":{self.ports[name]}")
@@ -153,6 +162,33 @@ def test_every_query_has_data_and_alerts_fire_when_they_should(
     code, line = federation.health("master")
     assert code == 1 and line.startswith("master is not ready: broker: away"), line
     assert federation.asked("master", "healthz") == b"ok\n", "nobody is to kill it for that"
+
+
+def test_who_waits_for_the_broker_or_for_aggregators_is_alive_and_says_so(tmp_path: Path, stack: ExitStack) -> None:
+    server = LocalRabbitMQ(tmp_path / "rabbitmq")
+    federation = Federation(tmp_path, server.url)
+    quickly = federation.file.read_text().replace("[broker]", "[broker]\nconnect_timeout_seconds = 1.0", 1)
+    federation.file.write_text(quickly)
+    stack.callback(server.stop)
+    stack.callback(federation.end)
+    federation.start("master", "--shards", "2")
+    until(lambda: federation.parts("master").get("broker", "").startswith("waiting for it: "), federation.words)
+    assert federation.asked("master", "healthz") == b"ok\n"
+    assert b'shared_encoder_ready{part="broker",role="master"} 0.0' in federation.asked("master", "metrics")
+    server.start()
+    both = "waiting for aggregator 1/2, aggregator 2/2"
+    until(lambda: federation.parts("master").get("log") == both, federation.words)
+    assert federation.parts("master")["broker"] == federation.parts("master")["lock"] == "ok"
+    assert federation.asked("master", "healthz") == b"ok\n"
+    federation.start("1-of-2")
+    federation.start("2-of-2")
+    until(lambda: set(federation.parts("master").values()) == {"ok"}, federation.words)
+    assert federation.health("1-of-2") == (0, "aggregator 1/2 is ready\n")
+    body = federation.asked("1-of-2", "metrics")
+    promtool("check", "metrics", given=body)
+    families = text_string_to_metric_families(body.decode())
+    [versions] = [family.samples for family in families if family.name == "shared_encoder_aggregator_version"]
+    assert [sample.value for sample in versions] == [0.0]
 
 
 def fires(prometheus: LocalPrometheus, alert: str, **labels: str) -> bool:
