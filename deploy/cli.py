@@ -59,6 +59,10 @@ Credentials = Annotated[
     Path | None, typer.Option(metavar="FILE", help="account at the broker, as `broker add-…` wrote it")
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="write JSON lines and events there too; another is begun every 10 MB, 5 stay"),
+]
 SampleType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="text or image", show_default="text")]
 SampleField = Annotated[
     str | None, typer.Option(metavar="NAME", help="field or array of the samples", show_default="text")
@@ -164,6 +168,7 @@ def master(
     ] = None,
     threads: Threads = None,
     http: MasterHttp = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run the master: instruct nodes, weigh and merge their updates, publish versions, export the encoder."""
@@ -172,7 +177,7 @@ def master(
     stop = {"versions": versions, "updates": updates, "seconds": seconds}
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "master": {
             "state_dir": state,
             "export_dir": export,
@@ -202,6 +207,7 @@ def aggregator(
     ] = None,
     threads: Threads = None,
     http: Http = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run one of several aggregators, which hold a part of every encoder each; of a master with `--shards N`."""
@@ -209,7 +215,7 @@ def aggregator(
 
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "master": {"threads": threads},
     }
     run_aggregator(shard, state, config, flags, credentials=credentials, http=http)
@@ -245,6 +251,7 @@ def node(
     ] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
     http: Http = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run a node: train the shared encoder on this machine's samples; only its parameters leave."""
@@ -255,7 +262,7 @@ def node(
         table = None
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "node": {
             "corpus": table,
             "state_dir": state,

@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from common.events import MARK, no_events
+from deploy.log_file import LogFile
 
 #: Characters of an error that are remembered.
 _WORDS = 200
@@ -35,8 +36,11 @@ class Noticed:
         return line
 
 
-def configure_logging(*, json: bool = False, level: str = "info", noticed: Noticed | None = None) -> None:
-    """Set up structlog for this process. `level`: debug, info, warning, error or critical. `noticed` sees every line.
+def configure_logging(
+    *, json: bool = False, level: str = "info", noticed: Noticed | None = None, file: LogFile | None = None
+) -> None:
+    """Set up structlog for this process. `level`: debug, info, warning, error or critical. `noticed` sees every line;
+    `file` gets them all, events included.
 
     What happens in the federation (`common.events`) stands in JSON logs, and in plain ones at level debug.
     """
@@ -45,6 +49,7 @@ def configure_logging(*, json: bool = False, level: str = "info", noticed: Notic
     )
     structlog.configure(
         processors=[
+            *([file] if file is not None else []),
             _all_events if json or level.lower() == "debug" else no_events,  # people see what needs them
             *([noticed] if noticed is not None else []),
             structlog.contextvars.merge_contextvars,

@@ -16,9 +16,8 @@ from common.http_address import OFF, http_address
 from common.wire.fields import MAX_SHARDS
 from deploy.broker.credentials import merged
 from deploy.commands.display import saying
-from deploy.commands.run import OWNER_ONLY, awaited, end_of_waiting, topology_of
-from deploy.config import Config, load_config, warn_of_ignored
-from deploy.logging import Noticed, configure_logging
+from deploy.commands.run import OWNER_ONLY, awaited, end_of_waiting, logged, topology_of
+from deploy.config import Config, load_config
 from deploy.monitoring.monitor import AggregatorMonitor
 from deploy.monitoring.pages import watched
 from deploy.signals import stop_on_signals
@@ -44,12 +43,10 @@ def run_aggregator(
     config = load_config(file, merged(flags, credentials)[0])
     directory = state or Path("aggregator-state") / f"{number + 1}-of-{shards}"
     check_writable(directory, directory)
-    noticed = Noticed()
-    configure_logging(json=config.log.json_lines, level=config.log.level, noticed=noticed)
-    warn_of_ignored(config)
-    monitor = AggregatorMonitor(f"{number + 1}/{shards}", directory, noticed)
-    with watched(monitor, http):
-        _serve(number, shards, directory, config, monitor)
+    with logged(config, f"aggregator-{number + 1}-of-{shards}") as noticed:
+        monitor = AggregatorMonitor(f"{number + 1}/{shards}", directory, noticed)
+        with watched(monitor, http):
+            _serve(number, shards, directory, config, monitor)
 
 
 def _serve(number: int, shards: int, directory: Path, config: Config, monitor: AggregatorMonitor) -> None:

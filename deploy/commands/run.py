@@ -15,7 +15,7 @@ import structlog
 
 from common.brokers import open_broker
 from common.clock import SYSTEM, Clock
-from common.errors import AccessRefused, BrokerUnavailable, UserError
+from common.errors import AccessRefused, BrokerUnavailable, SharedEncoderError, UserError
 from common.exports import check_export_directory, check_writable
 from common.http_address import DEFAULT_HTTP
 from common.wire.accounts import MASTER
@@ -23,6 +23,7 @@ from common.wire.topology import Topology
 from deploy.broker.credentials import merged
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config, warn_of_ignored
+from deploy.log_file import PARTY, LogFile
 from deploy.logging import Noticed, configure_logging
 from deploy.monitoring.monitor import MasterMonitor, NodeMonitor
 from deploy.monitoring.pages import watched
@@ -61,9 +62,11 @@ def run_master(
     check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
         check_export_directory(config.master.export_dir)
-    noticed = Noticed()
-    configure_logging(json=config.log.json_lines, level=config.log.level, noticed=noticed)
-    warn_of_ignored(config)
+    with logged(config, MASTER) as noticed:
+        _run_master(config, decided, noticed, change=change)
+
+
+def _run_master(config: Config, decided: Settings, noticed: Noticed, *, change: bool) -> None:
     from master_service.decisions.rules.model import warnings
 
     for warning in warnings(decided.rule):
@@ -136,12 +139,37 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
     flags, owner = merged(flags, credentials)
     name = node_of(given, owner)
     config = load_config(file, {**{key: flags[key] for key in ("broker", "log")}, "nodes": {name: flags["node"]}})
-    noticed = Noticed()
-    configure_logging(json=config.log.json_lines, level=config.log.level, noticed=noticed)
-    warn_of_ignored(config)
     check_node_id(name)
-    node_config = config.nodes.get(name) or NodeConfig()
     follows = os.environ.get("RANK", "0") != "0"  # of `torchrun`'s processes, one that is not the node itself
+    with logged(config, name, file=not follows) as noticed:
+        _run_node(name, config, file, noticed, follows=follows)
+
+
+@contextlib.contextmanager
+def logged(config: Config, party: str, *, file: bool = True) -> Iterator[Noticed]:
+    """Inside, this process logs as it is configured; into the `file`, if there is one, also what ends it. Gives what is
+    noticed of it. Raises UserError for a file that cannot be written."""
+    noticed, log_file = Noticed(), None
+    if config.log.file is not None and file:
+        path = Path(str(config.log.file).replace(PARTY, party))
+        log_file = LogFile(path, config.log.max_bytes, config.log.keep)
+    configure_logging(json=config.log.json_lines, level=config.log.level, noticed=noticed, file=log_file)
+    warn_of_ignored(config)
+    try:
+        yield noticed
+    except Exception as error:  # whatever it is: who reads the file wants to know why it ends there
+        if log_file is not None:
+            known = isinstance(error, SharedEncoderError)
+            why = {"problem": str(error)} if known else {"exc_info": error}
+            log_file.write({"level": "error", "event": "ended", **why})
+        raise
+    finally:
+        if log_file is not None:
+            log_file.close()
+
+
+def _run_node(name: str, config: Config, file: Path | None, noticed: Noticed, *, follows: bool) -> None:
+    node_config = config.nodes.get(name) or NodeConfig()
     state_dir = node_config.state_dir or Path("node-state") / name
     if not follows:
         check_writable(state_dir, state_dir)
