@@ -53,13 +53,13 @@ class LogFile:
 
     def __call__(self, logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """A processor of structlog, which leaves the line as it is."""
-        self.write({"level": "error" if method == "exception" else method, **line})
+        facts = {name: value for name, value in line.items() if name not in ("event", MARK)}
+        self.write("error" if method == "exception" else method, str(line.get("event", "")), **facts)
         return line
 
-    def write(self, line: MutableMapping[str, Any]) -> None:
+    def write(self, level: str, event: str, **facts: Any) -> None:
         """One line, and before it how many were lost. From whatever thread."""
-        line = dict(_FORMATTED(None, "", line))
-        line.pop(MARK, None)
+        line = {"level": level, "event": event, **_FORMATTED(None, "", facts)}
         at = datetime.fromtimestamp(self._clock.now(), UTC).isoformat(timespec="milliseconds")
         with self._guard:
             if self._handle < 0:

@@ -161,7 +161,7 @@ def logged(config: Config, party: str, *, file: bool = True) -> Iterator[Noticed
         if log_file is not None:
             known = isinstance(error, SharedEncoderError)
             why = {"problem": str(error)} if known else {"exc_info": error}
-            log_file.write({"level": "error", "event": "ended", **why})
+            log_file.write("error", "ended", **why)
         raise
     finally:
         if log_file is not None:

@@ -44,7 +44,7 @@ def test_files_are_bounded_and_together_are_the_newest_lines_in_order(
             if number == reopened_at:
                 log.close()
                 log = LogFile(path, most, keep, VirtualClock(1e9))
-            log.write({"event": "x" * size, "number": number})
+            log.write("info", "x" * size, number=number)
         log.close()
         found = files(path)
         assert len(found) <= keep + 1 and all(each.stat().st_size <= most for each in found)
@@ -60,7 +60,7 @@ def test_a_line_that_is_longer_than_a_file_has_one_of_its_own(tmp_path: Path) ->
     path = tmp_path / "log.jsonl"
     log = LogFile(path, 4096, 5)
     for event in ("a", "b" * 10_000, "c"):
-        log.write({"event": event})
+        log.write("info", event)
     assert [[line["event"][0] for line in lines(each)] for each in files(path)] == [["a"], ["b"], ["c"]]
 
 
@@ -68,7 +68,7 @@ def test_lines_of_many_threads_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = LogFile(path, 5_000, 100)
     threads = [
-        threading.Thread(target=lambda who=who: [log.write({"who": who, "n": n}) for n in range(200)])
+        threading.Thread(target=lambda who=who: [log.write("info", "said", who=who, n=n) for n in range(200)])
         for who in range(4)
     ]
     for thread in threads:
@@ -101,7 +101,7 @@ def test_a_full_disk_loses_lines_and_says_how_many(
 ) -> None:
     path = tmp_path / "log.jsonl"
     log = LogFile(path, 50_000, 5)
-    log.write({"event": "before"})
+    log.write("info", "before")
     real = os.write
 
     def full(handle: int, body: bytes) -> int:
@@ -112,9 +112,9 @@ def test_a_full_disk_loses_lines_and_says_how_many(
 
     for write in (full, none, none):
         monkeypatch.setattr(os, "write", write)
-        log.write({"event": "lost"})
+        log.write("info", "lost")
     monkeypatch.setattr(os, "write", real)
-    log.write({"event": "after"})
+    log.write("info", "after")
     assert [line["event"] for line in lines(path)] == ["before", "lines are lost", "after"]
     assert lines(path)[1]["count"] == 3
     assert capsys.readouterr().err.count("\n") == 1, "said once"
