@@ -11,7 +11,11 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+import structlog
+
 from common.http_address import HttpAddress
+
+log = structlog.get_logger()
 
 #: How long a client may take for its request, seconds, and how many are answered at the same time.
 _REQUEST_SECONDS, _TOGETHER = 5.0, 16
@@ -93,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             there = "\n".join(sorted(self.server.pages))
             answer = Answer(HTTPStatus.NOT_FOUND, f"there are:\n{there}\n".encode())
         else:
-            answer = page(self.headers.get("Accept", ""))
+            answer = self._given(page)
         with contextlib.suppress(ConnectionError, TimeoutError):
             self.send_response(answer.status)
             self.send_header("Content-Type", answer.content_type)
@@ -102,6 +106,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             if with_body:
                 self.wfile.write(answer.body)
+
+    def _given(self, page: Page) -> Answer:
+        try:
+            return page(self.headers.get("Accept", ""))
+        except Exception:  # a bug of ours: whoever scrapes is told, and the service goes on
+            log.exception("a page cannot be shown, which is a bug", path=self.path)
+            return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, b"a bug: the log has the trace\n")
 
     def log_message(self, format: str, *args: object) -> None:
         """A scrape every few seconds is nothing to tell of."""

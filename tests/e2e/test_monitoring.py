@@ -139,7 +139,7 @@ def test_every_query_has_data_and_alerts_fire_when_they_should(
                 del lacking[name]
         return not lacking
 
-    until(all_there, lambda: (lacking, federation.words()))
+    until(all_there, lambda: (lacking, federation.words()), 120.0)
     assert federation.health("master") == (0, "master is ready\n")
     assert federation.health("a") == (0, "node a is ready\n")
 

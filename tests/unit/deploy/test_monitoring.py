@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -434,3 +435,15 @@ def test_the_page_has_every_alert_and_what_to_do() -> None:
     names = [line.split("alert: ")[1] for line in alerts.splitlines() if "- alert: " in line]
     assert len(names) > 10
     assert [name for name in names if f"| `{name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("file", ["alerts.yml", "dashboard.json"])
+def test_a_query_names_metrics_and_labels_that_there_are(file: str) -> None:
+    """What a real Prometheus is asked takes longer: see tests/e2e/test_monitoring.py."""
+    text = (Path(__file__).parents[3] / "deploy/monitoring" / file).read_text()
+    named = re.findall(r"\bshared_encoder_(\w+)(?:\{([^}]*)\})?", text)
+    assert len(named) > 10
+    for name, labels in named:
+        metric = table.BY_NAME[name.removesuffix("_bucket")]
+        assert (metric.kind == "histogram") == name.endswith("_bucket")
+        assert set(re.findall(r"(\w+)(?:=~|!=|=)", labels)) <= set(metric.labels), name

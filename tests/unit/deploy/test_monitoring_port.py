@@ -68,13 +68,25 @@ def test_what_is_not_there_and_what_is_not_asked_is_refused(hello: dict[str, Pag
             assert asked(address, "/hello", method)[0] == 501
 
 
+def test_a_bug_in_a_page_is_told_and_the_port_goes_on(
+    hello: dict[str, Page], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(accept: str) -> Answer:
+        raise KeyError("no such metric")
+
+    with served({"/broken": broken, **hello}) as address:
+        assert asked(address, "/broken")[0] == 500
+        assert "no such metric" in capsys.readouterr().err
+        assert asked(address, "/hello")[0] == 200
+
+
 def test_clients_that_say_nothing_keep_nobody_waiting(hello: dict[str, Page]) -> None:
     with served(hello) as address, ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(socket.create_connection((address.host, address.port)))
         begun = time.monotonic()
         assert asked(address, "/hello")[0] == 200
-        assert time.monotonic() - begun < 2.0
+        assert time.monotonic() - begun < 4.5, "less than one of them may take"
 
 
 def test_however_many_connect_there_are_few_threads(hello: dict[str, Page]) -> None:
@@ -121,9 +133,9 @@ def test_who_opens_it_to_others_is_warned_that_there_is_no_password(
 
 @pytest.mark.parametrize("http", ["off", None])
 def test_off_is_off(tmp_path: Path, http: str | None) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with watched(monitor(tmp_path), http):
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
 
 
 def test_the_health_command_asks_this_machine_and_says_it_in_one_line(tmp_path: Path, hello: dict[str, Page]) -> None:
