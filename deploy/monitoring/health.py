@@ -38,7 +38,9 @@ def hung(heart: Heart, now: float, broker: BrokerStatus | None, missing: str = "
     """
     if heart.beat_at is None or missing or (broker is not None and (broker.blocked or not broker.connected)):
         return ""
-    silent, most = now - heart.beat_at, max(HUNG_SECONDS, HUNG_TURNS * heart.longest)
+    # a turn may have waited for hours for a broker that took nothing, which says nothing of the next
+    longest = min(heart.longest, HUNG_SECONDS)
+    silent, most = now - heart.beat_at, max(HUNG_SECONDS, HUNG_TURNS * longest)
     return f"the loop has not come round for {silent:.0f} s, at most {most:.0f} s are usual" if silent > most else ""
 
 

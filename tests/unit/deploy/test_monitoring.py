@@ -121,6 +121,7 @@ def test_a_state_directory_is_measured_by_its_parts_and_the_disk_before_it_is_ma
         (Heart(0.0), HUNG_SECONDS + 1, HERE, "", True),
         (Heart(0.0, longest=120.0), 1200.0, HERE, "", False),  # its steps take minutes
         (Heart(0.0, longest=120.0), 1201.0, HERE, "", True),
+        (Heart(0.0, longest=1e5), 6001.0, HERE, "", True),  # it once waited a day for a broker that took nothing
         (Heart(0.0), 1e9, AWAY, "", False),  # nothing that a restart would mend
         (Heart(0.0), 1e9, BLOCKED, "", False),
         (Heart(0.0), 1e9, HERE, "aggregator 1/2", False),
