@@ -13,12 +13,12 @@ SEED ?=
 # of `make soak` and `make fuzz`
 MINUTES ?= 30
 
-.PHONY: demo test test-slow test-containers test-debian-13 faults soak fuzz one-member bench lint clean rabbitmq
+.PHONY: demo test test-slow test-containers test-debian-13 faults soak fuzz one-member bench lint clean rabbitmq prometheus
 
 demo: $(VENV)/.installed
 	$(BIN)/shared-encoder demo $(ARGS)
 
-test: $(VENV)/.installed-dev rabbitmq
+test: $(VENV)/.installed-dev rabbitmq prometheus
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What is left out of `make test`, or has a short version in it. No limit of time for the many interleavings.
@@ -66,6 +66,9 @@ lint: $(VENV)/.installed-dev
 # Debian's package is installed without starting the system's own service; the tests start a private one.
 rabbitmq:
 	@sh deploy/ensure_rabbitmq.sh
+
+prometheus:
+	@sh deploy/ensure_prometheus.sh
 
 # torch first: which build it is decides whether this takes one gigabyte or six.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -11,13 +11,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from common.broker_url import Access, split
 from common.errors import UserError
+from common.http_address import http_address
 
 #: The broker that a fresh RabbitMQ on this machine offers.
 DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
+
+
+def _address(text: str) -> str:
+    http_address(text)
+    return text
+
+
+#: Where a service is looked at over HTTP, as `http_address` reads it.
+Http = Annotated[str, AfterValidator(_address)]
 
 
 class Section(BaseModel):

@@ -21,6 +21,7 @@ from common.errors import (
     SharedEncoderError,
     UserError,
 )
+from common.http_address import DEFAULT_HTTP
 from deploy.commands.broker_certs import broker_certs
 from deploy.commands.broker_commands import broker_app
 from deploy.commands.corpus_commands import corpus_app
@@ -50,6 +51,10 @@ BrokerUrl = Annotated[
     ),
 ]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="write JSON lines and events there too; another is begun every 10 MB, 5 stay"),
+]
 WaitForBroker = Annotated[
     float | None,
     typer.Option(
@@ -59,6 +64,14 @@ WaitForBroker = Annotated[
 Aggregators = Annotated[
     list[Path] | None,
     typer.Option(metavar="DIR", help="state directory of one of the log's aggregators; name each, if it has several"),
+]
+Http = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="health and metrics here: HOST:PORT, or off", show_default="off"),
+]
+MasterHttp = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="health and metrics here: HOST:PORT, or off", show_default="127.0.0.1:9464"),
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads for arithmetic", show_default="1")]
 
@@ -142,6 +155,8 @@ def master(
         typer.Option(metavar="N", help="leave the numbers to N aggregators, a part each", show_default="1: none"),
     ] = None,
     threads: Threads = None,
+    http: MasterHttp = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run the master: instruct nodes, weigh and merge their updates, publish versions, export the encoder."""
@@ -150,13 +165,14 @@ def master(
     stop = {"versions": versions, "updates": updates, "seconds": seconds}
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "master": {
             "state_dir": state,
             "export_dir": export,
             "exit_when_finished": once or None,
             "shards": shards,
             "threads": threads,
+            "http": http,
         },
         "encoder": {"get": get, "tokenizer": tokenizer, "reference": reference, "min_nodes": min_nodes},
         "rule": {"preset": rule},
@@ -178,6 +194,8 @@ def aggregator(
         typer.Option(metavar="DIR", help="its part of updates and versions", show_default="aggregator-state/K-of-N"),
     ] = None,
     threads: Threads = None,
+    http: Http = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run one of several aggregators, which hold a part of every encoder each; of a master with `--shards N`."""
@@ -185,10 +203,10 @@ def aggregator(
 
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "master": {"threads": threads},
     }
-    run_aggregator(shard, state, config, flags, credentials=credentials)
+    run_aggregator(shard, state, config, flags, credentials=credentials, http=http)
 
 
 @app.command()
@@ -220,6 +238,8 @@ def node(
         float | None, typer.Option(metavar="N", help="at most N training steps a second", show_default="no limit")
     ] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
+    http: Http = None,
+    log_file: LogFile = None,
     json: JsonLogs = False,
 ) -> None:
     """Run a node: train the shared encoder on this machine's samples; only its parameters leave."""
@@ -230,7 +250,7 @@ def node(
         table = None
     flags: dict[str, Any] = {
         "broker": {"url": broker, "namespace": namespace, "wait_seconds": wait},
-        "log": {"json_lines": json or None},
+        "log": {"json_lines": json or None, "file": log_file},
         "node": {
             "corpus": table,
             "state_dir": state,
@@ -240,6 +260,7 @@ def node(
             "threads": threads,
             "max_steps_per_second": max_speed,
             "exit_when_finished": once or None,
+            "http": http,
         },
     }
     run_node(name, config, flags, credentials=credentials)
@@ -307,6 +328,21 @@ def status(
     from deploy.commands.observe import show_status
 
     show_status(_broker_flags(broker, namespace, credentials), config, timeout, watch=watch, as_json=json)
+
+
+@app.command()
+def health(
+    http: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="where the service of this machine is looked at")
+    ] = DEFAULT_HTTP,
+    alive: Annotated[bool, typer.Option("--alive", help="ask whether it is alive, not whether it is ready")] = False,
+) -> None:
+    """Ask a master, node or aggregator of this machine whether it is ready, in one line: exit code 0, or 1 if not."""
+    from deploy.commands.health import look
+
+    said = look(http, alive=alive)
+    print(said.line)
+    raise typer.Exit(0 if said.good else EXIT_FAILED)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ByteSize, Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from common.config import BrokerConfig, Section, explained, suggestion
@@ -31,10 +31,15 @@ log = structlog.get_logger()
 
 
 class LogConfig(Section):
-    """How a service logs: plain lines, or JSON lines for machines."""
+    """How a service logs: plain lines, or JSON lines for machines. `file`: JSON lines and all events go there beside
+    that, where `{party}` is "master", a node's name or "aggregator-1-of-2"; at `max_bytes` another is begun, and `keep`
+    older ones stay."""
 
     json_lines: bool = False
     level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    file: Path | None = None
+    max_bytes: ByteSize = Field(default=ByteSize(10_000_000), ge=4096)
+    keep: int = Field(default=5, ge=0, le=1000)
 
 
 class Config(BaseSettings):

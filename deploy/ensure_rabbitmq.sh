@@ -13,15 +13,4 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     exit 1
 fi
 
-echo "installing rabbitmq-server (the system's service is not started) ..."
-# policy-rc.d is Debian's way to forbid packages to start services; one that is there already is left alone
-policy=/usr/sbin/policy-rc.d
-made=
-if [ ! -e "$policy" ]; then
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod +x "$policy"
-    made=yes
-fi
-trap '[ -z "$made" ] || rm -f "$policy"' EXIT
-apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends rabbitmq-server >/dev/null
+sh "$(dirname "$0")/install_package.sh" rabbitmq-server

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, field_validator, model_validator
 
-from common.config import Section
+from common.config import Http, Section
 from common.numbers.slicing import EncodingName
 from common.wire.accounts import LONGEST_OPERATOR, MASTER
 from common.wire.fields import MAX_SHARDS
@@ -74,6 +74,9 @@ class MasterConfig(Section):
 
     `shards`: so many `shared-encoder aggregator` processes hold a part of every encoder each, and do what is done with
     its numbers; the master decides. For encoders that are too large for one machine's memory, disk or line.
+
+    `http`: where health, readiness and metrics are to be had ("127.0.0.1:9464", ":9464", "[::1]:9464", or "off"). Not
+    set: at 127.0.0.1:9464 if nobody else is there.
     """
 
     state_dir: Path = Path("master-state")
@@ -92,6 +95,7 @@ class MasterConfig(Section):
     messages_per_second: Annotated[float, Field(gt=0)] = 20.0
     max_encoders: Annotated[int, Field(ge=1)] = 16
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS)] = 1
+    http: Http | None = None
 
     @field_validator("retention", mode="before")
     @classmethod

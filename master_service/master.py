@@ -224,6 +224,11 @@ class Master:
             snapshot=snapshot,
         )
 
+    def waiting(self) -> dict[str, int]:
+        """How much waits in here: updates for their turn, what was decided to leave, and while the disk is full what
+        has come for room."""
+        return {"updates": self._updates.waiting, "outbox": self.outbox.waiting, "held": len(self._held)}
+
     def _snapshot_in_time(self) -> None:
         """One that is due waits for what is to leave, and is not waited for where that takes long."""
         if self._clock.monotonic() < self._snapshot_again_at:

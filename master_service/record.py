@@ -24,6 +24,7 @@ from common.wire.broker import Broker, Delivery
 from common.wire.to_master import UpdateManifest
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
 from master_service.config import MasterConfig
+from master_service.counts import Counts
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -82,11 +83,13 @@ class Todo:
 
 @dataclass(frozen=True)
 class _Held:
-    """What follows from an entry, until its row is durable. `entry` None: it was in the log already."""
+    """What follows from an entry, until its row is durable. `entry` None: it was in the log already. `known`: it is an
+    update that had come before."""
 
     todo: Todo
     entry: Entry | None
     effects: list[Effect]
+    known: bool = False
 
 
 #: What is done with an encoder as it is now: before another row changes it.
@@ -106,6 +109,7 @@ class Recorder:
         self.blocked = ""
         self.blocked_by: type[StorageBlocked] = StorageBlocked
         self.live = live
+        self.counts = Counts()
         self.journal = journal
         self._config = config
         self._fold = journal.fold
@@ -247,8 +251,9 @@ class Recorder:
                 self._wait(error)
                 return False
             self._todo.popleft()
+            known = isinstance(todo.body, UpdateManifest) and self._coordinator.knows(todo.body)
             effects = self._fold_in(entry, todo.work) if entry is not None else []
-            self._held.append(_Held(todo, entry, effects))
+            self._held.append(_Held(todo, entry, effects, known))
             if any(isinstance(effect, _OF_NOW) for effect in effects) and not self._settle():
                 return False
         return True
@@ -306,6 +311,7 @@ class Recorder:
             self._send_out(each.effects)
             if each.entry is not None:
                 self._publisher.outbox.mark(each.entry.offset)
+                self.counts.note(each.entry, each.effects, self.state.encoders, known=each.known)
                 for what, facts in events(each.entry, each.effects):
                     happened(what, **facts)
         for update in (True, False):

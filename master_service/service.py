@@ -21,6 +21,7 @@ from common.wire.topology import Topology
 from common.workers import Worker
 from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
+from master_service.counts import Counts
 from master_service.decisions.settings import Settings, settings_of_start
 from master_service.history.snapshot import SnapshotDirectory, Snapshots
 from master_service.history.state_directory import open_journal, random_id
@@ -66,6 +67,8 @@ class MasterService:
         self._ending = _Ending()
         self._connection = BrokerWatch(self.clock, party="master")
         self._beside_it: list[Worker] = []
+        #: Whether this process is the one that serves its namespace.
+        self.has_lock = False
         if self.config.export_dir is not None:
             check_export_directory(self.config.export_dir)
         self._shards: Shards | None = None
@@ -100,6 +103,7 @@ class MasterService:
         self._ending.stop = stop
         try:
             self.broker.lock(self.topology.master_lock, self._ending.lost.set)
+            self.has_lock = True
             self.master.start()
             self.master.outbox.beside()
             self._beside("outbox", self._send)
@@ -115,6 +119,20 @@ class MasterService:
     def report(self) -> Report:
         """What `status` shows."""
         return self.master.report()
+
+    @property
+    def counts(self) -> Counts:
+        """What it has answered to updates since it started."""
+        return self.master.recorder.counts
+
+    @property
+    def missing(self) -> str:
+        """The aggregators that a start waits for, in words; empty if for none."""
+        return self._shards.missing if self._shards is not None else ""
+
+    def waiting(self) -> dict[str, int]:
+        """How much waits in this process, by where: deliveries for the thread that decides, and what the master has."""
+        return {"arrived": self._events.qsize(), **self.master.waiting()}
 
     def _snapshots(self, log: MessageLog) -> Snapshots:
         """Those of a log, and where it is of several aggregators, or is to be, these."""

@@ -62,6 +62,8 @@ class MemberReport(_Part):
     """One node in the training of one encoder."""
 
     active: bool = Field(True, description="it takes part and gives signs of life")
+    takes_part: bool = Field(True, description="it has accepted and not left since")
+    present: bool = Field(True, description="it gives signs of life")
     samples: int = Field(0, description="training samples that it has, as it said")
     returns: int = Field(0, description="updates accepted")
     refused: int = Field(0, description="updates refused")
@@ -252,6 +254,8 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
     held_out = _held_out(member, said)
     return MemberReport(
         active=member.active,
+        takes_part=member.accepted,
+        present=member.present,
         samples=member.samples,
         returns=member.returns,
         refused=member.refused,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from common.config import Section
+from common.config import Http, Section
 from common.wire.fields import INLINE_BYTES
 from node_service.accept import Accept
 from node_service.corpus.corpus import CorpusConfig
@@ -28,7 +28,8 @@ class NodeConfig(Section):
     it is away: then a node trains on beyond what it may hand in. Updates of up to `inline_bytes` (0: none) are one
     message, longer ones are sent in chunks. `private` are the settings of the private parts (for text: see
     `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
-    number there. `accept`: what its owner agrees to.
+    number there. `accept`: what its owner agrees to. `http`: where health, readiness and metrics are to be had
+    ("127.0.0.1:9464"); not set: nowhere.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -45,6 +46,7 @@ class NodeConfig(Section):
     get: str | None = None
     named: bool = False
     accept: Accept = Accept()
+    http: Http | None = None
     exit_when_finished: bool = False
     max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
     alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0

@@ -65,6 +65,10 @@ class NodeService:
         self.topology = topology
         self.figures = NodeFigures()
         self.node: Node | None = None
+        #: Whether this process is the one that is this node.
+        self.has_lock = False
+        #: Spent in publishing what is to leave, waiting for confirms included.
+        self.sending_seconds = 0.0
         self._corpora = corpora
         self._on_change = on_change
         self._clock = clock
@@ -74,6 +78,11 @@ class NodeService:
         self._lost = threading.Event()
         self._closing = threading.Event()
         self._beside = OneBeside(f"checkpoint-{node}", self._events.put)
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many training samples it has, by encoder type."""
+        return {name: len(corpus.train) for name, corpus in self._corpora.items()}
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set. A clean end hands in what was trained and saves it; an error does neither.
@@ -87,6 +96,7 @@ class NodeService:
         build = self._build or partial(self._session, directory, device)
         with contextlib.closing(open_local_state(directory, self.name)) as state:
             self.broker.lock(self.topology.node_lock(self.name), self._lost.set)
+            self.has_lock = True
             self._serve(stop, state, build)
 
     def _serve(self, stop: threading.Event, state: LocalState, build: Build) -> None:
@@ -174,11 +184,13 @@ class NodeService:
 
     def _send(self, outbox: Outbox) -> None:
         while not self._closing.is_set():
-            if not outbox.flush_one():
-                if outbox.problem:
-                    self._clock.wait(_RETRY_SECONDS, self._closing)
-                else:
-                    outbox.wait(_RETRY_SECONDS)
+            begun = self._clock.monotonic()
+            if outbox.flush_one():
+                self.sending_seconds += self._clock.monotonic() - begun
+            elif outbox.problem:
+                self._clock.wait(_RETRY_SECONDS, self._closing)
+            else:
+                outbox.wait(_RETRY_SECONDS)
 
     def _read(self, node: Node) -> None:
         while not self._closing.is_set():

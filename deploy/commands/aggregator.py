@@ -12,31 +12,47 @@ import structlog
 
 from common.errors import BrokerUnavailable, UserError
 from common.exports import check_writable
+from common.http_address import OFF, http_address
 from common.wire.fields import MAX_SHARDS
 from deploy.broker.credentials import merged
 from deploy.commands.display import saying
-from deploy.commands.run import OWNER_ONLY, awaited, end_of_waiting, topology_of
-from deploy.config import load_config, warn_of_ignored
-from deploy.logging import configure_logging
+from deploy.commands.run import OWNER_ONLY, awaited, end_of_waiting, logged, topology_of
+from deploy.config import Config, load_config
+from deploy.monitoring.monitor import AggregatorMonitor
+from deploy.monitoring.pages import watched
 from deploy.signals import stop_on_signals
 
 log = structlog.get_logger()
 
 
 def run_aggregator(
-    shard: str, state: Path | None, file: Path | None, flags: dict[str, Any], *, credentials: Path | None = None
+    shard: str,
+    state: Path | None,
+    file: Path | None,
+    flags: dict[str, Any],
+    *,
+    credentials: Path | None = None,
+    http: str | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. `shard`: as K/N. `credentials`: the master's file from `broker init`, whose
-    account its aggregators share. Raises UserError."""
+    account its aggregators share. `http`: where it is looked at; the file has none, because several share it. Raises
+    UserError."""
     number, shards = which(shard)
+    _check_http(http)
     os.umask(OWNER_ONLY)
     config = load_config(file, merged(flags, credentials)[0])
     directory = state or Path("aggregator-state") / f"{number + 1}-of-{shards}"
     check_writable(directory, directory)
-    configure_logging(json=config.log.json_lines, level=config.log.level)
-    warn_of_ignored(config)
+    with logged(config, f"aggregator-{number + 1}-of-{shards}") as noticed:
+        monitor = AggregatorMonitor(f"{number + 1}/{shards}", directory, noticed)
+        with watched(monitor, http):
+            _serve(number, shards, directory, config, monitor)
+
+
+def _serve(number: int, shards: int, directory: Path, config: Config, monitor: AggregatorMonitor) -> None:
     topology = topology_of(config)
-    broker = awaited(config, topology, f"aggregator {number + 1}/{shards}", master=True)
+    broker = awaited(config, topology, f"aggregator {number + 1}/{shards}", master=True, waiting=monitor.waiting)
+    monitor.connected(broker)
     try:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.shards.service import ShardService
@@ -51,7 +67,9 @@ def run_aggregator(
                 topology,
                 threads=config.master.threads,
                 snapshot_every_seconds=config.master.snapshot_every_seconds,
+                on_change=monitor.update,
             )
+            monitor.made(service)
             log.info(f"aggregator {number + 1}/{shards} is here", state=str(directory), encoders=service.encoders)
             service.run(stop)
     except BrokerUnavailable:
@@ -62,6 +80,14 @@ def run_aggregator(
     finally:
         broker.close()
     log.info("stopped; what it holds is in a snapshot, a start with the same --state continues")
+
+
+def _check_http(http: str | None) -> None:
+    """Raises UserError for what is no address."""
+    try:
+        http_address(http or OFF)
+    except ValueError as error:
+        raise UserError(f"--http: {error}") from None
 
 
 def which(shard: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +15,27 @@ import structlog
 
 from common.brokers import open_broker
 from common.clock import SYSTEM, Clock
-from common.errors import AccessRefused, BrokerUnavailable, UserError
+from common.errors import AccessRefused, BrokerUnavailable, SharedEncoderError, UserError
 from common.exports import check_export_directory, check_writable
+from common.http_address import DEFAULT_HTTP
 from common.wire.accounts import MASTER
 from common.wire.topology import Topology
 from deploy.broker.credentials import merged
 from deploy.commands.display import MasterDisplay, NodeDisplay, saying
 from deploy.config import Config, load_config, warn_of_ignored
-from deploy.logging import configure_logging
+from deploy.log_file import PARTY, LogFile
+from deploy.logging import Noticed, configure_logging
+from deploy.monitoring.monitor import MasterMonitor, NodeMonitor
+from deploy.monitoring.pages import watched
 from deploy.signals import stop_on_signals
 from node_service.config import NodeConfig
 
 if TYPE_CHECKING:
     from common.wire.broker import Broker
+    from master_service.decisions.settings import Settings
+    from master_service.service import MasterService
     from node_service.corpus.corpus import Corpus
+    from node_service.service import NodeService
     from node_service.training.ranks import Ranks
 
 log = structlog.get_logger()
@@ -55,8 +62,11 @@ def run_master(
     check_writable(config.master.state_dir, config.master.state_dir)
     if config.master.export_dir is not None:
         check_export_directory(config.master.export_dir)
-    configure_logging(json=config.log.json_lines, level=config.log.level)
-    warn_of_ignored(config)
+    with logged(config, MASTER) as noticed:
+        _run_master(config, decided, noticed, change=change)
+
+
+def _run_master(config: Config, decided: Settings, noticed: Noticed, *, change: bool) -> None:
     from master_service.decisions.rules.model import warnings
 
     for warning in warnings(decided.rule):
@@ -64,13 +74,27 @@ def run_master(
     topology = topology_of(config)
     if not topology.own_accounts:
         warn_of_open_accounts(config)
-    broker = awaited(config, topology, "master", master=True)
+    monitor = MasterMonitor("", config.master.state_dir, noticed, needed_bytes=config.master.min_free)
+    with watched(monitor, config.master.http, by_default=DEFAULT_HTTP):
+        _serve_master(config, decided, topology, monitor, change=change)
+
+
+def _serve_master(
+    config: Config, decided: Settings, topology: Topology, monitor: MasterMonitor, *, change: bool
+) -> None:
+    broker = awaited(config, topology, "master", master=True, waiting=monitor.waiting)
+    monitor.connected(broker)
     try:
         with saying("loading torch", quiet=config.log.json_lines):
             from master_service.service import MasterService
         stop = threading.Event()
         threading.Thread(target=end_of_waiting, args=(stop, broker), daemon=True).start()
         with stop_on_signals(stop), MasterDisplay(quiet=config.log.json_lines) as display:
+
+            def on_change(service: MasterService) -> None:
+                monitor.update(service)
+                display.update(service)
+
             service = MasterService(
                 config.master,
                 decided,
@@ -79,8 +103,9 @@ def run_master(
                 get=config.encoder.get,
                 given=config.given(),
                 change=change,
-                on_change=display.update,
+                on_change=on_change,
             )
+            monitor.made(service)
             service.run(stop)
     except BrokerUnavailable:
         if not stop.is_set():
@@ -114,22 +139,56 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
     flags, owner = merged(flags, credentials)
     name = node_of(given, owner)
     config = load_config(file, {**{key: flags[key] for key in ("broker", "log")}, "nodes": {name: flags["node"]}})
-    configure_logging(json=config.log.json_lines, level=config.log.level)
-    warn_of_ignored(config)
     check_node_id(name)
-    node_config = config.nodes.get(name) or NodeConfig()
     follows = os.environ.get("RANK", "0") != "0"  # of `torchrun`'s processes, one that is not the node itself
+    with logged(config, name, file=not follows) as noticed:
+        _run_node(name, config, file, noticed, follows=follows)
+
+
+@contextlib.contextmanager
+def logged(config: Config, party: str, *, file: bool = True) -> Iterator[Noticed]:
+    """Inside, this process logs as it is configured; into the `file`, if there is one, also what ends it. Gives what is
+    noticed of it. Raises UserError for a file that cannot be written."""
+    noticed, log_file = Noticed(), None
+    if config.log.file is not None and file:
+        path = Path(str(config.log.file).replace(PARTY, party))
+        log_file = LogFile(path, config.log.max_bytes, config.log.keep)
+    configure_logging(json=config.log.json_lines, level=config.log.level, noticed=noticed, file=log_file)
+    warn_of_ignored(config)
+    try:
+        yield noticed
+    except Exception as error:  # whatever it is: who reads the file wants to know why it ends there
+        if log_file is not None:
+            known = isinstance(error, SharedEncoderError)
+            why = {"problem": str(error)} if known else {"exc_info": error}
+            log_file.write("error", "ended", **why)
+        raise
+    finally:
+        if log_file is not None:
+            log_file.close()
+
+
+def _run_node(name: str, config: Config, file: Path | None, noticed: Noticed, *, follows: bool) -> None:
+    node_config = config.nodes.get(name) or NodeConfig()
     state_dir = node_config.state_dir or Path("node-state") / name
     if not follows:
         check_writable(state_dir, state_dir)
         if node_config.export_dir is not None:
             check_export_directory(node_config.export_dir)
-    corpora = load_corpora(name, node_config, file)
-    topology = topology_of(config)
     if follows:
-        _follow(node_config, corpora)
+        _follow(node_config, load_corpora(name, node_config, file))
         return
-    broker = awaited(config, topology, f"node {name}")
+    monitor = NodeMonitor(name, state_dir, noticed)
+    with watched(monitor, node_config.http):
+        _serve_node(name, config, node_config, load_corpora(name, node_config, file), monitor)
+
+
+def _serve_node(
+    name: str, config: Config, node_config: NodeConfig, corpora: dict[str, Corpus], monitor: NodeMonitor
+) -> None:
+    topology = topology_of(config)
+    broker = awaited(config, topology, f"node {name}", waiting=monitor.waiting)
+    monitor.connected(broker)
     try:
         with saying("loading torch and transformers, a few seconds", quiet=config.log.json_lines):
             import transformers  # noqa: F401  # what takes the time, before the first instruction needs it
@@ -142,7 +201,14 @@ def run_node(given: str | None, file: Path | None, flags: dict[str, Any], *, cre
             _leading(node_config) as ranks,
             NodeDisplay(name, quiet=config.log.json_lines) as display,
         ):
-            NodeService(name, node_config, corpora, broker, topology, on_change=display.update, ranks=ranks).run(stop)
+
+            def on_change(service: NodeService) -> None:
+                monitor.update(service)
+                display.update(service)
+
+            service = NodeService(name, node_config, corpora, broker, topology, on_change=on_change, ranks=ranks)
+            monitor.made(service)
+            service.run(stop)
     finally:
         broker.close()
 
@@ -179,10 +245,17 @@ def _follow(config: NodeConfig, corpora: dict[str, Corpus]) -> None:
 
 
 def awaited(
-    config: Config, topology: Topology, client_name: str, clock: Clock = SYSTEM, *, master: bool = False
+    config: Config,
+    topology: Topology,
+    client_name: str,
+    clock: Clock = SYSTEM,
+    *,
+    master: bool = False,
+    waiting: Callable[[str], None] = lambda problem: None,
 ) -> Broker:
     """The broker of a service, which may start before it, or before its account is there: tried for
-    `broker.wait_seconds`, with one warning. Raises what `connect` raises the last time."""
+    `broker.wait_seconds`, with one warning; `waiting` is told each time why. Raises what `connect` raises the last
+    time."""
     deadline, pause, warned = clock.monotonic() + config.broker.wait_seconds, _FIRST_PAUSE_SECONDS, False
     while True:
         try:
@@ -191,6 +264,7 @@ def awaited(
             left = deadline - clock.monotonic()
             if left <= 0:
                 raise
+            waiting(str(error))
             if not warned:
                 log.warning("waiting for the broker", problem=str(error), at_most_seconds=round(left))
                 warned = True

@@ -160,6 +160,10 @@ class Coordinator:
             return False
         return not self._known_update(encoder, manifest)
 
+    def knows(self, manifest: UpdateManifest) -> bool:
+        """Whether an update has come before, and counts already or has its answer; reads the state, changes nothing."""
+        return self._known_update(self.state.encoders.get(manifest.encoder), manifest)
+
     def has_place(self, manifest: UpdateManifest) -> bool:
         """Whether an update that counts may be taken in now: not while as many of its node wait for a version, or are
         being made one, as a rule has ever allowed it to have without an answer; reads the state, changes nothing."""

@@ -35,7 +35,7 @@ class ShardService:
     """Runs aggregator `number` (from 0 on) of `shards` until stopped.
 
     Made: the state directory is locked and read. Raises LockHeld, UserError for the directory of another aggregator, or
-    Damaged.
+    Damaged. `on_change` is called in the service's thread, again and again while it serves.
     """
 
     number: int
@@ -45,6 +45,7 @@ class ShardService:
     topology: Topology
     threads: int = 1
     snapshot_every_seconds: float = 60.0
+    on_change: Callable[[ShardService], None] = lambda service: None
     clock: Clock = SYSTEM
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class ShardService:
         self._ending = threading.Event()
         self._lost = threading.Event()
         self._snapshot: Worker | None = None
+        #: Whether this process is the one that is this aggregator.
+        self.has_lock = False
         self._snapshot_at, self._snapshot_took = self.clock.monotonic(), 0.0
         self._store = ShardStore(self.state_dir, self.number, self.shards)
         try:
@@ -79,6 +82,11 @@ class ShardService:
         held = self.shard.holding.versions
         return ", ".join(f"{name} at version {version}" for name, version in held.items()) or "none yet"
 
+    def waiting(self) -> dict[str, int]:
+        """How much waits in this process, by where: deliveries for the thread that does them, orders for room on the
+        disk."""
+        return {"arrived": self._events.qsize(), "held": self.shard.without_room}
+
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set. Raises LockHeld if this aggregator runs already, BrokerUnavailable once its lock
         is lost, AccessRefused, UserError for a master of another number of shards, and whatever ended one of its
@@ -87,6 +95,7 @@ class ShardService:
         publishing = Worker("publishing", self._publish, self._events.put)
         try:
             self.broker.lock(self.topology.shard_lock(self.number), self._lost.set)
+            self.has_lock = True
             self.shard.start()
             self._serve(stop)
         finally:
@@ -110,6 +119,7 @@ class ShardService:
                         raise event
                     self.shard.hear(event)
                 self._snapshot_in_time()
+                self.on_change(self)
                 if self._lost.is_set():
                     raise BrokerUnavailable("the lock of this aggregator was lost; another may have taken its place")
                 self.broker.status().check()

@@ -95,6 +95,11 @@ class Shard:
         self._without_room: deque[Delivery] = deque()
         self._try_again_at = 0.0
 
+    @property
+    def without_room(self) -> int:
+        """Orders that wait for room on the disk."""
+        return len(self._without_room)
+
     def start(self) -> None:
         """Declare what is talked by, and say that it is here."""
         self._broker.declare(self._topology.shards(self.shards))

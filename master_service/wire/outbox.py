@@ -55,6 +55,11 @@ class Outbox:
         self._large = 0
         self._failure: BaseException | None = None
 
+    @property
+    def waiting(self) -> int:
+        """How many things are to leave."""
+        return len(self._items)
+
     def letter(self, made: Letter) -> None:
         """A message is to leave."""
         self._put(made)

@@ -65,6 +65,8 @@ class Shards:
         self.count = count
         #: Whether whoever decides waits for a version, however long it takes: at a start there is nothing else to do.
         self.patient = True
+        #: Whom it has waited for a while now, in words; empty if for nobody.
+        self.missing = ""
         self._broker = broker
         self._topology = topology
         self._clock = clock
@@ -113,6 +115,7 @@ class Shards:
         is behind, or has another version."""
         begun = said = self._clock.monotonic()
         while not self._all_here(asked):
+            self.missing = self._names(asked.missing)
             now = self._clock.monotonic()
             if self._ending.is_set():
                 raise BrokerUnavailable(f"ended while it waited for {self._names(asked.missing)}")
@@ -123,6 +126,7 @@ class Shards:
             if patience is None and now - said >= _SAY_SECONDS:
                 said = now
                 log.warning(f"waiting for {self._names(asked.missing)}", start=self._command(asked.missing[0]))
+        self.missing = ""
         if behind := [shard for shard, answer in asked.answers.items() if answer.behind]:
             raise Damaged(
                 f"{self._names(behind)} has not computed what the message log says was published: its state directory "

@@ -102,6 +102,11 @@ class Updates:
                 self._dropped.add(manifest.node)
         self._broker.ack(out.item[1])
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn or are fetched."""
+        return sum(1 for _ in self._turns)
+
     def is_beyond_all(self, node: str) -> bool:
         """Whether a node's line is full, and so many are asked for later that one more would push one out: then it is
         not worth reading what else it announces."""

@@ -126,7 +126,7 @@ def test_nodes_join_late_and_are_killed_and_the_others_go_on(run: Run, tmp_path:
     run.start("master")
     for node in NODES[:4]:
         run.start("node", node)
-    run.until(lambda e: e.version >= 3)
+    run.until(lambda e: e.version >= 3 and "d" in e.members)
     run.start("node", "e")
     killed = run.processes["d"]
     killed.send_signal(signal.SIGKILL)
