@@ -23,6 +23,7 @@ from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
 from master_service.counts import Counts
 from master_service.decisions.settings import Settings, settings_of_start
+from master_service.history.retention import said_of
 from master_service.history.snapshot import SnapshotDirectory, Snapshots
 from master_service.history.state_directory import open_journal, random_id
 from master_service.log.message_log import MessageLog, logged_shards
@@ -79,6 +80,7 @@ class MasterService:
             snapshots=self._snapshots,
             on_removed=self._removed,
         )
+        log.info(said_of(journal.retention, self.config.retention))
         self.master = Master(
             self.config,
             lambda logged: settings_of_start(logged, self.settings, self.given, change=self.change),

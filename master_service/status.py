@@ -49,6 +49,11 @@ class LogReport(_Part):
 
     entries: int = Field(0, description="rows in the log")
     blocked: str = Field("", description="why nothing can be written to it right now; empty if it can")
+    bytes_per_day: float | None = Field(None, description="of updates and rows, as they came within the last hours")
+    keeps_bytes: int | None = Field(None, description="of updates, to replay; older ones are dropped; None: no bound")
+    replays_from: dict[str, int] = Field(
+        default_factory=dict, description="by encoder: the first version that can be rebuilt, where it is not version 0"
+    )
 
 
 class SnapshotReport(_Part):

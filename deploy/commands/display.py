@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from common.growth import SECONDS_A_DAY, seconds_left
 from common.wire.broker import BrokerStatus
 from master_service.status import BrokerReport, EncoderReport, Report
 
@@ -26,6 +27,9 @@ _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
 #: Columns of tables that do not go to a terminal.
 _PLAIN_WIDTH = 120
+
+#: A disk that lasts longer needs no word, seconds.
+_LONG_SECONDS = 365 * SECONDS_A_DAY
 
 
 def console() -> Console:
@@ -62,6 +66,14 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def duration(seconds: float) -> str:
+    """How long, for people, in the largest unit of which there are two."""
+    for unit, each in (("days", SECONDS_A_DAY), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * each:
+            return f"{seconds / each:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def share(value: float | None) -> str:
     """A part of a whole for people; a dash if it is not known."""
     return "–" if value is None else f"{value:.1%}"
@@ -78,6 +90,23 @@ def conditions(report: Report) -> list[str]:
     elif report.log.blocked:
         lines.append(f"{report.log.blocked}; updates wait in the broker until then")
     return lines
+
+
+def kept(report: Report) -> str:
+    """How much comes, how much of it is kept to replay, and how long the disk lasts, in one line."""
+    log, disk = report.log, report.disk
+    parts = [f"log: {log.entries:,} rows"]
+    if log.bytes_per_day is not None:
+        parts.append(f"{size(log.bytes_per_day)} a day come")
+    parts.append(f"updates are kept up to {size(log.keeps_bytes)}" if log.keeps_bytes is not None else "all are kept")
+    bounded = log.keeps_bytes is not None and log.keeps_bytes < disk.free_bytes - disk.needed_bytes
+    left = None if bounded else seconds_left(disk.free_bytes, disk.needed_bytes, log.bytes_per_day)
+    if left is not None and left < _LONG_SECONDS:
+        parts.append(f"the disk lasts {duration(left)}")
+    versions = ", ".join(f"{version} of {encoder}" for encoder, version in log.replays_from.items())
+    if versions:
+        parts.append(f"replay begins at version {versions}")
+    return "; ".join(parts)
 
 
 def broker_conditions(broker: BrokerReport | BrokerStatus) -> list[str]:

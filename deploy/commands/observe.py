@@ -25,7 +25,7 @@ from common.wire.codec import encode, received
 from common.wire.to_master import AskStatus, Continue, Get, Stop
 from common.wire.to_node import Answer, StatusReport
 from common.wire.topology import Topology
-from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, saying
+from deploy.commands.display import FederationDisplay, conditions, console, federation_tables, kept, saying
 from deploy.commands.run import connect, topology_of
 from deploy.config import Config, load_config
 from deploy.signals import stop_on_signals
@@ -284,3 +284,4 @@ def _print_report(report: Report, as_json: bool) -> None:
         f"rule {report.rule}, {len(report.nodes)} node(s) known, {report.dead_letters} message(s) set aside",
         highlight=False,
     )
+    console().print(kept(report), highlight=False, markup=False)

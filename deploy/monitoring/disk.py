@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.clock import SYSTEM, Clock
+from common.growth import Measured, bytes_a_day, seconds_left, within
 from deploy.monitoring.common import Disk
-from deploy.monitoring.growth import Measured, bytes_a_day, seconds_left, within
 
 #: Between two measurements, seconds; and at least so many times of what one took: a fiftieth of a processor at most.
 _EVERY_SECONDS, _APART = 10.0, 50.0

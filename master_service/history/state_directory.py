@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -15,10 +16,11 @@ from common.clock import Clock
 from common.crash_points import reached
 from common.errors import StorageBlocked, StorageFull
 from common.events import happened
+from common.growth import WINDOW_SECONDS, Measured, bytes_a_day, within
 from common.locks import DirectoryLock
 from master_service.config import MasterConfig
 from master_service.decisions.records import Entry, Loggable, UpdateFacts
-from master_service.history.retention import Budget, prune
+from master_service.history.retention import Budget, first_versions, prune
 from master_service.history.snapshot import SnapshotDirectory, Snapshots, Taken
 from master_service.log.deadly import Attempts, FileMark, Mark, MemoryMark
 from master_service.log.message_log import MessageLog, open_log
@@ -32,6 +34,8 @@ log = structlog.get_logger()
 _PRUNE_SECONDS = 30.0
 #: Between two snapshots, in times of what it took to write the one before: they take a fiftieth of the time at most.
 _APART = 50.0
+#: What comes is measured no more often, seconds.
+_MEASURED_SECONDS = 10.0
 #: Runs something that may take long beside the thread that decides; the name is for errors.
 Background = Callable[[str, Callable[[], None]], None]
 
@@ -88,6 +92,9 @@ class Journal:
         self._written.set()
         self._pruned.set()
         self._writing_seconds = 0.0
+        #: For the report: (seconds, bytes that had come), the oldest first; and where a replay can begin.
+        self._measured: deque[Measured] = deque(maxlen=round(WINDOW_SECONDS / _MEASURED_SECONDS))
+        self._replays_from = first_versions(log, snapshots.kept())
         #: The effects of all entries up to this offset have left.
         self.carried_out = max(self.log.carried_out, self.fold.offset)
         self._snapshot_offset, self._snapshot_at = self.fold.offset, clock.monotonic()
@@ -200,9 +207,15 @@ class Journal:
     def report(self, blocked: str) -> tuple[DiskReport, LogReport, SnapshotReport]:
         """What `status` shows; `blocked` is why nothing can be written, if so."""
         age = self._clock.monotonic() - self._snapshot_at
-        entries = self.log.last_offset + 1
         snapshot = SnapshotReport(offset=self._snapshot_offset, age_seconds=age)
-        return self._room.report(), LogReport(entries=entries, blocked=blocked), snapshot
+        rows = LogReport(
+            entries=self.log.last_offset + 1,
+            blocked=blocked,
+            bytes_per_day=self._bytes_a_day(),
+            keeps_bytes=self._budget.bytes,
+            replays_from=self._replays_from,
+        )
+        return self._room.report(), rows, snapshot
 
     def close(self) -> None:
         """Close it, so that another master can open it."""
@@ -212,6 +225,13 @@ class Journal:
         self.making.close()
         self.log.close()
         self._on_close()
+
+    def _bytes_a_day(self) -> float | None:
+        """Of what comes, by what was measured whenever somebody asked."""
+        now = self._clock.monotonic()
+        if not self._measured or now - self._measured[-1][0] >= _MEASURED_SECONDS:
+            self._measured.append((now, self._budget.came + self.log.ledger_bytes()))
+        return bytes_a_day(within(list(self._measured)))
 
     def _keep_within_budget(self, coming: int) -> None:
         """A payload of so many bytes comes: drop old ones meanwhile, if it is time to."""
@@ -226,6 +246,7 @@ class Journal:
             policy, kept = self.retention, self._snapshots.kept()
             freed = self._room.write(lambda: prune(self.log, kept, policy, self._clock.now()))
             self._budget.looked(self.log)
+            self._replays_from = first_versions(self.log, kept)
             if freed:
                 log.info("payloads dropped", retention=str(policy), bytes=freed)
         except StorageBlocked as error:

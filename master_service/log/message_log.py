@@ -26,6 +26,9 @@ from master_service.log.payloads import Incoming, Payloads, ReadablePayloads
 #: `PRAGMA user_version` of the ledgers that this program writes and reads.
 SCHEMA_VERSION = 2
 
+#: What the notes of payloads that retention has dropped begin with.
+RETENTION = "retention"
+
 _NO_LIMIT = (1 << 63) - 1
 _NOT_WRITTEN = "not what was written, or a row before it is missing"
 _SCHEMA = f"""
@@ -375,6 +378,13 @@ class MessageLog:
         """Why payloads that rows name are not here (any more): payload → reason."""
         return dict(self._db.execute("SELECT payload, reason FROM dropped").fetchall())
 
+    @property
+    def was_pruned(self) -> bool:
+        """Whether retention has dropped anything."""
+        return (
+            self._db.execute(f"SELECT 1 FROM dropped WHERE reason LIKE '{RETENTION}%' LIMIT 1").fetchone() is not None
+        )
+
     def note_dropped(self, notes: Iterable[tuple[str, str, float]]) -> None:
         """Take over notes of another ledger: (payload, reason, at)."""
         self._notes = True
@@ -421,6 +431,20 @@ class MessageLog:
             (up_to,),
         )
         return [payload for (payload,) in rows]
+
+    def versions_at(self, offset: int) -> dict[str, int]:
+        """Of each encoder, the newest version that a row up to this one names."""
+        rows = self._db.execute(
+            "SELECT encoder, json_extract(body, '$.version'), max(offset) FROM entries "
+            "WHERE kind = 'versioned' AND offset <= ? GROUP BY encoder",
+            (offset,),
+        )
+        return {encoder: version for encoder, version, _ in rows}
+
+    def ledger_bytes(self) -> int:
+        """Of the ledger's file, without what is still in its write-ahead log."""
+        (pages,), (each,) = (self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+        return int(pages) * int(each)
 
     # --- messages that kill ------------------------------------------------------------------------------------------
 

@@ -10,14 +10,22 @@ import pytest
 from pydantic import ValidationError
 
 from common.brokers.memory import MemoryServer
+from common.clock import VirtualClock
 from common.wire.to_node import Receipt
+from deploy.commands.display import kept
 from master_service.config import MasterConfig
 from master_service.history.replay import origin, rebuild, verify
 from master_service.history.retention import Budget
+from master_service.history.snapshot import SnapshotDirectory
+from master_service.history.state_directory import Journal
+from master_service.log.deadly import MemoryMark
 from master_service.log.message_log import open_log
+from master_service.log.room import Room
+from master_service.status import DiskReport, Report
 from tests.integration.harness import HandNode, eventually, numbers, running_master
 
 GB = 1_000_000_000
+ROOM = Room(Path("nowhere"), lambda: 1 << 60, 0)
 
 
 @pytest.fixture
@@ -90,3 +98,44 @@ def test_a_budget_is_looked_at_whenever_a_twentieth_of_it_has_come() -> None:
     everything = Budget("all")
     everything.comes(1 << 60)
     assert not everything.due and not everything.over
+
+
+def test_status_says_how_much_comes_and_from_where_on_a_replay_reaches(server: MemoryServer, tmp_path: Path) -> None:
+    with running_master(server, tmp_path, retention=1, snapshot_every_seconds=0.05) as master:
+        node = HandNode(server, "a")
+        instruction = node.enter()
+        before = master.service.report().log
+        assert (before.keeps_bytes, before.replays_from) == (1, {})
+        sequences = itertools.count()
+
+        def pruned() -> bool:
+            sequence = next(sequences)
+            bodies = numbers(instruction, 0.001 * (sequence + 1))
+            node.send(node.manifest(instruction, sequence, bodies, base_version=sequence), bodies)
+            assert node.hear(Receipt).accepted
+            return master.service.report().log.replays_from.get(instruction.encoder, 0) > 0
+
+        eventually(pruned)
+    reader = open_log(tmp_path, read_only=True)
+    said = Journal(
+        reader, SnapshotDirectory(reader), MemoryMark(), ROOM, MasterConfig(state_dir=tmp_path), clock=VirtualClock()
+    ).report("")[1]
+    begin = origin(reader).fold.coordinator.state.encoders[instruction.encoder].version
+    assert said.replays_from == {instruction.encoder: begin}, "also after a start"
+
+
+def test_what_is_said_of_growth_is_what_came(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    log = open_log(tmp_path)
+    config = MasterConfig(state_dir=tmp_path, retention="1GB")
+    journal = Journal(log, SnapshotDirectory(log), MemoryMark(), ROOM, config, clock=clock)
+    for number in range(8):
+        said = journal.report("")[1]
+        journal.write_payload(b"%d" % number * 1_000_000)
+        clock.wait(3600.0)
+    assert said.bytes_per_day == pytest.approx(24e6, rel=0.01) and said.keeps_bytes == GB
+    line = kept(Report(log=said, disk=DiskReport(free_bytes=100 * 1024**2, needed_bytes=4 * 1024**2)))
+    assert line == ("log: 0 rows; 22.9 MiB a day come; updates are kept up to 953.7 MiB; the disk lasts 4 days"), (
+        "a budget that does not fit is no bound"
+    )
+    log.close()

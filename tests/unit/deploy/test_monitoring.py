@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from common.clock import VirtualClock
+from common.growth import SECONDS_A_DAY, bytes_a_day, seconds_left, within
 from common.wire.broker import BrokerStatus
 from deploy.logging import Noticed, configure_logging
 from deploy.monitoring import common, master, node, table
 from deploy.monitoring.common import Disk, Seen
 from deploy.monitoring.disk import DiskWatch, stored_bytes
 from deploy.monitoring.exposition import exposed
-from deploy.monitoring.growth import SECONDS_A_DAY, bytes_a_day, seconds_left, within
 from deploy.monitoring.health import HUNG_SECONDS, OK, Heart, broker_part, disk_part, hung, lock_part, log_part
 from deploy.monitoring.master import MOST_ENCODERS, MOST_MEMBERS
 from deploy.monitoring.monitor import MasterMonitor, NodeMonitor
