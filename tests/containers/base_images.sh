@@ -1,6 +1,6 @@
 #!/bin/sh
 # Base images for a machine that reaches no registry of images: Debian 13's own packages under the names that
-# compose.yaml and the tests ask for (rabbitmq:4-management, debian:trixie-slim). Those that are there are left alone.
+# compose.yaml and the tests ask for (rabbitmq:4-management, prom/prometheus, debian:trixie-slim). Those that are there are left alone.
 # As root: apt-get install mmdebstrap; sh tests/containers/base_images.sh
 # They differ from the official ones in their versions and entrypoints.
 set -eu
@@ -27,4 +27,12 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
 RUN printf 'loopback_users = none\n' >/etc/rabbitmq/rabbitmq.conf
 EXPOSE 5672 5671
 CMD ["rabbitmq-server"]
+D
+
+there prom/prometheus || docker build -q -t prom/prometheus - <<'D'
+FROM debian:trixie-slim
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends prometheus \
+    && rm -rf /var/lib/apt/lists/* && install -d -o prometheus /prometheus
+USER prometheus
+ENTRYPOINT ["/usr/bin/prometheus"]
 D

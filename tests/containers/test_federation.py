@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +159,28 @@ def test_an_organisation_elsewhere_joins_by_one_file(federation: Federation, tmp
         federation.until(counted, f"an update of org-b counts\n{docker('logs', name)}", 120)
     finally:
         docker("rm", "--force", name, check=False)
+
+
+@pytest.mark.parametrize("federation", [{"versions": 100_000, "PROMETHEUS": "127.0.0.1:19090"}], indirect=True)
+def test_every_service_says_that_it_is_well_and_prometheus_hears_it(federation: Federation) -> None:
+    federation("--profile", "monitoring", "up", "-d", "master", *NODES, "prometheus", timeout=600)
+    services = ("rabbitmq", "master", *NODES)
+
+    def healthy() -> bool:
+        return all(federation.state(each)["Health"]["Status"] == "healthy" for each in services)
+
+    federation.until(healthy, "every service is healthy")
+
+    def scraped() -> bool:
+        with urllib.request.urlopen("http://127.0.0.1:19090/api/v1/query?query=up", timeout=10) as answer:
+            found = {each["metric"]["instance"]: each["value"][1] for each in json.load(answer)["data"]["result"]}
+        wanted = {"rabbitmq:15692", "master:9464", *(f"{node}:9464" for node in NODES)}
+        return found.keys() == wanted and set(found.values()) == {"1"}
+
+    federation.until(scraped, "Prometheus reaches all of them")
+    docker("pause", federation.container("rabbitmq"))
+    federation.until(lambda: federation.state("master")["Health"]["Status"] == "unhealthy", "that is said", 180)
+    said = federation("exec", "-T", "master", "shared-encoder", "health", check=False)
+    assert "master is not ready: broker" in said, said
+    docker("unpause", federation.container("rabbitmq"))
+    federation.until(healthy, "every service is healthy again", 180)

@@ -497,13 +497,13 @@ NOT_THROUGH = "the proxy at {proxy} does not get through to 127.0.0.1:9 .*"
         ("http", http_proxy(answer=b"502 Bad Gateway"), BrokerUnavailable, NOT_THROUGH + "502"),
         ("http", http_proxy(answer=b""), BrokerUnavailable, NOT_THROUGH + "does not answer as a proxy does"),
         ("http", says_nothing, BrokerUnavailable, NOT_THROUGH + "timed out"),
-        ("http", None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
+        ("http", None, BrokerUnavailable, "no proxy answers at {proxy} .*(refused|Cannot assign)"),
         ("socks5", socks_proxy("me:other"), UserError, WANTS),
         ("socks5", socks_proxy(answer=2), UserError, "{proxy} lets nobody through to 127.0.0.1:9 .*not allowed"),
         ("socks5", socks_proxy(answer=5), BrokerUnavailable, NOT_THROUGH + "refused"),
         ("socks5", http_proxy(), BrokerUnavailable, NOT_THROUGH),
         ("socks5", says_nothing, BrokerUnavailable, NOT_THROUGH + "timed out"),
-        ("socks5", None, BrokerUnavailable, "no proxy answers at {proxy} .*refused"),
+        ("socks5", None, BrokerUnavailable, "no proxy answers at {proxy} .*(refused|Cannot assign)"),
     ],
 )
 def test_what_a_proxy_says_is_not_taken_for_the_brokers_words(
