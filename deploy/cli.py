@@ -238,6 +238,13 @@ def node(
         float | None, typer.Option(metavar="N", help="at most N training steps a second", show_default="no limit")
     ] = None,
     once: Annotated[bool, typer.Option("--exit-when-finished", help="end when the encoder is finished")] = False,
+    sent: Annotated[
+        Path | None,
+        typer.Option("--sent-file", metavar="FILE", help="note each message that leaves, with all that is in it"),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="send nothing: try corpus, broker and training, show what would leave")
+    ] = False,
     http: Http = None,
     log_file: LogFile = None,
     json: JsonLogs = False,
@@ -260,9 +267,14 @@ def node(
             "threads": threads,
             "max_steps_per_second": max_speed,
             "exit_when_finished": once or None,
+            "sent_file": sent,
             "http": http,
         },
     }
+    if check:
+        from deploy.rehearsal import check_node
+
+        raise typer.Exit(check_node(name, config, flags, credentials=credentials))
     run_node(name, config, flags, credentials=credentials)
 
 

@@ -29,7 +29,8 @@ class NodeConfig(Section):
     message, longer ones are sent in chunks. `private` are the settings of the private parts (for text: see
     `TextPrivate`). `named`: the cards of encoders that this node takes part in may say its name; else it is a
     number there. `accept`: what its owner agrees to. `http`: where health, readiness and metrics are to be had
-    ("127.0.0.1:9464"); not set: nowhere.
+    ("127.0.0.1:9464"); not set: nowhere. `sent_file`: a line for each message that leaves, with all that is in it, for
+    an auditor; without it nothing leaves.
     """
 
     corpus: list[CorpusConfig] = Field(default_factory=list)
@@ -47,6 +48,7 @@ class NodeConfig(Section):
     named: bool = False
     accept: Accept = Accept()
     http: Http | None = None
+    sent_file: Path | None = None
     exit_when_finished: bool = False
     max_steps_per_second: Annotated[float, Field(gt=0)] | None = None
     alive_every_seconds: Annotated[float, Field(gt=0)] = 5.0

@@ -26,6 +26,7 @@ from node_service.handover.local_state import LocalState, open_local_state
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import Ledger
+from node_service.handover.sent import noting
 from node_service.node import Node
 from node_service.training.ranks import Ranks
 from node_service.training.session import Session
@@ -100,7 +101,14 @@ class NodeService:
             self._serve(stop, state, build)
 
     def _serve(self, stop: threading.Event, state: LocalState, build: Build) -> None:
-        outbox = Outbox(self.broker, self.topology, self.name, state.chunk, inline_bytes=self.config.inline_bytes)
+        outbox = Outbox(
+            self.broker,
+            self.topology,
+            self.name,
+            state.chunk,
+            inline_bytes=self.config.inline_bytes,
+            on_leaving=noting(self.config.sent_file, self._clock),
+        )
         node = Node(
             self.name,
             self.config,

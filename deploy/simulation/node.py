@@ -15,6 +15,7 @@ from node_service.handover.local_state import LocalState
 from node_service.handover.outbox import Outbox
 from node_service.handover.reading import AssetRead, VersionRead
 from node_service.handover.receipt_book import RECEIPTS
+from node_service.handover.sent import noting
 from node_service.handover.store import MemoryStore
 from node_service.node import Node
 from node_service.trials import Build
@@ -121,7 +122,14 @@ class _Process:
         self._owner = owner
         self._world = world
         self._broker = Connection(world, owner.name)
-        outbox = Outbox(self._broker, world.topology, owner.name, state.chunk, new_id=ids.message)
+        outbox = Outbox(
+            self._broker,
+            world.topology,
+            owner.name,
+            state.chunk,
+            new_id=ids.message,
+            on_leaving=noting(config.sent_file, world.clock),
+        )
         self._node = Node(
             owner.name,
             config,

@@ -58,8 +58,10 @@ class Outbox:
         *,
         inline_bytes: int = INLINE_BYTES,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        on_leaving: Callable[..., None] | None = None,
     ) -> None:
-        """`inline_bytes`: a payload that is no longer travels in its manifest."""
+        """`inline_bytes`: a payload that is no longer travels in its manifest. `on_leaving` is told the publications
+        that are about to leave; if it raises, they do not."""
         self.problem = ""
         self._broker = broker
         self._topology = topology
@@ -67,6 +69,7 @@ class Outbox:
         self._read_chunk = read_chunk
         self._inline_bytes = inline_bytes
         self._new_id = new_id
+        self._on_leaving = on_leaving
         self._waiting: deque[Publication | _Update] = deque()
         self._some = threading.Event()
 
@@ -121,7 +124,7 @@ class Outbox:
         return True
 
     def _send(self, publication: Publication) -> bool:
-        self._broker.publish(publication)
+        self._publish(publication)
         return True
 
     def _send_update(self, update: _Update) -> bool:
@@ -147,13 +150,18 @@ class Outbox:
             # the node has it on disk until the receipt: if a restart of the broker empties the queue, it is sent again
             key = self._topology.chunk_key(self._node, shard_of(index, manifest.chunks, manifest.shards))
             publications.append(Publication(exchange, key, encode(chunk), persistent=False))
-        self._broker.publish(*publications)
+        self._publish(*publications)
         update.sent = until
         return False
 
     def _announce(self, manifest: UpdateManifest) -> bool:
         key, delivery_id = f"{self._node}.ready", f"{manifest.update_id}/{manifest.attempt}"
         return self._send(Publication(self._topology.update, key, encode(manifest), message_id=delivery_id))
+
+    def _publish(self, *publications: Publication) -> None:
+        if self._on_leaving is not None:
+            self._on_leaving(*publications)
+        self._broker.publish(*publications)
 
     def _put(self, item: Publication | _Update) -> None:
         self._waiting.append(item)
