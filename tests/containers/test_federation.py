@@ -37,8 +37,18 @@ def _killed(federation: Federation, service: str) -> None:
     federation.until(lambda: federation.restarts(service) > before, f"{service} is started again")
 
 
+def _pause(federation: Federation, service: str) -> None:
+    """An engine may fail to freeze many threads at once on a busy machine, and says so; then again."""
+
+    def frozen() -> bool:
+        docker("pause", federation.container(service), check=False)
+        return bool(federation.state(service)["Paused"])
+
+    federation.until(frozen, f"{service} is paused", 30)
+
+
 def _paused(federation: Federation, service: str) -> None:
-    docker("pause", federation.container(service))
+    _pause(federation, service)
     time.sleep(10.0)
     docker("unpause", federation.container(service))
 
@@ -178,7 +188,7 @@ def test_every_service_says_that_it_is_well_and_prometheus_hears_it(federation: 
         return found.keys() == wanted and set(found.values()) == {"1"}
 
     federation.until(scraped, "Prometheus reaches all of them")
-    docker("pause", federation.container("rabbitmq"))
+    _pause(federation, "rabbitmq")
     federation.until(lambda: federation.state("master")["Health"]["Status"] == "unhealthy", "that is said", 180)
     said = federation("exec", "-T", "master", "shared-encoder", "health", check=False)
     assert "master is not ready: broker" in said, said
