@@ -87,6 +87,19 @@ def verify(
 
 
 @log_app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="a master's state directory, or an export")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another")],
+    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Where two logs part: the first row, decision and version that differ. Exit code 1 if anything does."""
+    from deploy.commands.log_difference import show_difference
+
+    if not show_difference(first, second, as_json=json):
+        raise typer.Exit(1)
+
+
+@log_app.command()
 def prune(
     keep: Annotated[
         str, typer.Option(metavar="since-snapshot|SIZE", help="payloads to keep: what a start needs, or 20GiB of them")
