@@ -111,6 +111,18 @@ def demo(
     run_demo(out, quick=quick, broker_url=broker, seed=seed)
 
 
+@app.command("init")
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="where it goes")] = Path("run.toml"),
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="nodes that it has sections for")] = 3,
+    type_: SampleType = None,
+) -> None:
+    """Write a configuration to begin with: a master and N nodes, with comments, and what else there is switched off."""
+    from deploy.commands.init import write_configuration
+
+    write_configuration(file, nodes, type_ or "text")
+
+
 @app.command()
 def master(
     config: ConfigFile = None,
