@@ -112,7 +112,8 @@ def test_the_wheel_has_every_file_and_the_public_package_once(installed: Install
     assert {name for name in inside if name.endswith(".py")} == wanted
     data = {"shared_encoder/py.typed", "common/py.typed", "common/encoders/vocabulary.json"}
     examples = {str(path.relative_to(ROOT)) for path in (ROOT / "deploy/examples").glob("*.toml")}
-    assert inside - wanted == data | examples and len(examples) > 5
+    watching = {f"deploy/monitoring/{name}" for name in ("alerts.yml", "dashboard.json", "prometheus.yml")}
+    assert inside - wanted == data | examples | watching and len(examples) > 5
 
 
 def test_it_runs_without_the_extras(installed: Installed, tmp_path: Path) -> None:
