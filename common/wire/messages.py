@@ -13,6 +13,7 @@ from pydantic import Field
 from common.wire.to_master import (
     Alive,
     AskStatus,
+    Change,
     Continue,
     Fetch,
     FetchAssets,
@@ -55,6 +56,7 @@ ToMaster = (
     | Alive
     | AskStatus
     | Stop
+    | Change
     | InstructionAck
     | UpdateManifest
     | UpdateChunk

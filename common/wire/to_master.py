@@ -30,6 +30,8 @@ from common.wire.fields import (
     LayoutEntries,
     Loss,
     Seconds,
+    SettingChanges,
+    SettingPath,
     Shards,
     Text,
     Word,
@@ -155,6 +157,22 @@ class Stop(Message):
     kind: Literal["request.stop"] = "request.stop"
     sender: Id
     encoder: Id | None = None
+
+
+class Operation(Message):
+    """What an operator wants done while it runs; answered by an Answer with what came of it."""
+
+    sender: Id
+
+
+class Change(Operation):
+    """Settings are to be others from now on: `changes` by their paths in the configuration; those in `back` are to be
+    again what the master was started with. `member`: of that node alone."""
+
+    kind: Literal["request.set"] = "request.set"
+    changes: SettingChanges = Field(default_factory=dict)
+    back: Annotated[list[SettingPath], Field(max_length=64, fail_fast=True)] = Field(default_factory=list)
+    member: Id | None = None
 
 
 # --- node → master: the training -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 from __future__ import annotations
 
 from common.wire.to_master import (
+    Change,
     Continue,
     Fetch,
     FetchAssets,
@@ -20,7 +21,7 @@ from common.wire.to_master import (
     Words,
 )
 from common.wire.to_node import Introduce, Reason
-from master_service.decisions import gathering, guarding, membership, requests, streams, tally
+from master_service.decisions import gathering, guarding, membership, operating, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -115,6 +116,8 @@ class Coordinator:
                 return requests.generation_failed(self.state, body)
             case Stop():
                 return self._stop(body, at)
+            case Change():
+                return operating.change(self.state, body, at, self._advance)
             case Tick():
                 encoders = self.state.encoders.values()
                 return gathering.look(self.state, at) + [
@@ -124,6 +127,7 @@ class Coordinator:
                 ]
             case Configured():
                 self.state.settings, self.state.claims = body.settings, body.claims
+                self.state.configured, self.state.live = body.configured, dict(body.live)
                 self.state.kept_failed = body.kept_failed
                 return []
             case Started():
@@ -256,7 +260,9 @@ class Coordinator:
             return effects
         member = encoder.members[manifest.node]
         if self.checking:
-            manifest = guarding.capped(manifest, encoder, self.state.settings.update_rule, entry.at)
+            manifest = guarding.capped(
+                manifest, encoder, membership.update_rule_of(self.state, manifest.node), entry.at
+            )
         if not encoder.buffer:
             encoder.buffer_since = entry.at
         tally.buffer(

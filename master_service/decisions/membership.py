@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 from common.wire.to_master import Fetch, FetchAssets, InstructionAck, Join, Leave
 from common.wire.to_node import Introduce, Rule, Withdrawn
+from common.wire.update_rule import UpdateRule
 from master_service.decisions import gathering, streams
+from master_service.decisions.changes import changed_for_one
 from master_service.decisions.effects import Effect, Send
 from master_service.decisions.messages_out import (
     finish,
@@ -152,23 +154,29 @@ def _begin(state: State, encoder: EncoderState, at: float) -> list[Effect]:
 
 def _rules(state: State, encoder: EncoderState, nodes: list[str], at: float) -> list[Effect]:
     """Everybody starts from the current version."""
-    settings = state.settings
-    update_rule = settings.update_rule
-    if settings.rule.synchronous:
-        update_rule = update_rule.model_copy(update={"wait": True})
     effects: list[Effect] = (
         [publish(state.settings, encoder, at)] if encoder.published_version < encoder.version else []
     )
-    for node in nodes:
-        member = encoder.members[node]
-        member.may_owe = max(member.may_owe, update_rule.max_unanswered)
-        rule = Rule(
-            encoder=encoder.encoder,
-            node=node,
-            update_rule=update_rule,
-            version=encoder.version,
-            published_at=0.0,
-            progress=progress(encoder, settings.stop, at),
-        )
-        effects.append(Send(node, rule))
-    return effects
+    return effects + [rule_for(state, encoder, encoder.members[node], at) for node in nodes]
+
+
+def update_rule_of(state: State, node: str) -> UpdateRule:
+    """The update rule that a node is to train by: that of all, but for what was changed for it alone."""
+    settings = state.settings
+    update_rule = changed_for_one(settings.update_rule, state.own.get(node, {}))
+    return update_rule.model_copy(update={"wait": True}) if settings.rule.synchronous else update_rule
+
+
+def rule_for(state: State, encoder: EncoderState, member: Member, at: float) -> Send:
+    """What a member is told to train by, from the newest version that was published."""
+    update_rule = update_rule_of(state, member.node)
+    member.may_owe = max(member.may_owe, update_rule.max_unanswered)
+    rule = Rule(
+        encoder=encoder.encoder,
+        node=member.node,
+        update_rule=update_rule,
+        version=encoder.published_version,
+        published_at=0.0,
+        progress=progress(encoder, state.settings.stop, at),
+    )
+    return Send(member.node, rule)

@@ -242,9 +242,16 @@ class EncoderState(_State):
 
 class State(_State):
     """Everything that the log has led to. `claims`: what is made of what members say of themselves. `kept_failed`: so
-    many encoders that could not be made are remembered; None: all of them."""
+    many encoders that could not be made are remembered; None: all of them.
+
+    `settings` are those that hold. If operators have changed some while it ran, those are `live`, by path, and
+    `configured` are the ones that the master was started with. `own`: what was changed for one node alone, by node.
+    """
 
     settings: Settings = Field(default_factory=unsaid)
+    configured: Settings | None = None
+    live: dict[str, Any] = Field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = Field(default_factory=dict)
     claims: Claims = "taken"
     kept_failed: int | None = None
     epoch: int = 0

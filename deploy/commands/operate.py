@@ -1,0 +1,51 @@
+"""What an operator does while it runs: asked of the master over the broker, decided and logged there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import BrokerUnavailable, UserError
+from common.wire.to_master import Change, Operation
+from deploy.commands.observe import Observer, await_answer, observing
+from deploy.counterfactual import parsed_value
+
+#: How long the master is waited for, seconds.
+_PATIENCE = 10.0
+
+
+def change_settings(
+    flags: dict[str, Any], file: Path | None, settings: Sequence[str], back: Sequence[str], node: str | None
+) -> None:
+    """Change settings, or take changes back, and print old and new values. Raises UserError with the master's reason if
+    it refuses."""
+    changes = changes_of(settings)
+    with observing(flags, file) as (observer, _, _):
+        _do(observer, Change(sender=observer.name, changes=changes, back=list(back), member=node))
+
+
+def changes_of(settings: Sequence[str]) -> dict[str, Any]:
+    """`rule.outer.lr=2` and the like, by name. Raises UserError."""
+    found: dict[str, Any] = {}
+    for each in settings:
+        name, is_there, value = each.partition("=")
+        if not (is_there and name.strip()):
+            raise UserError(f"set {each}: write it as NAME=VALUE, for instance rule.outer.lr=2")
+        if name.strip() in found:
+            raise UserError(f"set {each}: {name.strip()} is there twice")
+        found[name.strip()] = parsed_value(value)
+    return found
+
+
+def _do(observer: Observer, operation: Operation) -> None:
+    """Ask, and print what came of it. It is not asked of a master that is not there: it would do it whenever it starts.
+
+    Raises UserError with the reason if it is refused.
+    """
+    observer.status(_PATIENCE)
+    observer.say(operation)
+    try:
+        print(await_answer(observer, _PATIENCE).detail)
+    except BrokerUnavailable:
+        print("the master has been told, and is still busy with something else: `status` shows when it has done it")

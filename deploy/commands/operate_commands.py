@@ -1,0 +1,59 @@
+"""The commands that change how a running master goes on: `set` and `unset`. Like `cli`, this imports only typer; the
+work is in `operate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.commands.options import BrokerUrl, ConfigFile, Credentials, Namespace
+
+OneNode = Annotated[str | None, typer.Option("--node", metavar="NAME", help="of this node alone: update.… settings")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the one command."""
+    app.command("set")(set_)
+    app.command("unset")(unset)
+
+
+def set_(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE…", help="for instance rule.outer.lr=2 or update.when.steps=20")
+    ],
+    node: OneNode = None,
+    config: ConfigFile = None,
+    credentials: Credentials = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Change settings of rule, update and stop while the master runs: from the next decision on, and in the log.
+
+    A value is JSON or a word; null takes a limit away. Each name changes that setting alone. They hold until they are
+    set again or taken back by `unset`, also when the master starts again with its old configuration file.
+    """
+    from deploy.commands.operate import change_settings
+
+    change_settings(_flags(broker, namespace, credentials), config, settings, (), node)
+
+
+def unset(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="for instance rule.outer.lr, or rule for all")],
+    node: OneNode = None,
+    config: ConfigFile = None,
+    credentials: Credentials = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Take back what `set` has changed: what the master was started with holds again."""
+    from deploy.commands.operate import change_settings
+
+    change_settings(_flags(broker, namespace, credentials), config, (), names, node)
+
+
+def _flags(broker: str | None, namespace: str | None, credentials: Path | None) -> dict[str, Any]:
+    from deploy.broker.credentials import merged
+
+    return merged({"broker": {"url": broker, "namespace": namespace}}, credentials)[0]

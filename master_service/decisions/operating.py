@@ -1,0 +1,99 @@
+"""What operators do while it runs: pure functions of the state.
+
+Each is looked at twice by the same function: before it is a row, so that what is refused gets none, and when the row is
+folded, because a replay under other settings must not stumble over it.
+"""
+
+from __future__ import annotations
+
+from common.errors import UserError
+from common.wire.to_master import Change, Operation
+from common.wire.to_node import Answer
+from common.wire.update_rule import UpdateRule
+from master_service.decisions import changes
+from master_service.decisions.effects import Effect, Send
+from master_service.decisions.membership import Advance, rule_for, update_rule_of
+from master_service.decisions.messages_out import shortened
+from master_service.decisions.settings import Settings
+from master_service.decisions.state import State
+
+
+def refused(state: State, operation: Operation) -> str:
+    """Why an operation is not even noted, in one line; empty if it is."""
+    try:
+        match operation:
+            case Change():
+                _changed(state, operation)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def change(state: State, body: Change, at: float, advance: Advance) -> list[Effect]:
+    """Settings are others from here on: nodes whose rule it is are told, and what has become due by it is done."""
+    try:
+        before, after, live = _changed(state, body)
+    except UserError as error:
+        return [_answered(body, str(error), accepted=False)]
+    rules = _rules(state)
+    if body.member is None:
+        state.configured = state.configured or state.settings
+        state.settings, state.live = after, live
+        # as it is in a log where nothing was ever changed
+        state.configured = state.configured if live else None
+    else:
+        state.own[body.member] = live
+        if not live:
+            del state.own[body.member]
+    effects: list[Effect] = []
+    for encoder in state.encoders.values():
+        if encoder.status != "running":
+            continue
+        for member in encoder.members.values():
+            told = update_rule_of(state, member.node)
+            if encoder.started and member.accepted and told != rules[encoder.encoder, member.node]:
+                effects.append(rule_for(state, encoder, member, at))
+        effects += advance(encoder, at)
+    return [*effects, _answered(body, changes.in_words(before, after, body.changes))]
+
+
+def changed_settings(state: State, body: Change) -> Settings | None:
+    """The settings that hold after a change of all nodes'; None if it is refused, or of one node alone."""
+    try:
+        return _changed(state, body)[1] if body.member is None else None
+    except UserError:
+        return None
+
+
+def _changed(state: State, body: Change) -> tuple[Settings, Settings, dict[str, object]]:
+    """The settings before and after a change, and what is changed then. Raises UserError."""
+    if not body.changes and not body.back:
+        raise UserError("nothing to change was named; for instance rule.outer.lr=2")
+    if body.member is None:
+        configured = state.configured or state.settings
+        live = changes.above(state.live, body.changes, body.back)
+        after = changes.changed(configured, live)
+        return state.settings, after, live
+    if body.member not in state.nodes:
+        raise UserError(f"no node {body.member} is known here; there are: {', '.join(state.nodes) or 'none'}")
+    own = state.own.get(body.member, {})
+    live = changes.above(own, body.changes, body.back)
+    before, after = (
+        state.settings.model_copy(update={"update_rule": changes.changed_for_one(state.settings.update_rule, each)})
+        for each in (own, live)
+    )
+    return before, after, live
+
+
+def _rules(state: State) -> dict[tuple[str, str], UpdateRule]:
+    """By encoder and member, what each has been told to train by."""
+    return {
+        (encoder.encoder, node): update_rule_of(state, node)
+        for encoder in state.encoders.values()
+        if encoder.status == "running"
+        for node in encoder.members
+    }
+
+
+def _answered(body: Operation, detail: str, *, accepted: bool = True) -> Send:
+    return Send(body.sender, Answer(accepted=accepted, detail=shortened(detail)))

@@ -1,0 +1,261 @@
+"""What operators do while it runs: it holds from the next decision on, in the log, and in whatever is made of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.brokers.memory import MemoryServer
+from common.clock import VirtualClock
+from common.errors import UserError
+from common.wire.to_master import Change, Leave
+from common.wire.to_node import Answer, Rule
+from common.wire.update_rule import ReturnWhen, UpdateRule
+from master_service.decisions import operating
+from master_service.decisions.changes import Logged, above, changed, still_live
+from master_service.decisions.effects import Conclude, Effect, Step
+from master_service.decisions.records import Configured, Started, Tick
+from master_service.decisions.rules.model import aggregation_rule
+from master_service.decisions.rules.weights import STEPS_BOUND
+from master_service.decisions.settings import Settings, StopRule, settings_of_start
+from master_service.history.fold import Fold
+from master_service.history.replay import origin, verify
+from master_service.history.snapshot import read_snapshot
+from master_service.log.message_log import open_log
+from master_service.record import Todo
+from tests.unit.master.test_fold import Federation, snapshot
+from tests.unit.master.test_replay import by, decided_anew
+from tests.unit.scenario import Scenario, sent
+from tests.unit.stepped import SteppedMaster, SteppedNode, together
+
+ALL = {"rule": aggregation_rule("fedasync", {"guards": {"norm_clip": None}}), "stop": StopRule(versions=100)}
+
+
+def running(**changes: Any) -> tuple[Scenario, str]:
+    run = Scenario(**{**ALL, **changes})
+    name = run.generate()
+    for node in "ab":
+        run.join(node, name)
+    return run, name
+
+
+def change(run: Scenario, member: str | None = None, back: tuple[str, ...] = (), **changes: Any) -> list[Effect]:
+    """`update__when__steps=5` for update.when.steps."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return run.apply(Change(sender="op-1", changes=named, back=list(back), member=member))
+
+
+def test_a_change_holds_from_the_next_decision_on_and_nodes_are_told_at_once() -> None:
+    run, name = running()
+    [before] = [each for each in run.update("a", name, 0) if isinstance(each, Step)]
+    told = change(run, rule__outer__lr=2, update__when__steps=7, stop__versions=3)
+    assert {rule.node: rule.update_rule.when.steps for rule in sent(told, Rule)} == {"a": 7, "b": 7}
+    [answer] = sent(told, Answer, "op-1")
+    assert answer.accepted and answer.detail.splitlines() == [
+        "rule.outer.lr: 0.6 → 2.0",
+        "update.when.steps: 25 → 7",
+        "stop.versions: 100 → 3",
+    ]
+    [after] = [each for each in run.update("a", name, 1) if isinstance(each, Step)]
+    assert (before.outer.lr, after.outer.lr) == (0.6, 2.0)
+    assert not sent(change(run, rule__outer__lr=1), Rule), "nodes have nothing to do with that"
+    # one that has the rule of now, whenever it comes
+    assert [rule.update_rule.when.steps for rule in sent(run.join("c", name), Rule)] == [7]
+
+
+def test_a_limit_that_is_passed_already_ends_the_training_at_once() -> None:
+    run, name = running()
+    run.update("a", name, 0)
+    told = change(run, stop__versions=1)
+    assert [type(each) for each in told if isinstance(each, Conclude)] == [Conclude]
+    assert run.coordinator.state.encoders[name].reason == "1 versions"
+
+
+def test_one_node_alone_trains_by_its_own_and_everybody_elses_change_does_not_undo_it() -> None:
+    run, name = running()
+    assert [rule.node for rule in sent(change(run, "a", update__when__steps=5), Rule)] == ["a"]
+    assert [rule.node for rule in sent(change(run, update__when__steps=9), Rule)] == ["b"]
+    told = sent(change(run, update__inner__batch_size=4), Rule)
+    assert {rule.node: (rule.update_rule.when.steps, rule.update_rule.inner.batch_size) for rule in told} == {
+        "a": (5, 4),
+        "b": (9, 4),
+    }
+    [back] = sent(change(run, "a", back=("update",)), Rule)
+    assert back.node == "a" and back.update_rule.when.steps == 9
+    assert run.coordinator.state.own == {}
+    # what is believed of an update is what its node's own rule allows
+    change(run, "a", update__when__steps=1)
+    for sequence, node in enumerate("ab"):
+        run.update(node, name, sequence, steps=5 * STEPS_BOUND, samples=5000)
+    members = run.coordinator.state.encoders[name].members
+    assert (members["a"].steps, members["b"].steps) == (STEPS_BOUND, 5 * STEPS_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"changes": {"rule.outer.lr": 0}}, "rule: outer.lr: input should be greater than 0"),
+        ({"changes": {"rule.outer.rl": 1}}, "rule: there is no setting 'outer.rl'; there are: lr, momentum"),
+        ({"changes": {"encoder.architecture.hidden_size": 4}}, "cannot be changed while it runs"),
+        ({"changes": {"master.encoding": "int8"}}, "cannot be changed while it runs"),
+        ({"changes": {"outer.lr": 1}}, "by names such as rule.outer.lr"),
+        ({"changes": {"rule": {"preset": "fedavg"}}}, "cannot be changed while it runs"),
+        ({"changes": {"rule..lr": 1}}, "cannot be changed while it runs"),
+        ({"changes": {"rule.preset": "fedprox"}}, "no aggregation rule 'fedprox'"),
+        ({"changes": {"rule.combine.how": "median"}}, "needs 5 distinct nodes"),
+        ({"changes": {"update.when": 5}}, "update: when: "),
+        ({}, "nothing to change was named"),
+        ({"back": ["rule.outer.lr"]}, "rule.outer.lr was not changed while it runs"),
+        ({"changes": {"update.when.steps": 5}, "member": "z"}, "no node z is known here; there are: a, b"),
+        ({"changes": {"stop.versions": 5}, "member": "a"}, "of one node alone"),
+        ({"changes": {"update.evaluate_every": 5}, "member": "a"}, "of one node alone"),
+    ],
+)
+def test_what_is_refused_is_one_line_and_changes_nothing_also_in_a_log(asked: dict[str, Any], words: str) -> None:
+    run, _ = running()
+    body = Change(sender="op-1", **asked)
+    why = operating.refused(run.coordinator.state, body)
+    assert words in why and "\n" not in why
+    before = run.coordinator.state.model_copy(deep=True)
+    [answer] = sent(run.apply(body), Answer)
+    assert (answer.accepted, answer.detail) == (False, why)
+    assert run.coordinator.state == before
+
+
+def test_a_preset_is_a_whole_rule_and_null_takes_a_limit_away() -> None:
+    configured = Settings(**ALL)
+    live = above({"rule.outer.lr": 3.0, "stop.versions": 5}, {"rule.preset": "diloco", "rule.outer.momentum": 0.5})
+    made = changed(configured, live)
+    assert made.rule == aggregation_rule("diloco", {"outer": {"momentum": 0.5}}) and made.stop.versions == 5
+    ended = changed(configured, {"stop.plateau.patience": 7, "stop.versions": None})
+    assert ended.stop.versions is None and ended.stop.plateau is not None and ended.stop.plateau.patience == 7
+    both = changed(configured, {"update.when.seconds": 30, "update.when.steps": None})
+    assert both.update_rule == UpdateRule(when=ReturnWhen(seconds=30))
+
+
+class Start:
+    """A log whose master was started with a file of `lr` 0.6, and in which an operator has set 2.0."""
+
+    logged = Logged(Settings(**ALL), {"rule.outer.lr": 2.0, "stop.versions": 7})
+
+    @classmethod
+    def again(cls, given: dict[str, Any], *, change: bool = False) -> tuple[Settings, dict[str, Any]]:
+        """What holds after a start with a file that says `given`, and what of it operators have changed."""
+        now = changed(cls.logged.configured, cls.logged.live)
+        made = settings_of_start(cls.logged.configured, Settings(), given, change=change, now=now)
+        live = still_live(cls.logged, made)
+        return changed(made, live), live
+
+
+def test_a_start_with_the_same_file_is_not_refused_and_undoes_nothing() -> None:
+    file = {
+        "rule": {"preset": "fedasync", "outer": {"lr": 0.6}, "guards": {"norm_clip": None}},
+        "stop": {"versions": 100},
+    }
+    for said in ({}, file):
+        made, live = Start.again(said)
+        assert (made.rule.outer.lr, made.stop.versions) == (2.0, 7) and live == Start.logged.live
+    # who has written the change into the file means the same by it
+    made, live = Start.again({"rule": {"outer": {"lr": 2.0}}})
+    assert (made.rule.outer.lr, made.stop.versions) == (2.0, 7) and live == {"stop.versions": 7}
+
+
+def test_a_start_with_another_file_is_refused_with_what_holds_or_taken() -> None:
+    other = {"rule": {"outer": {"lr": 3.0}}}
+    with pytest.raises(UserError, match=r"rule\.outer\.lr: 2\.0 in the log, 3\.0 wanted"):
+        Start.again(other)
+    made, live = Start.again(other, change=True)
+    assert (made.rule.outer.lr, made.stop.versions) == (3.0, 7) and live == {"stop.versions": 7}
+
+
+def test_a_master_that_is_killed_goes_on_with_what_was_set_and_a_node_trains_by_it(
+    server: MemoryServer, clock: VirtualClock
+) -> None:
+    served, node = SteppedMaster(server, clock).start(), SteppedNode(server, clock)
+    node.start()
+    together(5.0, served, node)
+    served.master.recorder.record(Todo(Change(sender="op", changes={"rule.outer.lr": 2, "update.when.steps": 9})))
+    together(2.0, served, node)
+    assert node.training.rule.when.steps == 9
+    again = SteppedMaster(server, clock, db=served.db, payloads=served.journal.log.payloads).start()
+    state = again.master.state
+    assert (state.settings.rule.outer.lr, state.settings.update_rule.when.steps) == (2.0, 9)
+    assert state.live == {"rule.outer.lr": 2, "update.when.steps": 9}
+    rows = [entry.body for entry in again.journal.log.entries() if isinstance(entry.body, Configured)]
+    assert len(rows) == 1, "nothing is another, so there is nothing to say"
+
+
+# --- any order -------------------------------------------------------------------------------------------------------
+
+DID = st.lists(
+    st.tuples(
+        st.sampled_from(["update", "update", "update", "set", "own", "back", "tick", "leave", "restart"]),
+        st.sampled_from("abc"),
+        st.integers(0, 4),
+    ),
+    min_size=5,
+    max_size=25,
+)
+SET = (
+    {"rule.outer.lr": 2.0},
+    {"rule.preset": "fedavg", "rule.buffer.grace_seconds": 5},
+    {"rule.buffer.kind": "count", "rule.buffer.size": 2, "update.when.steps": 3},
+    {"rule.weights.staleness_exponent": 1.0, "update.encoding": "float32"},
+    {"rule.outer.optimizer": "nesterov", "rule.outer.momentum": 0.5},
+)
+
+
+def did(run: Federation, actions: list[tuple[str, str, int]]) -> None:
+    for sequence, (action, node, number) in enumerate(actions):
+        run.at += 3.0 * number
+        match action:
+            case "update":
+                run.update(node, sequence)
+            case "set":
+                run.record(Change(sender="op", changes=SET[number]))
+            case "own":
+                run.record(Change(sender="op", changes={"update.when.steps": number + 1}, member=node))
+            case "back":
+                run.record(Change(sender="op", back=["rule"]))
+            case "tick":
+                run.record(Tick())
+            case "leave" if number == 0:
+                run.record(Leave(node=node, incarnation="i"))
+            case "restart":
+                run.record(Started(epoch=sequence + 2, fingerprint={}))
+
+
+@settings(max_examples=25, deadline=None)
+@given(DID)
+def test_from_any_row_recovery_leads_to_the_same_state_and_replay_to_the_same_bits(
+    actions: list[tuple[str, str, int]],
+) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        run = Federation(directory, "fedasync", size=40)
+        half = len(actions) // 2
+        did(run, actions[:half])
+        snapshot(run)
+        did(run, [(action, node, number) for action, node, number in actions[half:]])
+        reader = open_log(directory, read_only=True)
+        for fold in (origin(reader).fold, read_snapshot(directory / "snapshots", reader)):
+            assert all(check is None or check.identical for _, check in verify(reader, fold))
+            same(fold, run)
+        again = decided_anew(run).fold
+        assert again.coordinator.state == run.fold.coordinator.state
+        # and so does a counterfactual that changes nothing, but for limits that it has none of
+        nothing = decided_anew(run, lambda settings: settings).fold
+        assert nothing.arithmetic.digest(run.encoder) == run.state.digest
+        # by one rule all along, whatever was set: what was set of it is overruled
+        other = decided_anew(run, by(aggregation_rule("fedbuff"))).fold.coordinator.state
+        assert other.settings.rule == aggregation_rule("fedbuff")
+
+
+def same(fold: Fold[Any], run: Federation) -> None:
+    assert fold.coordinator.state == run.fold.coordinator.state
+    assert fold.arithmetic.digest(run.encoder) == run.state.digest
