@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.wire.base import update_id
-from common.wire.to_master import Change, Get, InstructionAck, Join, Leave, Stop, UpdateManifest, Words
+from common.wire.to_master import Change, Get, InstructionAck, Join, Leave, Pause, Resume, Stop, UpdateManifest, Words
 from common.wire.to_node import Receipt
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Provide, Publish, Send
 from master_service.decisions.records import Entry, Gathering, Generated, GenerationFailed, Presence, Started, Versioned
@@ -38,6 +38,9 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
         case Change():
             facts = {"changes": body.changes} | ({"back": body.back} if body.back else {})
             yield "settings changed", {"sender": body.sender, "node": body.member, **facts}
+        case Pause() | Resume():
+            what = "training paused" if isinstance(body, Pause) else "training resumed"
+            yield what, {"sender": body.sender, "encoder": body.encoder}
         case Started():
             yield "master started", {"epoch": body.epoch}
         case Gathering():

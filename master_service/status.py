@@ -100,6 +100,7 @@ class EncoderReport(_Part):
     version: int = Field(0, description="the current version")
     digest: str = Field("", description="SHA-256 of the current version, hexadecimal")
     parameters: int = Field(0, description="number of shared parameters")
+    paused: bool = Field(False, description="an operator has paused it: no version is made until it is resumed")
     updates: int = Field(0, description="updates accepted")
     buffered: int = Field(0, description="accepted updates that wait for the next version")
     progress: float = Field(0.0, description="share of the nearest limit of the stop rule, 0 to 1")
@@ -228,6 +229,7 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
     return EncoderReport(
         type=encoder.encoder_type,
         status=encoder.status,
+        paused=encoder.paused_at is not None,
         reason=encoder.reason,
         version=encoder.version,
         digest=encoder.digest,

@@ -323,6 +323,11 @@ class Agent:
         """Whether there is an encoder to train now."""
         return self.rule is not None and self.finishing is None and self.version >= 0
 
+    @property
+    def paused(self) -> bool:
+        """Whether the master's operator wants no step to be taken."""
+        return self.rule is not None and self.rule.paused
+
     def _acknowledge(self, instruction: Instruction, samples: int, refusal: str) -> Say:
         return Say(
             InstructionAck(

@@ -255,7 +255,7 @@ class Node:
             return False
         if training.finishing is not None:
             return True
-        if not self._agent.training or training.version < 0:
+        if not self._agent.training or self._agent.paused or training.version < 0:
             return False
         rule = training.rule
         if rule.wait and training.version <= self._wait_until_version:
@@ -447,8 +447,8 @@ class Node:
         self._ending.end(self.training)
         training.retune(rule.update_rule, rule.progress)
         self.state.remember_current(training.instruction, rule)
-        self.figures.note = "training"
-        happened("training", **self._about(training))
+        self.figures.note = "paused by the operator" if rule.paused else "training"
+        happened(self.figures.note, **self._about(training))
 
     def _resume(self) -> None:
         """Go on with what was trained last, whether the master is there or not."""

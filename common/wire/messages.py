@@ -22,6 +22,8 @@ from common.wire.to_master import (
     InstructionAck,
     Join,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateChunk,
     UpdateManifest,
@@ -57,6 +59,8 @@ ToMaster = (
     | AskStatus
     | Stop
     | Change
+    | Pause
+    | Resume
     | InstructionAck
     | UpdateManifest
     | UpdateChunk

@@ -175,6 +175,21 @@ class Change(Operation):
     member: Id | None = None
 
 
+class Pause(Operation):
+    """The training of an encoder, or of all that are being trained, is to rest: no version is made, and
+    nothing runs out."""
+
+    kind: Literal["request.pause"] = "request.pause"
+    encoder: Id | None = None
+
+
+class Resume(Operation):
+    """The training of an encoder that was paused, or of all of them, is to go on."""
+
+    kind: Literal["request.resume"] = "request.resume"
+    encoder: Id | None = None
+
+
 # --- node → master: the training -------------------------------------------------------------------------------------
 
 

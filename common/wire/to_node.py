@@ -70,7 +70,7 @@ class WordsWanted(Message):
 
 class Rule(Message):
     """The update rule of one node, and where the current parameter set is to be read; `stream_digest` and
-    `stream_offset` as of a Notice.
+    `stream_offset` as of a Notice. `paused`: no step is to be taken until another rule comes.
 
     A rule in a file may have no field that is not known, because it would be a misspelt one. In a message it is a newer
     master's: like any other of a message it is left out, and `unknown`, which does not travel, names it. An older node
@@ -86,6 +86,7 @@ class Rule(Message):
     stream_offset: Count | None = None
     published_at: Seconds
     progress: Fraction = 0.0
+    paused: bool = False
     unknown: list[str] = Field(default_factory=list, exclude=True)
 
     @model_validator(mode="before")

@@ -96,9 +96,8 @@ def federation_tables(report: Report) -> list[Table]:
     """One table per encoder, one row per node."""
     tables = []
     for name, encoder in report.encoders.items():
-        title = (
-            f"{name}  {encoder.status}  version {encoder.version}  {encoder.updates} updates  {encoder.progress:.0%}"
-        )
+        status = "paused" if encoder.paused else encoder.status
+        title = f"{name}  {status}  version {encoder.version}  {encoder.updates} updates  {encoder.progress:.0%}"
         if encoder.waiting_for_nodes > 0:
             title += f"  waiting for {encoder.waiting_for_nodes} more node(s)"
         title += _held_out(encoder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BrokerUnavailable, UserError
-from common.wire.to_master import Change, Operation
+from common.wire.to_master import Change, Operation, Pause, Resume
 from deploy.commands.observe import Observer, await_answer, observing
 from deploy.counterfactual import parsed_value
 
@@ -23,6 +23,18 @@ def change_settings(
     changes = changes_of(settings)
     with observing(flags, file) as (observer, _, _):
         _do(observer, Change(sender=observer.name, changes=changes, back=list(back), member=node))
+
+
+def pause_training(flags: dict[str, Any], file: Path | None, encoder: str | None) -> None:
+    """Pause the training of an encoder, or of all. Raises UserError with the master's reason if it refuses."""
+    with observing(flags, file) as (observer, _, _):
+        _do(observer, Pause(sender=observer.name, encoder=encoder))
+
+
+def resume_training(flags: dict[str, Any], file: Path | None, encoder: str | None) -> None:
+    """Let it go on. Raises UserError with the master's reason if it refuses."""
+    with observing(flags, file) as (observer, _, _):
+        _do(observer, Resume(sender=observer.name, encoder=encoder))
 
 
 def changes_of(settings: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from common.wire.to_master import (
     InstructionAck,
     Join,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateManifest,
     Words,
@@ -118,6 +120,10 @@ class Coordinator:
                 return self._stop(body, at)
             case Change():
                 return operating.change(self.state, body, at, self._advance)
+            case Pause():
+                return operating.pause(self.state, body, at)
+            case Resume():
+                return operating.resume(self.state, body, at, self._advance)
             case Tick():
                 encoders = self.state.encoders.values()
                 return gathering.look(self.state, at) + [
@@ -147,7 +153,7 @@ class Coordinator:
                 due.append(release_at)
             if encoder.status == "gathering":
                 due.append(encoder.gathering_until)
-            if encoder.status != "running":
+            if encoder.status != "running" or encoder.paused_at is not None:
                 continue
             if (flush_at := grace_ends(encoder, settings)) is not None:
                 due.append(flush_at)
@@ -311,6 +317,8 @@ class Coordinator:
         settings = self.state.settings
         if encoder.status != "running" or encoder.stepping:
             return []
+        if encoder.paused_at is not None and not encoder.stop_requested:
+            return []
         ending = stop_reason(encoder, settings.stop, at)
         turnout, needs = tally.turnout(encoder), settings.rule.combine.needs
         # the same sum as in `deadline`: at its very moment a Tick must not find it a rounding error away
@@ -400,7 +408,7 @@ class Coordinator:
         return effects + self._advance(encoder, at)
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
-        encoder.status, encoder.reason = "finished", reason
+        encoder.status, encoder.reason, encoder.paused_at = "finished", reason, None
         settings = self.state.settings
         every = settings.update_rule.evaluate_every
         close_windows(encoder, settings.stop, every, self.state.claims, ending=True)

@@ -178,5 +178,6 @@ def rule_for(state: State, encoder: EncoderState, member: Member, at: float) -> 
         version=encoder.published_version,
         published_at=0.0,
         progress=progress(encoder, state.settings.stop, at),
+        paused=encoder.paused_at is not None,
     )
     return Send(member.node, rule)

@@ -7,7 +7,7 @@ folded, because a replay under other settings must not stumble over it.
 from __future__ import annotations
 
 from common.errors import UserError
-from common.wire.to_master import Change, Operation
+from common.wire.to_master import Change, Operation, Pause, Resume
 from common.wire.to_node import Answer
 from common.wire.update_rule import UpdateRule
 from master_service.decisions import changes
@@ -15,7 +15,7 @@ from master_service.decisions.effects import Effect, Send
 from master_service.decisions.membership import Advance, rule_for, update_rule_of
 from master_service.decisions.messages_out import shortened
 from master_service.decisions.settings import Settings
-from master_service.decisions.state import State
+from master_service.decisions.state import EncoderState, State
 
 
 def refused(state: State, operation: Operation) -> str:
@@ -24,6 +24,8 @@ def refused(state: State, operation: Operation) -> str:
         match operation:
             case Change():
                 _changed(state, operation)
+            case Pause() | Resume():
+                _meant(state, operation)
     except UserError as error:
         return str(error)
     return ""
@@ -63,6 +65,60 @@ def changed_settings(state: State, body: Change) -> Settings | None:
         return _changed(state, body)[1] if body.member is None else None
     except UserError:
         return None
+
+
+def pause(state: State, body: Pause, at: float) -> list[Effect]:
+    """No version is made from here on, and nothing runs out. Nodes are told to take no step; what comes is kept."""
+    try:
+        encoders = _meant(state, body)
+    except UserError as error:
+        return [_answered(body, str(error), accepted=False)]
+    effects: list[Effect] = []
+    for encoder in encoders:
+        encoder.paused_at = at
+        effects += _told(state, encoder, at)
+    lines = [f"{each.encoder}: paused at version {each.version}" for each in encoders]
+    return [*effects, _answered(body, "\n".join(lines))]
+
+
+def resume(state: State, body: Resume, at: float, advance: Advance) -> list[Effect]:
+    """It goes on as if no time had passed: what counts time counts from as much later."""
+    try:
+        encoders = _meant(state, body)
+    except UserError as error:
+        return [_answered(body, str(error), accepted=False)]
+    effects: list[Effect] = []
+    for encoder in encoders:
+        assert encoder.paused_at is not None, "only a paused one is meant"
+        # what began meanwhile begins now
+        encoder.run_started_at += at - max(encoder.paused_at, encoder.run_started_at)
+        encoder.buffer_since += at - max(encoder.paused_at, encoder.buffer_since)
+        encoder.paused_at = None
+        effects += _told(state, encoder, at) + advance(encoder, at)
+    lines = [f"{each.encoder}: goes on from version {each.version}" for each in encoders]
+    return [*effects, _answered(body, "\n".join(lines))]
+
+
+def _told(state: State, encoder: EncoderState, at: float) -> list[Effect]:
+    """Every member has its rule again."""
+    members = [each for each in encoder.members.values() if each.accepted and encoder.started]
+    return [rule_for(state, encoder, member, at) for member in members]
+
+
+def _meant(state: State, body: Pause | Resume) -> list[EncoderState]:
+    """The encoders that are to rest, or to go on. Raises UserError if there is none."""
+    pausing = isinstance(body, Pause)
+    found = [each for each in state.encoders.values() if body.encoder in (None, each.encoder)]
+    if body.encoder is not None and not found:
+        raise UserError(f"no encoder {body.encoder} is known here; there are: {', '.join(state.encoders) or 'none'}")
+    meant = [each for each in found if each.status == "running" and (each.paused_at is None) == pausing]
+    if not meant and body.encoder is not None and found[0].status == "running":
+        raise UserError(f"{body.encoder} is paused already" if pausing else f"{body.encoder} is not paused")
+    if not meant and body.encoder is not None:
+        raise UserError(f"{body.encoder} is {found[0].status}: only what is being trained is paused")
+    if not meant:
+        raise UserError("nothing is being trained that could be paused" if pausing else "nothing is paused")
+    return meant
 
 
 def _changed(state: State, body: Change) -> tuple[Settings, Settings, dict[str, object]]:

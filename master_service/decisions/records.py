@@ -24,6 +24,8 @@ from common.wire.to_master import (
     InstructionAck,
     Join,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateManifest,
     Words,
@@ -179,6 +181,8 @@ Said = (
     | Leave
     | Stop
     | Change
+    | Pause
+    | Resume
     | InstructionAck
     | UpdateManifest
 )

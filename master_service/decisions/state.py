@@ -159,6 +159,7 @@ class Tally(_State):
 
 class EncoderState(_State):
     """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
+    `paused_at`: since when no version is made, because an operator has said so; what counts time stands still.
 
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
     `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
@@ -214,6 +215,7 @@ class EncoderState(_State):
     run_first_version: int = 0
     run_first_update: int = 0
     stop_requested: str = ""
+    paused_at: float | None = None
     norms: list[float] = Field(default_factory=list)
     steps: list[int] = Field(default_factory=list)
     agreement: float | None = None

@@ -286,7 +286,9 @@ def _grace(coordinator: Coordinator) -> dict[str, float]:
     return {
         name: ends
         for name, encoder in state.encoders.items()
-        if encoder.status == "running" and (ends := grace_ends(encoder, state.settings)) is not None
+        if encoder.status == "running"
+        and encoder.paused_at is None
+        and (ends := grace_ends(encoder, state.settings)) is not None
     }
 
 

@@ -26,6 +26,8 @@ _INBOX = (
     "request.leave",
     "request.stop",
     "request.set",
+    "request.pause",
+    "request.resume",
     "ack",
     "request.alive",
     "request.status",

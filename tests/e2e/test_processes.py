@@ -272,10 +272,11 @@ def test_what_an_operator_sets_holds_through_a_kill_of_the_master_and_in_replay(
     refused = shared_encoder("set", "encoder.architecture.hidden_size=8", "--config", str(run.file))
     assert refused.returncode == 2 and "cannot be changed while it runs" in refused.stderr, refused.stderr
     done = shared_encoder("set", "rule.outer.lr=2", "update.when.steps=7", "--config", str(run.file))
+    paused = shared_encoder("pause", "--config", str(run.file))
     killed = run.processes["master"]
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == paused.returncode == 0, done.stderr + paused.stderr
     assert done.stdout.splitlines() == ["rule.outer.lr: 1.0 → 2.0", "update.when.steps: 5 → 7"]
     log = open_log(run.directory / "master", read_only=True)
     [row] = [entry.offset for entry in log.entries() if isinstance(entry.body, Change)]
@@ -283,6 +284,13 @@ def test_what_an_operator_sets_holds_through_a_kill_of_the_master_and_in_replay(
     log.close()
     # with the same file, which says that updates are of 5 steps
     run.start("master")
+    resting = run.until(lambda e: e.paused)
+    time.sleep(3.0)
+    assert run.until(lambda e: e.paused).version == resting.version
+    shown = shared_encoder("status", "--config", str(run.file)).stdout
+    assert "paused  version" in shown and "paused by the operator" in run.log("a"), shown
+    resumed = shared_encoder("resume", "--config", str(run.file))
+    assert "goes on from version" in resumed.stdout, resumed.stderr
     run.until(lambda e: e.version >= version + 10)
     back = shared_encoder("unset", "rule", "--config", str(run.file))
     assert back.stdout.splitlines() == ["rule.outer.lr: 2.0 → 1.0"], back.stderr

@@ -91,6 +91,7 @@ GOOD: dict[str, Any] = {
     "changes": {"rule.outer.lr": 2.5, "update.when.steps": 20, "update.encoding": "int8"},
     "back": ["rule.outer.lr"],
     "member": "n",
+    "paused": False,
 }
 #: Free in what they hold, but not in how large it is.
 FREE = {"architecture", "report", "changes"}

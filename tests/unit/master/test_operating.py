@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.errors import UserError
-from common.wire.to_master import Change, Leave
+from common.wire.to_master import Change, Leave, Pause, Resume, Stop
 from common.wire.to_node import Answer, Rule
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions import operating
@@ -23,14 +23,16 @@ from master_service.decisions.records import Configured, Started, Tick
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.rules.weights import STEPS_BOUND
 from master_service.decisions.settings import Settings, StopRule, settings_of_start
+from master_service.decisions.stopping import progress
 from master_service.history.fold import Fold
 from master_service.history.replay import origin, verify
 from master_service.history.snapshot import read_snapshot
 from master_service.log.message_log import open_log
 from master_service.record import Todo
+from node_service.handover.store import MemoryStore
 from tests.unit.master.test_fold import Federation, snapshot
 from tests.unit.master.test_replay import by, decided_anew
-from tests.unit.scenario import Scenario, sent
+from tests.unit.scenario import Scenario, receipts, sent
 from tests.unit.stepped import SteppedMaster, SteppedNode, together
 
 ALL = {"rule": aggregation_rule("fedasync", {"guards": {"norm_clip": None}}), "stop": StopRule(versions=100)}
@@ -190,11 +192,117 @@ def test_a_master_that_is_killed_goes_on_with_what_was_set_and_a_node_trains_by_
     assert len(rows) == 1, "nothing is another, so there is nothing to say"
 
 
+# --- rest ------------------------------------------------------------------------------------------------------------
+
+
+def test_while_it_rests_no_version_is_made_no_time_runs_out_and_what_comes_counts_later() -> None:
+    rule = aggregation_rule("return-count", {"buffer": {"grace_seconds": 60}})
+    run, name = running(rule=rule, stop=StopRule(seconds=1000))
+    encoder = run.coordinator.state.encoders[name]
+    run.at += 100
+    run.update("a", name, 0)
+    run.at += 50
+    told = run.apply(Pause(sender="op"))
+    assert {each.node: each.paused for each in sent(told, Rule)} == {"a": True, "b": True}
+    assert [each.detail for each in sent(told, Answer)] == [f"{name}: paused at version 0"]
+    assert run.coordinator.deadline() is None
+    run.at += 10_000
+    assert [each.paused for each in sent(run.join("c", name), Rule)] == [True], "who comes meanwhile rests too"
+    run.update("b", name, 0)
+    run.apply(Tick())
+    assert (encoder.version, encoder.status, len(encoder.buffer)) == (0, "running", 2)
+    assert progress(encoder, StopRule(seconds=1000), run.at) == 0.15
+    # nothing of what was counted is lost, nothing of the time is over
+    told = run.apply(Resume(sender="op"))
+    assert {each.node: each.paused for each in sent(told, Rule)} == {"a": False, "b": False, "c": False}
+    assert [each.accepted for each in receipts(told)] == [True, True] and encoder.version == 1
+    assert progress(encoder, StopRule(seconds=1000), run.at) == 0.15
+    assert run.coordinator.deadline() == run.at + 850
+    run.update("a", name, 1)
+    assert run.coordinator.deadline() == run.at + 60, "the grace time of a new update is all of it"
+
+
+def test_an_update_that_waited_before_the_rest_waits_as_long_after_it() -> None:
+    run, name = running(rule=aggregation_rule("return-count", {"buffer": {"grace_seconds": 60}}))
+    run.update("a", name, 0)
+    run.at += 50
+    run.apply(Pause(sender="op", encoder=name))
+    run.at += 1000
+    run.apply(Resume(sender="op", encoder=name))
+    assert run.coordinator.deadline() == run.at + 10
+
+
+def test_a_rest_before_the_training_begins_and_a_stop_in_the_midst_of_one() -> None:
+    run = Scenario(**ALL, min_nodes=2)
+    name = run.generate()
+    run.join("a", name)
+    run.apply(Pause(sender="op"))
+    run.at += 500
+    assert [each.paused for each in sent(run.join("b", name), Rule)] == [True, True]
+    run.at += 500
+    run.apply(Resume(sender="op"))
+    encoder = run.coordinator.state.encoders[name]
+    assert encoder.run_started_at == run.at
+    run.apply(Pause(sender="op"))
+    run.update("a", name, 0)
+    told = run.apply(Stop(sender="op"))
+    assert [each.accepted for each in receipts(told)] == [True] and encoder.status == "finished"
+    assert operating.refused(run.coordinator.state, Resume(sender="op")) == "nothing is paused"
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "words"),
+    [
+        ((), Resume(sender="op"), "nothing is paused"),
+        ((), Resume(sender="op", encoder="NAME"), "NAME is not paused"),
+        ((), Pause(sender="op", encoder="other"), "no encoder other is known here; there are: NAME"),
+        ((Pause(sender="op"),), Pause(sender="op"), "nothing is being trained that could be paused"),
+        ((Pause(sender="op"),), Pause(sender="op", encoder="NAME"), "NAME is paused already"),
+        ((Stop(sender="op"),), Pause(sender="op", encoder="NAME"), "NAME is finished: only what is being trained"),
+    ],
+)
+def test_a_rest_that_cannot_be_is_refused(before: tuple[Any, ...], asked: Pause | Resume, words: str) -> None:
+    run, name = running()
+    for each in before:
+        run.apply(each)
+    if asked.encoder == "NAME":
+        asked = asked.model_copy(update={"encoder": name})
+    assert operating.refused(run.coordinator.state, asked).startswith(words.replace("NAME", name))
+
+
+def test_a_node_rests_keeps_what_it_has_not_handed_in_and_says_so_also_when_both_start_again(
+    server: MemoryServer, clock: VirtualClock
+) -> None:
+    store = MemoryStore()
+    served, node = SteppedMaster(server, clock).start(), SteppedNode(server, clock, store=store).start()
+    together(5.25, served, node)
+    served.master.recorder.record(Todo(Pause(sender="op")))
+    together(1.0, served, node)
+    steps, since, [encoder] = node.training.steps, node.training.since.steps, served.master.state.encoders
+    together(400.0, served, node)
+    assert (node.training.steps, node.training.since.steps) == (steps, since) and steps > 0
+    assert node.node.figures.doing == "paused by the operator"
+    report = served.master.report().encoders[encoder]
+    assert report.paused and report.members["a"].active, "it gives signs of life"
+    served.master.close()
+    again = SteppedMaster(server, clock, db=served.db, payloads=served.journal.log.payloads).start()
+    restarted = SteppedNode(server, clock, store=store).start()
+    together(30.0, again, restarted)
+    assert restarted.training.steps == 0
+    again.master.recorder.record(Todo(Resume(sender="op")))
+    version = again.master.state.encoders[encoder].version
+    together(30.0, again, restarted)
+    assert restarted.training.steps > 0 and again.master.state.encoders[encoder].version > version
+    assert restarted.node.figures.doing == "training"
+
+
 # --- any order -------------------------------------------------------------------------------------------------------
 
 DID = st.lists(
     st.tuples(
-        st.sampled_from(["update", "update", "update", "set", "own", "back", "tick", "leave", "restart"]),
+        st.sampled_from(
+            ["update", "update", "update", "set", "own", "back", "tick", "leave", "restart", "pause", "resume"]
+        ),
         st.sampled_from("abc"),
         st.integers(0, 4),
     ),
@@ -224,6 +332,8 @@ def did(run: Federation, actions: list[tuple[str, str, int]]) -> None:
                 run.record(Change(sender="op", back=["rule"]))
             case "tick":
                 run.record(Tick())
+            case "pause" | "resume":
+                run.record({"pause": Pause, "resume": Resume}[action](sender="op"))
             case "leave" if number == 0:
                 run.record(Leave(node=node, incarnation="i"))
             case "restart":
