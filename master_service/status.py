@@ -62,6 +62,7 @@ class MemberReport(_Part):
     """One node in the training of one encoder."""
 
     active: bool = Field(True, description="it takes part and gives signs of life")
+    kicked: bool = Field(False, description="an operator has taken it out")
     samples: int = Field(0, description="training samples that it has, as it said")
     returns: int = Field(0, description="updates accepted")
     refused: int = Field(0, description="updates refused")
@@ -71,7 +72,7 @@ class MemberReport(_Part):
     staleness: int = Field(0, description="versions that the update accepted last was behind")
     version: int = Field(0, description="newest version that it is known to have")
     steps: int = Field(0, description="training steps on this encoder")
-    steps_per_second: float = Field(0.0, description="0 while it does not train this encoder")
+    steps_per_second: float = Field(0.0, description="0 while it does not train this encoder, or this rests")
     loss: float | None = Field(None, description="mean training loss (text: nats); may be NaN")
     held_out: float | None = Field(None, description="newest loss of its validation samples under a version as it came")
     held_out_version: int | None = Field(None, description="the version that this was measured with")
@@ -242,11 +243,16 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
         held_out_version=encoder.held_out_version,
         best_held_out=encoder.best_held_out,
         best_version=encoder.best_version,
-        members={node: _member(live, encoder.encoder, member, now) for node, member in encoder.members.items()},
+        members={
+            node: _member(
+                live, encoder.encoder, member, now, kicked=node in state.kicked, rests=encoder.paused_at is not None
+            )
+            for node, member in encoder.members.items()
+        },
     )
 
 
-def _member(live: Live, encoder: str, member: Member, now: float) -> MemberReport:
+def _member(live: Live, encoder: str, member: Member, now: float, *, kicked: bool, rests: bool) -> MemberReport:
     """What the log says, and what the node said of this encoder where that is newer."""
     node = member.node
     said = live.figures(node, encoder)
@@ -254,6 +260,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
     held_out = _held_out(member, said)
     return MemberReport(
         active=member.active,
+        kicked=kicked,
         samples=member.samples,
         returns=member.returns,
         refused=member.refused,
@@ -263,7 +270,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         staleness=member.last_staleness,
         version=max(said.version, member.version) if said else member.version,
         steps=max(said.steps, member.steps) if said else member.steps,
-        steps_per_second=said.steps_per_second if said and trains else 0.0,
+        steps_per_second=said.steps_per_second if said and trains and not rests else 0.0,
         loss=said.loss if said and said.loss is not None else member.loss,
         held_out=held_out.loss if held_out else None,
         held_out_version=held_out.version if held_out else None,

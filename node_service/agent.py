@@ -131,6 +131,13 @@ class Unmade:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class TakenOut:
+    """The master's operator has taken this node out, for this reason; its owner is told."""
+
+    reason: str
+
+
 Action = (
     Say
     | CheckSamples
@@ -145,6 +152,7 @@ Action = (
     | Republish
     | Reincarnate
     | Unmade
+    | TakenOut
 )
 
 
@@ -203,6 +211,8 @@ class Agent:
             case Introduce():
                 self.unknown = True
                 return self.join()
+            case Withdrawn() if message.kicked:
+                return [*self._withdrawn(message.encoder), TakenOut(message.reason)]
             case Withdrawn():
                 told = [Unmade(message.encoder, message.reason)] if message.encoder_type in self.types else []
                 return [*told, *self._withdrawn(message.encoder)]
@@ -410,6 +420,8 @@ class Agent:
                 return [*answered, *self._fetch()]
             case "finished":
                 return answered  # a Finish comes with it
+            case "kicked":
+                return answered  # a Withdrawn comes with it
             case "accepted" | "stale" | "early" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
                 return answered  # of this update alone
         assert_never(said)

@@ -38,6 +38,7 @@ from node_service.agent import (
     Republish,
     Resume,
     Say,
+    TakenOut,
     Train,
     Unmade,
 )
@@ -396,6 +397,8 @@ class Node:
                     self._republish(action)
                 case Reincarnate():
                     self._reincarnate("the master knows other updates under this identity")
+                case TakenOut():
+                    self._taken_out(action.reason)
                 case Unmade():
                     log.warning("the master could not make an encoder", encoder=action.encoder, reason=action.reason)
                     if self.training is None:
@@ -403,6 +406,13 @@ class Node:
                 case _:
                     assert_never(action)
         self.figures.version = self.training.version if self.training is not None else -1
+
+    def _taken_out(self, why: str) -> None:
+        """It waits until it is let in again; the owner is told once."""
+        note = f"taken out by the master's operator{f': {why}' if why else ''}; waiting to be let in again"
+        if note != self.figures.note:
+            log.warning(note, node=self.name)
+        self.figures.note = note
 
     def _say(self, message: Message) -> None:
         if isinstance(message, Join):

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from common.wire.to_master import (
+    Admit,
     Alive,
     AskStatus,
     Change,
@@ -21,6 +22,7 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
     Pause,
     Resume,
@@ -59,6 +61,8 @@ ToMaster = (
     | AskStatus
     | Stop
     | Change
+    | Kick
+    | Admit
     | Pause
     | Resume
     | InstructionAck

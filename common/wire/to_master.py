@@ -190,6 +190,21 @@ class Resume(Operation):
     encoder: Id | None = None
 
 
+class Kick(Operation):
+    """A node is no member of any training until it is let in again."""
+
+    kind: Literal["request.kick"] = "request.kick"
+    member: Id
+    reason: Text = ""
+
+
+class Admit(Operation):
+    """A node that was taken out is let in again."""
+
+    kind: Literal["request.admit"] = "request.admit"
+    member: Id
+
+
 # --- node → master: the training -------------------------------------------------------------------------------------
 
 

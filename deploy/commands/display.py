@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.wire.broker import BrokerStatus
-from master_service.status import BrokerReport, EncoderReport, Report
+from master_service.status import BrokerReport, EncoderReport, MemberReport, Report
 
 if TYPE_CHECKING:
     from master_service.service import MasterService
@@ -96,8 +96,8 @@ def federation_tables(report: Report) -> list[Table]:
     """One table per encoder, one row per node."""
     tables = []
     for name, encoder in report.encoders.items():
-        status = "paused" if encoder.paused else encoder.status
-        title = f"{name}  {status}  version {encoder.version}  {encoder.updates} updates  {encoder.progress:.0%}"
+        title = f"{name}  {_status(encoder)}  version {encoder.version}"
+        title += f"  {encoder.updates} updates  {encoder.progress:.0%}"
         if encoder.waiting_for_nodes > 0:
             title += f"  waiting for {encoder.waiting_for_nodes} more node(s)"
         title += _held_out(encoder)
@@ -119,7 +119,7 @@ def federation_tables(report: Report) -> list[Table]:
             table.add_column(heading, justify="left" if heading == "node" else "right")
         for node, member in encoder.members.items():
             table.add_row(
-                node if member.active else f"{node} (away)",
+                f"{node}{_state_of(member)}",
                 str(member.steps),
                 number(member.steps_per_second, 1),
                 number(member.loss, 3),
@@ -136,6 +136,15 @@ def federation_tables(report: Report) -> list[Table]:
     return tables
 
 
+def _status(encoder: EncoderReport) -> str:
+    return "paused" if encoder.paused else encoder.status
+
+
+def _state_of(member: MemberReport) -> str:
+    """What is to be said of a node beside its name."""
+    return " (out)" if member.kicked else "" if member.active else " (away)"
+
+
 def _held_out(encoder: EncoderReport) -> str:
     """How good it is by its members' validation samples; nothing while none have measured it."""
     if encoder.held_out is None or encoder.best_held_out is None:
@@ -148,13 +157,12 @@ def federation_line(report: Report) -> str:
     lines = []
     for name, encoder in report.encoders.items():
         nodes = "  ".join(
-            f"{node}: {member.steps} steps, loss {number(member.loss, 3)}, {member.returns} returns"
-            + ("" if member.active else " (away)")
+            f"{node}: {member.steps} steps, loss {number(member.loss, 3)}, {member.returns} returns" + _state_of(member)
             for node, member in encoder.members.items()
         )
         waiting = encoder.waiting_for_nodes
         wanted = f"waiting for {waiting} more node(s)  " if waiting > 0 else ""
-        state = f"{name} {encoder.status} version {encoder.version} {encoder.progress:.0%}{_held_out(encoder)}"
+        state = f"{name} {_status(encoder)} version {encoder.version} {encoder.progress:.0%}{_held_out(encoder)}"
         lines.append(f"{state}  {wanted}{nodes}")
     if not lines:
         lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")

@@ -16,6 +16,8 @@ Encoder = Annotated[
     str | None, typer.Argument(metavar="ENCODER", help="its id, as `status` shows it", show_default="all of them")
 ]
 
+Node = Annotated[str, typer.Argument(metavar="NODE", help="its name, as `status` shows it")]
+
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the one command."""
@@ -23,6 +25,8 @@ def register(app: typer.Typer) -> None:
     app.command("unset")(unset)
     app.command("pause")(pause)
     app.command("resume")(resume)
+    app.command("kick")(kick)
+    app.command("admit")(admit)
 
 
 def set_(
@@ -87,6 +91,36 @@ def resume(
     from deploy.commands.operate import resume_training
 
     resume_training(_flags(broker, namespace, credentials), config, encoder)
+
+
+def kick(
+    node: Node,
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="for its owner and the log")] = None,
+    config: ConfigFile = None,
+    credentials: Credentials = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Take a node out of every training until `admit`: nobody waits for it, and its updates are refused.
+
+    What was counted of it stays counted. It is told, and waits; its account at the broker is another matter.
+    """
+    from deploy.commands.operate import kick_node
+
+    kick_node(_flags(broker, namespace, credentials), config, node, reason or "")
+
+
+def admit(
+    node: Node,
+    config: ConfigFile = None,
+    credentials: Credentials = None,
+    broker: BrokerUrl = None,
+    namespace: Namespace = None,
+) -> None:
+    """Let a node in again that was taken out by `kick`."""
+    from deploy.commands.operate import admit_node
+
+    admit_node(_flags(broker, namespace, credentials), config, node)
 
 
 def _flags(broker: str | None, namespace: str | None, credentials: Path | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 from __future__ import annotations
 
 from common.wire.to_master import (
+    Admit,
     Change,
     Continue,
     Fetch,
@@ -15,6 +16,7 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
     Pause,
     Resume,
@@ -35,7 +37,7 @@ from master_service.decisions.effects import (
     SetAside,
     Step,
 )
-from master_service.decisions.messages_out import finish, instruction, notify, publish, resend
+from master_service.decisions.messages_out import finish, instruction, kicked, notify, publish, resend
 from master_service.decisions.records import (
     Configured,
     Entry,
@@ -120,6 +122,10 @@ class Coordinator:
                 return self._stop(body, at)
             case Change():
                 return operating.change(self.state, body, at, self._advance)
+            case Kick():
+                return operating.kick(self.state, body, at, self._advance)
+            case Admit():
+                return operating.admit(self.state, body)
             case Pause():
                 return operating.pause(self.state, body, at)
             case Resume():
@@ -224,6 +230,9 @@ class Coordinator:
         self, encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
     ) -> tuple[Reason, str] | None:
         """Why an update cannot be counted, as `refusal` has it; nothing counts before the training has started."""
+        if encoder is not None and encoder.status == "running" and manifest.node in self.state.kicked:
+            why = self.state.kicked[manifest.node]
+            return "kicked", f"an operator has taken {manifest.node} out of the training{f': {why}' if why else ''}"
         problem = refusal(encoder, manifest, facts)
         if problem is None and self.checking and encoder is not None and not encoder.started:
             return "early", f"the training of {encoder.encoder} has not started yet"
@@ -242,6 +251,8 @@ class Coordinator:
         dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
         if stranger(encoder, manifest):
             # no receipt: once it has joined it sends again what it owes
+            if manifest.node in self.state.kicked:
+                return [*dropped, Send(manifest.node, kicked(manifest.encoder, self.state.kicked[manifest.node]))]
             return [*dropped, Send(manifest.node, Introduce(node=manifest.node))]
         problem = self._refusal(encoder, manifest, entry.facts)
         if problem is None and encoder is not None:

@@ -7,10 +7,10 @@ folded, because a replay under other settings must not stumble over it.
 from __future__ import annotations
 
 from common.errors import UserError
-from common.wire.to_master import Change, Operation, Pause, Resume
+from common.wire.to_master import Admit, Change, Kick, Operation, Pause, Resume
 from common.wire.to_node import Answer
 from common.wire.update_rule import UpdateRule
-from master_service.decisions import changes
+from master_service.decisions import changes, membership
 from master_service.decisions.effects import Effect, Send
 from master_service.decisions.membership import Advance, rule_for, update_rule_of
 from master_service.decisions.messages_out import shortened
@@ -26,6 +26,8 @@ def refused(state: State, operation: Operation) -> str:
                 _changed(state, operation)
             case Pause() | Resume():
                 _meant(state, operation)
+            case Kick() | Admit():
+                _check_member(state, operation)
     except UserError as error:
         return str(error)
     return ""
@@ -99,6 +101,37 @@ def resume(state: State, body: Resume, at: float, advance: Advance) -> list[Effe
     return [*effects, _answered(body, "\n".join(lines))]
 
 
+def kick(state: State, body: Kick, at: float, advance: Advance) -> list[Effect]:
+    """A node is taken out until it is let in again."""
+    try:
+        _check_member(state, body)
+    except UserError as error:
+        return [_answered(body, str(error), accepted=False)]
+    effects = membership.kick(state, body.member, body.reason, at, advance)
+    return [*effects, _answered(body, f"{body.member} is out; what was counted of it stays counted")]
+
+
+def admit(state: State, body: Admit) -> list[Effect]:
+    """A node is let in again."""
+    try:
+        _check_member(state, body)
+    except UserError as error:
+        return [_answered(body, str(error), accepted=False)]
+    return [*membership.admit(state, body.member), _answered(body, f"{body.member} may take part again")]
+
+
+def _check_member(state: State, body: Kick | Admit) -> None:
+    """Raises UserError for a node that is not known, or is out, or is not."""
+    _check_known(state, body.member)
+    if (body.member in state.kicked) == isinstance(body, Kick):
+        raise UserError(f"{body.member} is out already" if isinstance(body, Kick) else f"{body.member} is not out")
+
+
+def _check_known(state: State, node: str) -> None:
+    if node not in state.nodes:
+        raise UserError(f"no node {node} is known here; there are: {', '.join(state.nodes) or 'none'}")
+
+
 def _told(state: State, encoder: EncoderState, at: float) -> list[Effect]:
     """Every member has its rule again."""
     members = [each for each in encoder.members.values() if each.accepted and encoder.started]
@@ -130,8 +163,7 @@ def _changed(state: State, body: Change) -> tuple[Settings, Settings, dict[str, 
         live = changes.above(state.live, body.changes, body.back)
         after = changes.changed(configured, live)
         return state.settings, after, live
-    if body.member not in state.nodes:
-        raise UserError(f"no node {body.member} is known here; there are: {', '.join(state.nodes) or 'none'}")
+    _check_known(state, body.member)
     own = state.own.get(body.member, {})
     live = changes.above(own, body.changes, body.back)
     before, after = (

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.wire.base import Message
 from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries, SettingChanges
 from common.wire.to_master import (
+    Admit,
     Change,
     Continue,
     Fetch,
@@ -23,6 +24,7 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
     Pause,
     Resume,
@@ -181,6 +183,8 @@ Said = (
     | Leave
     | Stop
     | Change
+    | Kick
+    | Admit
     | Pause
     | Resume
     | InstructionAck

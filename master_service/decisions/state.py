@@ -248,12 +248,14 @@ class State(_State):
 
     `settings` are those that hold. If operators have changed some while it ran, those are `live`, by path, and
     `configured` are the ones that the master was started with. `own`: what was changed for one node alone, by node.
+    `kicked`: the nodes that an operator has taken out, and why.
     """
 
     settings: Settings = Field(default_factory=unsaid)
     configured: Settings | None = None
     live: dict[str, Any] = Field(default_factory=dict)
     own: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    kicked: dict[str, str] = Field(default_factory=dict)
     claims: Claims = "taken"
     kept_failed: int | None = None
     epoch: int = 0

@@ -26,6 +26,8 @@ _INBOX = (
     "request.leave",
     "request.stop",
     "request.set",
+    "request.kick",
+    "request.admit",
     "request.pause",
     "request.resume",
     "ack",

@@ -288,13 +288,22 @@ def test_what_an_operator_sets_holds_through_a_kill_of_the_master_and_in_replay(
     time.sleep(3.0)
     assert run.until(lambda e: e.paused).version == resting.version
     shown = shared_encoder("status", "--config", str(run.file)).stdout
-    assert "paused  version" in shown and "paused by the operator" in run.log("a"), shown
+    assert "paused  version" in shown, shown
+    run.until(lambda e: all(each.note == "paused by the operator" for each in e.members.values()))
     resumed = shared_encoder("resume", "--config", str(run.file))
     assert "goes on from version" in resumed.stdout, resumed.stderr
     run.until(lambda e: e.version >= version + 10)
     back = shared_encoder("unset", "rule", "--config", str(run.file))
     assert back.stdout.splitlines() == ["rule.outer.lr: 2.0 → 1.0"], back.stderr
     run.until(lambda e: e.version >= version + 15)
+    out = shared_encoder("kick", "c", "--reason", "its GPU is broken", "--config", str(run.file))
+    assert out.stdout.startswith("c is out"), out.stderr
+    kicked = run.until(lambda e: e.members["c"].kicked and not e.members["c"].active)
+    run.until(lambda e: e.version >= kicked.version + 2)
+    said = "taken out by the master's operator: its GPU is broken; waiting to be let in again"
+    assert said in run.log("c"), run.log("c")[-2000:]
+    assert shared_encoder("admit", "c", "--config", str(run.file)).returncode == 0
+    run.until(lambda e: e.members["c"].active and e.members["c"].returns > kicked.members["c"].returns)
     run.processes["master"].send_signal(signal.SIGTERM)
     assert run.processes["master"].wait(30) == 0, run.log("master")
     log = open_log(run.directory / "master", read_only=True)

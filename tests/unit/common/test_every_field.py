@@ -92,6 +92,7 @@ GOOD: dict[str, Any] = {
     "back": ["rule.outer.lr"],
     "member": "n",
     "paused": False,
+    "kicked": False,
 }
 #: Free in what they hold, but not in how large it is.
 FREE = {"architecture", "report", "changes"}

@@ -42,7 +42,7 @@ NODES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True).filter(
 AWKWARD = st.sampled_from(
     ["a", "A", "a-b", "ab", "inbox", "update", "parameters", "lock", "node", "masters", "_".join("ab")]
 )
-ASKED = ("get", "update", "status", "stop", "set", "pause", "resume")
+ASKED = ("get", "update", "status", "stop", "set", "pause", "resume", "kick", "admit")
 SAID = (*NODE_SAYS, *ASKED, "ready", "chunk", "chunk.1", "chunk.64", "chunk.x", "chunk.1.1")
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from common.brokers.memory import MemoryServer
 from common.clock import VirtualClock
 from common.errors import UserError
-from common.wire.to_master import Change, Leave, Pause, Resume, Stop
-from common.wire.to_node import Answer, Rule
+from common.wire.to_master import Admit, Change, Fetch, Get, Join, Kick, Leave, Pause, Resume, Stop, Words
+from common.wire.to_node import Answer, Instruction, Rule, Withdrawn, verdict
 from common.wire.update_rule import ReturnWhen, UpdateRule
 from master_service.decisions import operating
 from master_service.decisions.changes import Logged, above, changed, still_live
-from master_service.decisions.effects import Conclude, Effect, Step
-from master_service.decisions.records import Configured, Started, Tick
+from master_service.decisions.effects import Conclude, Effect, Generate, Send, Step
+from master_service.decisions.records import Configured, Gathering, Presence, Started, Tick
 from master_service.decisions.rules.model import aggregation_rule
 from master_service.decisions.rules.weights import STEPS_BOUND
 from master_service.decisions.settings import Settings, StopRule, settings_of_start
@@ -296,6 +296,96 @@ def test_a_node_rests_keeps_what_it_has_not_handed_in_and_says_so_also_when_both
     assert restarted.node.figures.doing == "training"
 
 
+# --- who takes part --------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_is_out_is_waited_for_by_nobody_and_what_was_counted_of_it_stays() -> None:
+    run, name = running(rule=aggregation_rule("fedavg"))
+    run.join("c", name)
+    encoder = run.coordinator.state.encoders[name]
+    run.update("a", name, 0)
+    run.update("c", name, 0)
+    told = run.apply(Kick(sender="op", member="b", reason="a broken GPU"))
+    assert [each.accepted for each in receipts(told)] == [True, True], "the cohort is whole without it"
+    [out] = sent(told, Withdrawn, "b")
+    assert out.kicked and out.reason == "a broken GPU" and out.encoder == name
+    assert sent(told, Answer)[0].detail == "b is out; what was counted of it stays counted"
+    # what it hands in is answered at once, with the reason, and nothing of it is fetched
+    late = run.manifest("b", name, 0)
+    assert not run.coordinator.wants_payload(late)
+    [receipt] = receipts(run.apply(late))
+    assert (receipt.reason, verdict(receipt)) == ("kicked", "kicked")
+    assert receipt.detail == "an operator has taken b out of the training: a broken GPU"
+    # and one that has handed in before stays counted
+    run.update("a", name, 1)
+    told = run.apply(Kick(sender="op", member="a"))
+    assert len(encoder.buffer) == 1 and encoder.members["a"].returns == 2
+    assert [each.node for each in receipts(run.update("c", name, 1)) if each.accepted] == ["a", "c"]
+
+
+def test_a_node_that_is_out_stays_out_whatever_it_says_until_it_is_let_in() -> None:
+    run, name = running()
+    run.apply(Kick(sender="op", member="a"))
+    fetch = Fetch(node="a", incarnation="first", encoder=name, have_version=-1)
+    for said in (run.join("a", name), run.apply(fetch), run.join("a", name, incarnation="second")):
+        messages = [each.message for each in said if isinstance(each, Send)]
+        assert messages and all(isinstance(each, Withdrawn) and each.kicked for each in messages)
+    # a stranger to this incarnation is not asked to join, which would go on for ever
+    other = run.manifest("a", name, 5, incarnation="second")
+    assert [each.kicked for each in sent(run.apply(other), Withdrawn)] == [True]
+    assert not sent(run.apply(Presence(node="a", present=False)), Rule)
+    run.apply(Presence(node="a", present=True))
+    assert list(run.coordinator.state.encoders[name].active()) == ["b"]
+    told = run.apply(Admit(sender="op", member="a"))
+    assert [each.encoder for each in sent(told, Instruction, "a")] == [name]
+    assert sent(run.join("a", name, incarnation="second"), Rule, "a")
+    assert list(run.coordinator.state.encoders[name].active()) == ["a", "b"]
+    assert [
+        operating.refused(run.coordinator.state, each)
+        for each in (Admit(sender="op", member="a"), Kick(sender="op", member="z"))
+    ] == ["a is not out", "no node z is known here; there are: a, b"]
+
+
+def test_words_of_a_node_that_is_out_are_neither_wanted_nor_counted() -> None:
+    run = Scenario()
+    for node in "abc":
+        run.apply(Join(node=node, incarnation="first", types=["text"]))
+    [generate] = run.apply(Get(sender="operator", encoder_type="text"))
+    name = generate.encoder  # type: ignore[union-attr]
+    run.apply(Gathering(encoder=name))
+    words = Words(node="a", incarnation="first", encoder=name, documents=9, words=[("word", 3)])
+    for node in "ab":
+        run.apply(words.model_copy(update={"node": node}))
+    assert run.coordinator.state.encoders[name].status == "gathering"
+    told = run.apply(Kick(sender="op", member="c"))
+    assert [type(each) for each in told if isinstance(each, Generate)] == [Generate], "nobody else is waited for"
+    assert not run.coordinator.wants_words(words.model_copy(update={"node": "c"}))
+
+
+def test_a_node_lets_go_says_so_once_and_trains_again_when_it_is_let_in(
+    server: MemoryServer, clock: VirtualClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served, node = SteppedMaster(server, clock).start(), SteppedNode(server, clock).start()
+    together(5.0, served, node)
+    served.master.recorder.record(Todo(Kick(sender="op", member="a", reason="a test")))
+    together(300.0, served, node)
+    assert node.node.training is None
+    words = "taken out by the master's operator: a test; waiting to be let in again"
+    assert node.node.figures.doing == words
+    assert capsys.readouterr().err.count(words) == 1
+    [encoder] = served.master.report().encoders.values()
+    assert encoder.members["a"].kicked and not encoder.members["a"].active
+    returns = encoder.members["a"].returns
+    served.master.close()
+    again = SteppedMaster(server, clock, db=served.db, payloads=served.journal.log.payloads).start()
+    together(60.0, again, node)
+    assert not node.node.ready and node.node.figures.doing == words and again.master.state.kicked == {"a": "a test"}
+    again.master.recorder.record(Todo(Admit(sender="op", member="a")))
+    together(30.0, again, node)
+    [encoder] = again.master.report().encoders.values()
+    assert encoder.members["a"].active and encoder.members["a"].returns > returns
+
+
 # --- any order -------------------------------------------------------------------------------------------------------
 
 DID = st.lists(
@@ -332,6 +422,10 @@ def did(run: Federation, actions: list[tuple[str, str, int]]) -> None:
                 run.record(Change(sender="op", back=["rule"]))
             case "tick":
                 run.record(Tick())
+            case "kick" | "admit":
+                run.record({"kick": Kick, "admit": Admit}[action](sender="op", member=node))
+            case "join":
+                run.join(node)
             case "pause" | "resume":
                 run.record({"pause": Pause, "resume": Resume}[action](sender="op"))
             case "leave" if number == 0:
