@@ -244,17 +244,15 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
         best_held_out=encoder.best_held_out,
         best_version=encoder.best_version,
         members={
-            node: _member(
-                live, encoder.encoder, member, now, kicked=node in state.kicked, rests=encoder.paused_at is not None
-            )
+            node: _member(live, encoder, member, now, kicked=node in state.kicked)
             for node, member in encoder.members.items()
         },
     )
 
 
-def _member(live: Live, encoder: str, member: Member, now: float, *, kicked: bool, rests: bool) -> MemberReport:
+def _member(live: Live, of: EncoderState, member: Member, now: float, *, kicked: bool) -> MemberReport:
     """What the log says, and what the node said of this encoder where that is newer."""
-    node = member.node
+    node, encoder = member.node, of.encoder
     said = live.figures(node, encoder)
     trains = live.trains(node, encoder) and member.active
     held_out = _held_out(member, said)
@@ -270,7 +268,7 @@ def _member(live: Live, encoder: str, member: Member, now: float, *, kicked: boo
         staleness=member.last_staleness,
         version=max(said.version, member.version) if said else member.version,
         steps=max(said.steps, member.steps) if said else member.steps,
-        steps_per_second=said.steps_per_second if said and trains and not rests else 0.0,
+        steps_per_second=said.steps_per_second if said and trains and of.paused_at is None else 0.0,
         loss=said.loss if said and said.loss is not None else member.loss,
         held_out=held_out.loss if held_out else None,
         held_out_version=held_out.version if held_out else None,
