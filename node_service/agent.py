@@ -212,7 +212,7 @@ class Agent:
                 self.unknown = True
                 return self.join()
             case Withdrawn() if message.kicked:
-                return [*self._withdrawn(message.encoder), TakenOut(message.reason)]
+                return [*self._rest(message.encoder), TakenOut(message.reason)]
             case Withdrawn():
                 told = [Unmade(message.encoder, message.reason)] if message.encoder_type in self.types else []
                 return [*told, *self._withdrawn(message.encoder)]
@@ -430,6 +430,11 @@ class Agent:
         """Nothing comes of an instruction, and of what was trained by it."""
         self.waiting.pop(encoder, None)
         return self._let_go() if self._is_current(encoder) else []
+
+    def _rest(self, encoder: str) -> list[Action]:
+        """An encoder is trained here no more until its instruction comes again; what was trained is not dropped."""
+        self.waiting.pop(encoder, None)
+        return self._turn() if self._is_current(encoder) else []
 
     def _finish(self, finish: Finish) -> list[Action]:
         self.waiting.pop(finish.encoder, None)

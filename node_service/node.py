@@ -204,7 +204,8 @@ class Node:
         ready = self.ready
         self.figures.turned_away = self._door.turned_away
         waits = training is not None and not (ready and (not training.must_return or self._may_hand_in(training)))
-        waits_for = training if self._agent.rule is not None and not self._paused_until else None
+        rests = self._paused_until or self._agent.paused
+        waits_for = training if self._agent.rule is not None and not rests else None
         self._spent.look(waits_for, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
         if training is not None and ready and now >= self._next_step_at:

@@ -12,6 +12,7 @@ from common.config import explained
 from common.errors import BrokerUnavailable, UserError
 from common.wire.to_master import Admit, Change, Kick, Operation, Pause, Resume
 from deploy.commands.observe import await_answer, observing
+from deploy.commands.run import check_node_id
 from deploy.counterfactual import parsed_value
 
 #: How long the master is waited for, seconds.
@@ -23,6 +24,8 @@ def change_settings(
 ) -> None:
     """Change settings, or take changes back, and print old and new values. Raises as `operate`."""
     changes = changes_of(settings)
+    if node is not None:
+        check_node_id(node)
     operate(flags, file, Change, "set" if settings else "unset", changes=changes, back=list(back), member=node)
 
 
@@ -53,11 +56,13 @@ def kick_node(flags: dict[str, Any], file: Path | None, node: str, reason: str) 
     """Take a node out. Raises as `operate`."""
     if len(reason) > 500 or not reason.isprintable():
         raise UserError("--reason: at most 500 characters, in one line")
+    check_node_id(node)
     operate(flags, file, Kick, "kick", member=node, reason=reason)
 
 
 def admit_node(flags: dict[str, Any], file: Path | None, node: str) -> None:
     """Let a node in again. Raises as `operate`."""
+    check_node_id(node)
     operate(flags, file, Admit, "admit", member=node)
 
 

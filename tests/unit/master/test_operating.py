@@ -369,7 +369,8 @@ def test_a_node_lets_go_says_so_once_and_trains_again_when_it_is_let_in(
     together(5.0, served, node)
     served.master.recorder.record(Todo(Kick(sender="op", member="a", reason="a test")))
     together(300.0, served, node)
-    assert node.node.training is None
+    assert not node.node.ready
+    steps = node.training.steps
     words = "taken out by the master's operator: a test; waiting to be let in again"
     assert node.node.figures.doing == words
     assert capsys.readouterr().err.count(words) == 1
@@ -384,6 +385,7 @@ def test_a_node_lets_go_says_so_once_and_trains_again_when_it_is_let_in(
     together(30.0, again, node)
     [encoder] = again.master.report().encoders.values()
     assert encoder.members["a"].active and encoder.members["a"].returns > returns
+    assert len(node.built) == 1 and node.training.steps > steps > 0, "what it had learned for itself is still there"
 
 
 # --- any order -------------------------------------------------------------------------------------------------------
