@@ -26,7 +26,8 @@ from deploy.commands.broker_certs import broker_certs
 from deploy.commands.broker_commands import broker_app
 from deploy.commands.corpus_commands import corpus_app
 from deploy.commands.log_commands import DEFAULT_STATE, State, log_app
-from deploy.commands.options import ConfigFile, Credentials, Namespace, SampleField, SampleType
+from deploy.commands.operate_commands import register as register_operating
+from deploy.commands.options import BrokerUrl, ConfigFile, Credentials, Namespace, SampleField, SampleType
 
 app = typer.Typer(
     name="shared-encoder",
@@ -43,13 +44,8 @@ app.add_typer(log_app, name="log")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(broker_app, name="broker")
 broker_app.command("certs")(broker_certs)
+register_operating(app)
 
-BrokerUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--broker", metavar="URL", help="amqp\\[s]://user:password@host:port/vhost", show_default="a local RabbitMQ"
-    ),
-]
 JsonLogs = Annotated[bool, typer.Option("--json", help="log JSON lines instead of showing progress")]
 LogFile = Annotated[
     Path | None,

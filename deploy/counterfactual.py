@@ -34,12 +34,16 @@ def parse_changes(changes: Sequence[str]) -> dict[str, dict[str, Any]]:
         section, dot, name = key.strip().partition(".")
         if not (is_there and dot and name):
             raise UserError(f"--set {change}: write it as section.key=value, for instance outer.lr=2")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value.strip()
-        found.setdefault(section, {})[name] = parsed
+        found.setdefault(section, {})[name] = parsed_value(value)
     return found
+
+
+def parsed_value(text: str) -> Any:
+    """JSON, or else a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
 
 
 def changed_rule(

@@ -62,9 +62,9 @@ class MasterConfig(Section):
 
     `encoding`: of versions; that of updates is `update.encoding`.
 
-    Where `broker.accounts` is "required", `operators` are those who may ask for encoders, for more training of one, and
-    for an end; nodes may ask for encoders and more training if `nodes_may_request`. Where accounts are open, everybody
-    may do all of that.
+    Where `broker.accounts` is "required", `operators` are those who may ask for encoders, for more training of one and
+    for an end, and change how it runs; nodes may ask for encoders and more training if `nodes_may_request`. Where
+    accounts are open, everybody may do all of that.
 
     `intake_bytes`: updates that are fetched from the broker at the same time have so much memory together, but two
     nodes' are, whatever their size; not set: two updates of the largest encoder, and at least 16 MiB.

@@ -18,10 +18,12 @@ from common.errors import Poison, StorageBlocked
 from common.numbers.slicing import payload_size
 from common.wire.base import Message, NodeMessage
 from common.wire.broker import Broker, Delivery, OnDelivery
-from common.wire.to_master import Alive, AskStatus, Continue, Get, Join, Stop, UpdateManifest, Words
+from common.wire.to_master import Alive, AskStatus, Continue, Get, Join, Operation, Stop, UpdateManifest, Words
 from common.wire.to_node import Answer, Introduce, StatusReport
 from common.wire.topology import MIB, Topology
 from master_service.config import MasterConfig
+from master_service.decisions import operating
+from master_service.decisions.changes import Logged
 from master_service.decisions.limits import refused
 from master_service.decisions.messages_out import resend
 from master_service.decisions.rates import Rates
@@ -76,7 +78,7 @@ class Master:
     def __init__(
         self,
         config: MasterConfig,
-        settings: Callable[[Settings | None], Settings],
+        settings: Callable[[Logged | None], Settings],
         broker: Broker,
         topology: Topology,
         journal: Journal,
@@ -312,10 +314,10 @@ class Master:
     def _answer(self, message: Message, delivery: Delivery) -> bool:
         """What is shown and not decided upon needs no log, and goes on while the disk is full; nor does what is not for
         its sender to ask."""
-        if isinstance(message, Get | Continue | Stop):
+        if isinstance(message, Get | Continue | Stop | Operation):
             if not (why := refusal(message, delivery, self._topology, self.config)):
                 return False
-            log.warning("request refused", sender=message.sender, kind=message.kind, why=why)
+            log.warning("request refused", sender=message.sender, kind=getattr(message, "kind", ""), why=why)
             self._publisher.send(message.sender, Answer(accepted=False, detail=why))
         elif isinstance(message, Alive):
             if message.node in self.state.nodes:
@@ -337,7 +339,12 @@ class Master:
 
     def _is_refused(self, message: Message) -> bool:
         """A request for an encoder that would cost too much, or is of no type that there is, is answered and gets no
-        row. Not while the disk is full: what waits for room may decide whether it does."""
+        row; so is what an operator cannot do. Not while the disk is full: what waits for room may decide whether it
+        does."""
+        if isinstance(message, Operation):
+            if why := operating.refused(self.state, message):
+                self._publisher.send(message.sender, Answer(accepted=False, status="refused", detail=why))
+            return bool(why)
         if not isinstance(message, Get | Continue):
             return False
         why = refused(self.state, message, types=encoder_type_names(), most=self.config.max_encoders)

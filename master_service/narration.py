@@ -6,7 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.wire.base import update_id
-from common.wire.to_master import Get, InstructionAck, Join, Leave, Stop, UpdateManifest, Words
+from common.wire.to_master import (
+    Admit,
+    Change,
+    Get,
+    InstructionAck,
+    Join,
+    Kick,
+    Leave,
+    Pause,
+    Resume,
+    Stop,
+    UpdateManifest,
+    Words,
+)
 from common.wire.to_node import Receipt
 from master_service.decisions.effects import Conclude, DeleteStream, Effect, Provide, Publish, Send
 from master_service.decisions.records import Entry, Gathering, Generated, GenerationFailed, Presence, Started, Versioned
@@ -35,6 +48,16 @@ def events(entry: Entry, effects: Sequence[Effect]) -> Iterator[Event]:
             yield "encoder requested", {"sender": body.sender, "type": body.encoder_type}
         case Stop():
             yield "stop requested", {"sender": body.sender, "encoder": body.encoder}
+        case Change():
+            facts = {"changes": body.changes} | ({"back": body.back} if body.back else {})
+            yield "settings changed", {"sender": body.sender, "node": body.member, **facts}
+        case Kick():
+            yield "node kicked", {"sender": body.sender, "node": body.member, "reason": body.reason}
+        case Admit():
+            yield "node admitted", {"sender": body.sender, "node": body.member}
+        case Pause() | Resume():
+            what = "training paused" if isinstance(body, Pause) else "training resumed"
+            yield what, {"sender": body.sender, "encoder": body.encoder}
         case Started():
             yield "master started", {"epoch": body.epoch}
         case Gathering():

@@ -25,6 +25,7 @@ from common.wire.to_master import UpdateManifest
 from master_service.arithmetic.arithmetic import Outcome, PayloadsLost
 from master_service.config import MasterConfig
 from master_service.counts import Counts
+from master_service.decisions.changes import Logged, changed, still_live
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -133,10 +134,11 @@ class Recorder:
 
     # --- recovery ----------------------------------------------------------------------------------------------------
 
-    def recover(self, chosen: Callable[[Settings | None], Settings]) -> None:
+    def recover(self, chosen: Callable[[Logged | None], Settings]) -> None:
         """Fold what the log holds after the snapshot, repeat what may not have left, and tell everybody.
 
-        `chosen` is given the settings that the log ends with (None: a fresh log) and gives those to go on with; it may
+        `chosen` is given the settings that the log ends with (None: a fresh log) and gives those to go on with, above
+        which stays what operators have changed; it may
         raise UserError. Raises Damaged if the state directory cannot be recovered from.
         """
         journal, fold = self.journal, self._fold
@@ -156,7 +158,12 @@ class Recorder:
             ) from None
         state = self.state
         # before anything is written: a start that is refused leaves the log as it is
-        settings = chosen(carried_over(state.settings, state.claims) if state.epoch else None)
+        logged = Logged(carried_over(state.configured or state.settings, state.claims), state.live)
+        configured = chosen(logged if state.epoch else None)
+        live = still_live(logged, configured)
+        if live:
+            log.info("what operators have changed while it ran holds", settings=live)
+        settings = changed(configured, live)
         journal.carried_out = fold.offset
         # who waits for aggregators is not killed by what it waits for
         with contextlib.nullcontext() if fold.arithmetic.elsewhere else journal.attempts.at(_row(fold.offset)):
@@ -167,8 +174,12 @@ class Recorder:
             self.record(Todo(outcome.body, payload=outcome.payload))
         self.record_made()
         # before the epoch: a first start that dies in between is a first start again
-        if (state.settings, state.claims, state.kept_failed) != (settings, "compared", KEPT_FAILED):
-            self.record(Todo(Configured(settings=settings, claims="compared", kept_failed=KEPT_FAILED)))
+        row = Configured(settings=settings, claims="compared", kept_failed=KEPT_FAILED)
+        if live:
+            row = row.model_copy(update={"configured": configured, "live": live})
+        held = (state.settings, state.claims, state.kept_failed, state.configured, state.live)
+        if held != (row.settings, row.claims, row.kept_failed, row.configured, row.live):
+            self.record(Todo(row))
         # later than every epoch before, also when rows of the log were lost
         epoch = max(state.epoch + 1, int(self._clock.now()))
         self.record(Todo(Started(epoch=epoch, fingerprint=fold.arithmetic.fingerprint())))

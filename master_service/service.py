@@ -22,6 +22,7 @@ from common.workers import Worker
 from master_service.arithmetic.export import check_export_directory
 from master_service.config import MasterConfig
 from master_service.counts import Counts
+from master_service.decisions.changes import Logged, changed
 from master_service.decisions.settings import Settings, settings_of_start
 from master_service.history.retention import said_of
 from master_service.history.snapshot import SnapshotDirectory, Snapshots
@@ -83,7 +84,7 @@ class MasterService:
         log.info(said_of(journal.retention, self.config.retention))
         self.master = Master(
             self.config,
-            lambda logged: settings_of_start(logged, self.settings, self.given, change=self.change),
+            self._chosen,
             self.broker,
             self.topology,
             journal,
@@ -93,6 +94,12 @@ class MasterService:
             on_delivery=self._events.put,
             shards=self._shards,
         )
+
+    def _chosen(self, logged: Logged | None) -> Settings:
+        if logged is None:
+            return settings_of_start(None, self.settings, self.given)
+        now = changed(logged.configured, logged.live)
+        return settings_of_start(logged.configured, self.settings, self.given, change=self.change, now=now)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set.

@@ -69,6 +69,7 @@ class MemberReport(_Part):
     active: bool = Field(True, description="it takes part and gives signs of life")
     takes_part: bool = Field(True, description="it has accepted and not left since")
     present: bool = Field(True, description="it gives signs of life")
+    kicked: bool = Field(False, description="an operator has taken it out")
     samples: int = Field(0, description="training samples that it has, as it said")
     returns: int = Field(0, description="updates accepted")
     refused: int = Field(0, description="updates refused")
@@ -78,7 +79,7 @@ class MemberReport(_Part):
     staleness: int = Field(0, description="versions that the update accepted last was behind")
     version: int = Field(0, description="newest version that it is known to have")
     steps: int = Field(0, description="training steps on this encoder")
-    steps_per_second: float = Field(0.0, description="0 while it does not train this encoder")
+    steps_per_second: float = Field(0.0, description="0 while it does not train this encoder, or this rests")
     loss: float | None = Field(None, description="mean training loss (text: nats); may be NaN")
     held_out: float | None = Field(None, description="newest loss of its validation samples under a version as it came")
     held_out_version: int | None = Field(None, description="the version that this was measured with")
@@ -107,6 +108,7 @@ class EncoderReport(_Part):
     version: int = Field(0, description="the current version")
     digest: str = Field("", description="SHA-256 of the current version, hexadecimal")
     parameters: int = Field(0, description="number of shared parameters")
+    paused: bool = Field(False, description="an operator has paused it: no version is made until it is resumed")
     updates: int = Field(0, description="updates accepted")
     buffered: int = Field(0, description="accepted updates that wait for the next version")
     progress: float = Field(0.0, description="share of the nearest limit of the stop rule, 0 to 1")
@@ -235,6 +237,7 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
     return EncoderReport(
         type=encoder.encoder_type,
         status=encoder.status,
+        paused=encoder.paused_at is not None,
         reason=encoder.reason,
         version=encoder.version,
         digest=encoder.digest,
@@ -247,13 +250,16 @@ def _encoder(state: State, live: Live, encoder: EncoderState, now: float) -> Enc
         held_out_version=encoder.held_out_version,
         best_held_out=encoder.best_held_out,
         best_version=encoder.best_version,
-        members={node: _member(live, encoder.encoder, member, now) for node, member in encoder.members.items()},
+        members={
+            node: _member(live, encoder, member, now, kicked=node in state.kicked)
+            for node, member in encoder.members.items()
+        },
     )
 
 
-def _member(live: Live, encoder: str, member: Member, now: float) -> MemberReport:
+def _member(live: Live, of: EncoderState, member: Member, now: float, *, kicked: bool) -> MemberReport:
     """What the log says, and what the node said of this encoder where that is newer."""
-    node = member.node
+    node, encoder = member.node, of.encoder
     said = live.figures(node, encoder)
     trains = live.trains(node, encoder) and member.active
     held_out = _held_out(member, said)
@@ -261,6 +267,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         active=member.active,
         takes_part=member.accepted,
         present=member.present,
+        kicked=kicked,
         samples=member.samples,
         returns=member.returns,
         refused=member.refused,
@@ -270,7 +277,7 @@ def _member(live: Live, encoder: str, member: Member, now: float) -> MemberRepor
         staleness=member.last_staleness,
         version=max(said.version, member.version) if said else member.version,
         steps=max(said.steps, member.steps) if said else member.steps,
-        steps_per_second=said.steps_per_second if said and trains else 0.0,
+        steps_per_second=said.steps_per_second if said and trains and of.paused_at is None else 0.0,
         loss=said.loss if said and said.loss is not None else member.loss,
         held_out=held_out.loss if held_out else None,
         held_out_version=held_out.version if held_out else None,

@@ -131,6 +131,13 @@ class Unmade:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class TakenOut:
+    """The master's operator has taken this node out, for this reason; its owner is told."""
+
+    reason: str
+
+
 Action = (
     Say
     | CheckSamples
@@ -145,6 +152,7 @@ Action = (
     | Republish
     | Reincarnate
     | Unmade
+    | TakenOut
 )
 
 
@@ -203,6 +211,8 @@ class Agent:
             case Introduce():
                 self.unknown = True
                 return self.join()
+            case Withdrawn() if message.kicked:
+                return [*self._rest(message.encoder), TakenOut(message.reason)]
             case Withdrawn():
                 told = [Unmade(message.encoder, message.reason)] if message.encoder_type in self.types else []
                 return [*told, *self._withdrawn(message.encoder)]
@@ -323,6 +333,11 @@ class Agent:
         """Whether there is an encoder to train now."""
         return self.rule is not None and self.finishing is None and self.version >= 0
 
+    @property
+    def paused(self) -> bool:
+        """Whether the master's operator wants no step to be taken."""
+        return self.rule is not None and self.rule.paused
+
     def _acknowledge(self, instruction: Instruction, samples: int, refusal: str) -> Say:
         return Say(
             InstructionAck(
@@ -405,6 +420,8 @@ class Agent:
                 return [*answered, *self._fetch()]
             case "finished":
                 return answered  # a Finish comes with it
+            case "kicked":
+                return answered  # a Withdrawn comes with it
             case "accepted" | "stale" | "early" | "layout" | "size" | "digest" | "not-finite" | "set-aside" | "other":
                 return answered  # of this update alone
         assert_never(said)
@@ -413,6 +430,11 @@ class Agent:
         """Nothing comes of an instruction, and of what was trained by it."""
         self.waiting.pop(encoder, None)
         return self._let_go() if self._is_current(encoder) else []
+
+    def _rest(self, encoder: str) -> list[Action]:
+        """An encoder is trained here no more until its instruction comes again; what was trained is not dropped."""
+        self.waiting.pop(encoder, None)
+        return self._turn() if self._is_current(encoder) else []
 
     def _finish(self, finish: Finish) -> list[Action]:
         self.waiting.pop(finish.encoder, None)

@@ -38,6 +38,7 @@ from node_service.agent import (
     Republish,
     Resume,
     Say,
+    TakenOut,
     Train,
     Unmade,
 )
@@ -203,7 +204,8 @@ class Node:
         ready = self.ready
         self.figures.turned_away = self._door.turned_away
         waits = training is not None and not (ready and (not training.must_return or self._may_hand_in(training)))
-        waits_for = training if self._agent.rule is not None and not self._paused_until else None
+        rests = self._paused_until or self._agent.paused
+        waits_for = training if self._agent.rule is not None and not rests else None
         self._spent.look(waits_for, ready=ready, waits=waits)
         self._connection.look(self._broker.status())
         if training is not None and ready and now >= self._next_step_at:
@@ -255,7 +257,7 @@ class Node:
             return False
         if training.finishing is not None:
             return True
-        if not self._agent.training or training.version < 0:
+        if not self._agent.training or self._agent.paused or training.version < 0:
             return False
         rule = training.rule
         if rule.wait and training.version <= self._wait_until_version:
@@ -396,6 +398,8 @@ class Node:
                     self._republish(action)
                 case Reincarnate():
                     self._reincarnate("the master knows other updates under this identity")
+                case TakenOut():
+                    self._taken_out(action.reason)
                 case Unmade():
                     log.warning("the master could not make an encoder", encoder=action.encoder, reason=action.reason)
                     if self.training is None:
@@ -403,6 +407,13 @@ class Node:
                 case _:
                     assert_never(action)
         self.figures.version = self.training.version if self.training is not None else -1
+
+    def _taken_out(self, why: str) -> None:
+        """It waits until it is let in again; the owner is told once."""
+        note = f"taken out by the master's operator{f': {why}' if why else ''}; waiting to be let in again"
+        if note != self.figures.note:
+            log.warning(note, node=self.name)
+        self.figures.note = note
 
     def _say(self, message: Message) -> None:
         if isinstance(message, Join):
@@ -447,8 +458,8 @@ class Node:
         self._ending.end(self.training)
         training.retune(rule.update_rule, rule.progress)
         self.state.remember_current(training.instruction, rule)
-        self.figures.note = "training"
-        happened("training", **self._about(training))
+        self.figures.note = "paused by the operator" if rule.paused else "training"
+        happened(self.figures.note, **self._about(training))
 
     def _resume(self) -> None:
         """Go on with what was trained last, whether the master is there or not."""

@@ -96,6 +96,11 @@ def _plain(value: Any, depth: int = 16) -> Any:
 #: What an encoder type makes a model from: plain values, because the state that they get into is kept as JSON.
 Architecture = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
+#: Where a setting stands in the configuration, such as rule.outer.lr.
+SettingPath = Annotated[str, Field(min_length=1, max_length=200)]
+#: Settings by their paths, with the values that they are to have.
+SettingChanges = Annotated[dict[SettingPath, Any], BeforeValidator(_plain), Field(max_length=64)]
+
 #: Assets become files in exports: a file name without a folder.
 AssetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 #: The largest asset, bytes, and how many an encoder may have.

@@ -11,8 +11,10 @@ from typing import Annotated
 from pydantic import Field
 
 from common.wire.to_master import (
+    Admit,
     Alive,
     AskStatus,
+    Change,
     Continue,
     Fetch,
     FetchAssets,
@@ -20,7 +22,10 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateChunk,
     UpdateManifest,
@@ -55,6 +60,11 @@ ToMaster = (
     | Alive
     | AskStatus
     | Stop
+    | Change
+    | Kick
+    | Admit
+    | Pause
+    | Resume
     | InstructionAck
     | UpdateManifest
     | UpdateChunk

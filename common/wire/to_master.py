@@ -30,6 +30,8 @@ from common.wire.fields import (
     LayoutEntries,
     Loss,
     Seconds,
+    SettingChanges,
+    SettingPath,
     Shards,
     Text,
     Word,
@@ -155,6 +157,52 @@ class Stop(Message):
     kind: Literal["request.stop"] = "request.stop"
     sender: Id
     encoder: Id | None = None
+
+
+class Operation(Message):
+    """What an operator wants done while it runs; answered by an Answer with what came of it."""
+
+    sender: Id
+
+
+class Change(Operation):
+    """Settings are to be others from now on: `changes` by their paths in the configuration; those in `back` are to be
+    again what the master was started with. `member`: of that node alone."""
+
+    kind: Literal["request.set"] = "request.set"
+    changes: SettingChanges = Field(default_factory=dict)
+    back: Annotated[list[SettingPath], Field(max_length=64, fail_fast=True)] = Field(default_factory=list)
+    member: Id | None = None
+
+
+class Pause(Operation):
+    """The training of an encoder, or of all that are being trained, is to rest: no version is made, and
+    nothing runs out."""
+
+    kind: Literal["request.pause"] = "request.pause"
+    encoder: Id | None = None
+
+
+class Resume(Operation):
+    """The training of an encoder that was paused, or of all of them, is to go on."""
+
+    kind: Literal["request.resume"] = "request.resume"
+    encoder: Id | None = None
+
+
+class Kick(Operation):
+    """A node is no member of any training until it is let in again."""
+
+    kind: Literal["request.kick"] = "request.kick"
+    member: Id
+    reason: Text = ""
+
+
+class Admit(Operation):
+    """A node that was taken out is let in again."""
+
+    kind: Literal["request.admit"] = "request.admit"
+    member: Id
 
 
 # --- node → master: the training -------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class WordsWanted(Message):
 
 class Rule(Message):
     """The update rule of one node, and where the current parameter set is to be read; `stream_digest` and
-    `stream_offset` as of a Notice.
+    `stream_offset` as of a Notice. `paused`: no step is to be taken until another rule comes.
 
     A rule in a file may have no field that is not known, because it would be a misspelt one. In a message it is a newer
     master's: like any other of a message it is left out, and `unknown`, which does not travel, names it. An older node
@@ -86,6 +86,7 @@ class Rule(Message):
     stream_offset: Count | None = None
     published_at: Seconds
     progress: Fraction = 0.0
+    paused: bool = False
     unknown: list[str] = Field(default_factory=list, exclude=True)
 
     @model_validator(mode="before")
@@ -106,7 +107,7 @@ class Rule(Message):
 #: layout, size, digest: the payload is not what the encoder, or the manifest, says. not-finite: it holds NaN or
 #: infinity. stale, future: its base version is too old, or not made yet. early: the training has not started yet.
 #: conflict: its number was another update's.
-#: set-aside: the master died of it.
+#: set-aside: the master died of it. kicked: an operator has taken the node out.
 Reason = Literal[
     "finished",
     "unknown-encoder",
@@ -119,6 +120,7 @@ Reason = Literal[
     "early",
     "conflict",
     "set-aside",
+    "kicked",
 ]
 #: What a receipt says of its update. other: it is refused for a reason that only a newer master knows.
 Verdict = Literal["accepted", "other"] | Reason
@@ -226,12 +228,14 @@ class Introduce(Message):
 class Withdrawn(Message):
     """The answer to a node that has accepted an instruction, or wants a version, of an encoder that the master does not
     know or could not make: there is nothing to wait for. With a `reason`, in words for people, what every node of the
-    type is told of one that could not be made."""
+    type is told of one that could not be made. `kicked`: an operator has taken this node out, for this `reason`; it is
+    told of the encoder once it is let in again."""
 
     kind: Literal["withdrawn"] = "withdrawn"
     encoder: Id
     encoder_type: Id | None = None
     reason: Text = ""
+    kicked: bool = False
 
 
 class Answer(Message):

@@ -22,7 +22,7 @@ NODE_SAYS = ("join", "fetch", "assets", "words", "finished", "leave", "alive")
 #: What it may say beside that where the master's configuration lets nodes ask for encoders.
 ASKS = ("get", "update")
 #: What an operator's commands say.
-OPERATOR_SAYS = ("status", *ASKS, "stop")
+OPERATOR_SAYS = ("status", *ASKS, "stop", "set", "pause", "resume", "kick", "admit")
 #: The two connections of a node, a short third one, and a second process that finds out that the first is running.
 NODE_CONNECTIONS, NODE_CHANNELS = 8, 128
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from common.growth import SECONDS_A_DAY, seconds_left
 from common.wire.broker import BrokerStatus
-from master_service.status import BrokerReport, EncoderReport, Report
+from deploy.commands.node_table import Pace, node_table
+from master_service.status import BrokerReport, EncoderReport, MemberReport, Report
 
 if TYPE_CHECKING:
     from master_service.service import MasterService
@@ -121,49 +122,32 @@ def broker_conditions(broker: BrokerReport | BrokerStatus) -> list[str]:
     return lines
 
 
-def federation_tables(report: Report) -> list[Table]:
-    """One table per encoder, one row per node."""
+def federation_tables(
+    report: Report, width: int = _PLAIN_WIDTH, left: Mapping[str, float] | None = None
+) -> list[Table]:
+    """One table per encoder, one row per node, in as many columns as fit into `width` characters. `left`: seconds until
+    an encoder is finished, of those of which it is known."""
     tables = []
     for name, encoder in report.encoders.items():
-        title = (
-            f"{name}  {encoder.status}  version {encoder.version}  {encoder.updates} updates  {encoder.progress:.0%}"
-        )
+        title = f"{name}  {_status(encoder)}  version {encoder.version}"
+        title += f"  {encoder.updates} updates  {encoder.progress:.0%}"
+        if left and name in left:
+            title += f", about {duration(left[name])} left"
         if encoder.waiting_for_nodes > 0:
             title += f"  waiting for {encoder.waiting_for_nodes} more node(s)"
         title += _held_out(encoder)
-        table = Table(title=title, title_justify="left")
-        for heading in (
-            "node",
-            "steps",
-            "steps/s",
-            "loss",
-            "held-out",
-            "version",
-            "stale",
-            "returns",
-            "weight",
-            "waited",
-            "lost",
-            "sent",
-        ):
-            table.add_column(heading, justify="left" if heading == "node" else "right")
-        for node, member in encoder.members.items():
-            table.add_row(
-                node if member.active else f"{node} (away)",
-                str(member.steps),
-                number(member.steps_per_second, 1),
-                number(member.loss, 3),
-                number(member.held_out, 3),
-                str(member.version),
-                str(member.staleness),
-                str(member.returns),
-                number(member.last_weight),
-                f"{member.waiting_seconds:.0f} s",
-                share(member.lost_share),
-                size(member.bytes_sent),
-            )
-        tables.append(table)
+        names = [f"{node}{_state_of(member)}" for node, member in encoder.members.items()]
+        tables.append(node_table(title, encoder.members, names, width))
     return tables
+
+
+def _status(encoder: EncoderReport) -> str:
+    return "paused" if encoder.paused else encoder.status
+
+
+def _state_of(member: MemberReport) -> str:
+    """What is to be said of a node beside its name."""
+    return " (out)" if member.kicked else "" if member.active else " (away)"
 
 
 def _held_out(encoder: EncoderReport) -> str:
@@ -178,13 +162,12 @@ def federation_line(report: Report) -> str:
     lines = []
     for name, encoder in report.encoders.items():
         nodes = "  ".join(
-            f"{node}: {member.steps} steps, loss {number(member.loss, 3)}, {member.returns} returns"
-            + ("" if member.active else " (away)")
+            f"{node}: {member.steps} steps, loss {number(member.loss, 3)}, {member.returns} returns" + _state_of(member)
             for node, member in encoder.members.items()
         )
         waiting = encoder.waiting_for_nodes
         wanted = f"waiting for {waiting} more node(s)  " if waiting > 0 else ""
-        state = f"{name} {encoder.status} version {encoder.version} {encoder.progress:.0%}{_held_out(encoder)}"
+        state = f"{name} {_status(encoder)} version {encoder.version} {encoder.progress:.0%}{_held_out(encoder)}"
         lines.append(f"{state}  {wanted}{nodes}")
     if not lines:
         lines.append("no encoder yet: ask for one with `shared-encoder request get text`, or master --get text")
@@ -199,6 +182,7 @@ class FederationDisplay:
         self._live: Live | None = None
         self._quiet = quiet
         self._next = 0.0
+        self._pace = Pace()
 
     def __enter__(self) -> FederationDisplay:
         return self
@@ -223,13 +207,23 @@ class FederationDisplay:
             return
         self._next = time.monotonic() + _REFRESH_SECONDS
         if report.encoders:
-            group = Group(*federation_tables(report), *(Text(line) for line in conditions(report)))
+            tables = federation_tables(report, self._console.width, self._left(report))
+            group = Group(*tables, *(Text(line) for line in conditions(report)))
         else:
             group = Group(Text(federation_line(report)))
         if self._live is None:
             self._live = Live(group, console=self._console, auto_refresh=False, transient=False)
             self._live.start()
         self._live.update(group, refresh=True)
+
+    def _left(self, report: Report) -> dict[str, float]:
+        """How long encoders still take, by their pace since this display began."""
+        now, found = time.monotonic(), {}
+        for name, encoder in report.encoders.items():
+            left = self._pace.left(name, now, encoder.progress)
+            if left is not None and encoder.status == "running" and not encoder.paused:
+                found[name] = left
+        return found
 
 
 class MasterDisplay(FederationDisplay):

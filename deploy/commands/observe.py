@@ -178,7 +178,7 @@ def request_encoder(
         else:
             ask = lambda: Get(sender=observer.name, encoder_type=str(encoder_type), fresh=fresh)  # noqa: E731
         observer.say(ask())
-        answer = _answer(observer, timeout)
+        answer = await_answer(observer, timeout)
         print(f"{answer.encoder}: {answer.status}, version {answer.version}")
         if out is None:
             return
@@ -191,7 +191,7 @@ def request_encoder(
                     raise UserError(f"{answer.encoder} was not made: {status.reason}")
                 if status is not None and status.status == "finished":
                     observer.say(Get(sender=observer.name, encoder_type=str(answer.encoder_type)))
-                    answer = _answer(observer, timeout)
+                    answer = await_answer(observer, timeout)
         base = load_config(file, flags).encoder.base
         _write_from_stream(broker, topology, answer, out, base, observer.door)
         print(f"written to {out}; open it with transformers.AutoModel.from_pretrained({str(out)!r})")
@@ -216,7 +216,8 @@ def request_stop(flags: dict[str, Any], file: Path | None, encoder: str | None) 
                 print(f"{name}: {state.status}, version {state.version}")
 
 
-def _answer(observer: Observer, timeout: float) -> Answer:
+def await_answer(observer: Observer, timeout: float) -> Answer:
+    """The answer to what was asked. Raises UserError with the reason of a refusal, BrokerUnavailable if none comes."""
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
         message = observer.listen(left)
@@ -274,7 +275,7 @@ def _print_report(report: Report, as_json: bool) -> None:
     if as_json:
         print(report.model_dump_json(indent=1))
         return
-    for table in federation_tables(report):
+    for table in federation_tables(report, console().width):
         console().print(table)
     for line in conditions(report):
         console().print(line, highlight=False, markup=False)

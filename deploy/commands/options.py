@@ -9,6 +9,12 @@ import typer
 
 from deploy.variables import CREDENTIALS
 
+BrokerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--broker", metavar="URL", help="amqp\\[s]://user:password@host:port/vhost", show_default="a local RabbitMQ"
+    ),
+]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with the sections broker, master, …")
 ]

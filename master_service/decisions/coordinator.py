@@ -7,6 +7,8 @@ same effects, which is what recovery, replay and simulation rest on. What to do 
 from __future__ import annotations
 
 from common.wire.to_master import (
+    Admit,
+    Change,
     Continue,
     Fetch,
     FetchAssets,
@@ -14,13 +16,16 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateManifest,
     Words,
 )
 from common.wire.to_node import Introduce, Reason
-from master_service.decisions import gathering, guarding, membership, requests, streams, tally
+from master_service.decisions import gathering, guarding, membership, operating, requests, streams, tally
 from master_service.decisions.effects import (
     Broadcast,
     Conclude,
@@ -32,7 +37,7 @@ from master_service.decisions.effects import (
     SetAside,
     Step,
 )
-from master_service.decisions.messages_out import finish, instruction, notify, publish, resend
+from master_service.decisions.messages_out import finish, instruction, kicked, notify, publish, resend
 from master_service.decisions.records import (
     Configured,
     Entry,
@@ -115,6 +120,16 @@ class Coordinator:
                 return requests.generation_failed(self.state, body)
             case Stop():
                 return self._stop(body, at)
+            case Change():
+                return operating.change(self.state, body, at, self._advance)
+            case Kick():
+                return operating.kick(self.state, body, at, self._advance)
+            case Admit():
+                return operating.admit(self.state, body)
+            case Pause():
+                return operating.pause(self.state, body, at)
+            case Resume():
+                return operating.resume(self.state, body, at, self._advance)
             case Tick():
                 encoders = self.state.encoders.values()
                 return gathering.look(self.state, at) + [
@@ -124,6 +139,7 @@ class Coordinator:
                 ]
             case Configured():
                 self.state.settings, self.state.claims = body.settings, body.claims
+                self.state.configured, self.state.live = body.configured, dict(body.live)
                 self.state.kept_failed = body.kept_failed
                 return []
             case Started():
@@ -143,7 +159,7 @@ class Coordinator:
                 due.append(release_at)
             if encoder.status == "gathering":
                 due.append(encoder.gathering_until)
-            if encoder.status != "running":
+            if encoder.status != "running" or encoder.paused_at is not None:
                 continue
             if (flush_at := grace_ends(encoder, settings)) is not None:
                 due.append(flush_at)
@@ -218,6 +234,9 @@ class Coordinator:
         self, encoder: EncoderState | None, manifest: UpdateManifest, facts: UpdateFacts | None
     ) -> tuple[Reason, str] | None:
         """Why an update cannot be counted, as `refusal` has it; nothing counts before the training has started."""
+        if encoder is not None and encoder.status == "running" and manifest.node in self.state.kicked:
+            why = self.state.kicked[manifest.node]
+            return "kicked", f"an operator has taken {manifest.node} out of the training{f': {why}' if why else ''}"
         problem = refusal(encoder, manifest, facts)
         if problem is None and self.checking and encoder is not None and not encoder.started:
             return "early", f"the training of {encoder.encoder} has not started yet"
@@ -236,6 +255,8 @@ class Coordinator:
         dropped: list[Effect] = [Refused(entry.payload)] if entry.payload else []
         if stranger(encoder, manifest):
             # no receipt: once it has joined it sends again what it owes
+            if manifest.node in self.state.kicked:
+                return [*dropped, Send(manifest.node, kicked(manifest.encoder, self.state.kicked[manifest.node]))]
             return [*dropped, Send(manifest.node, Introduce(node=manifest.node))]
         problem = self._refusal(encoder, manifest, entry.facts)
         if problem is None and encoder is not None:
@@ -260,7 +281,9 @@ class Coordinator:
             return effects
         member = encoder.members[manifest.node]
         if self.checking:
-            manifest = guarding.capped(manifest, encoder, self.state.settings.update_rule, entry.at)
+            manifest = guarding.capped(
+                manifest, encoder, membership.update_rule_of(self.state, manifest.node), entry.at
+            )
         if not encoder.buffer:
             encoder.buffer_since = entry.at
         tally.buffer(
@@ -308,6 +331,8 @@ class Coordinator:
         """Step if the buffer is ready or has waited its grace time; finish if the stop rule holds."""
         settings = self.state.settings
         if encoder.status != "running" or encoder.stepping:
+            return []
+        if encoder.paused_at is not None and not encoder.stop_requested:
             return []
         ending = stop_reason(encoder, settings.stop, at)
         turnout, needs = tally.turnout(encoder), settings.rule.combine.needs
@@ -398,7 +423,7 @@ class Coordinator:
         return effects + self._advance(encoder, at)
 
     def _finish(self, encoder: EncoderState, reason: str, at: float) -> list[Effect]:
-        encoder.status, encoder.reason = "finished", reason
+        encoder.status, encoder.reason, encoder.paused_at = "finished", reason, None
         settings = self.state.settings
         every = settings.update_rule.evaluate_every
         close_windows(encoder, settings.stop, every, self.state.claims, ending=True)

@@ -34,7 +34,7 @@ def ask(state: State, node: str) -> list[Effect]:
     return [
         Send(node, _wanted(encoder))
         for encoder in _gathering(state)
-        if encoder.encoder_type in state.nodes[node].types and node not in encoder.answered
+        if encoder.encoder_type in state.nodes[node].types and node not in (*encoder.answered, *state.kicked)
     ]
 
 
@@ -42,7 +42,7 @@ def counts(state: State, body: Words) -> bool:
     """Whether a node's answer would count: not one that comes again, or too late, or from a node that was not asked;
     reads the state, changes nothing."""
     known, encoder = state.nodes.get(body.node), state.encoders.get(body.encoder)
-    if known is None or known.incarnation != body.incarnation or encoder is None:
+    if known is None or known.incarnation != body.incarnation or encoder is None or body.node in state.kicked:
         return False
     if encoder.gathered is None or encoder.status != "gathering":
         return False
@@ -98,7 +98,10 @@ def _missing(state: State, encoder: EncoderState) -> list[str]:
     return [
         node.node
         for node in state.nodes.values()
-        if node.present and encoder.encoder_type in node.types and node.node not in encoder.answered
+        if node.present
+        and encoder.encoder_type in node.types
+        and node.node not in encoder.answered
+        and node.node not in state.kicked
     ]
 
 

@@ -33,6 +33,11 @@ def unmade(encoder: EncoderState) -> Withdrawn:
     return Withdrawn(encoder=encoder.encoder, encoder_type=encoder.encoder_type, reason=shortened(encoder.reason))
 
 
+def kicked(encoder: str, why: str) -> Withdrawn:
+    """What a node is told that an operator has taken out; a release before lets go of the encoder without a word."""
+    return Withdrawn(encoder=encoder, reason=why, kicked=True)
+
+
 def finish(encoder: EncoderState) -> Finish:
     return Finish(
         encoder=encoder.encoder,

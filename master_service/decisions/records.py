@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from common.config import suggestion
 from common.errors import UserError
 from common.wire.base import Message
-from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries
+from common.wire.fields import MAX_ASSETS, AssetEntry, AssetName, AssetSize, Digest, Id, LayoutEntries, SettingChanges
 from common.wire.to_master import (
+    Admit,
+    Change,
     Continue,
     Fetch,
     FetchAssets,
@@ -22,7 +24,10 @@ from common.wire.to_master import (
     Get,
     InstructionAck,
     Join,
+    Kick,
     Leave,
+    Pause,
+    Resume,
     Stop,
     UpdateManifest,
     Words,
@@ -33,12 +38,17 @@ from master_service.decisions.settings import Claims, Settings
 class Configured(Message):
     """The settings from here on, what is made of members' claims, and how many failed encoders are remembered. A row
     that does not say so was written by a master that took claims as facts, or remembered all, and is decided as that
-    master did."""
+    master did.
+
+    `configured`: those that the master was started with, if operators have changed some while it ran: `live`, by path.
+    """
 
     kind: Literal["configured"] = "configured"
     settings: Settings
     claims: Claims = "taken"
     kept_failed: Annotated[int, Field(ge=1)] | None = None
+    configured: Settings | None = None
+    live: SettingChanges = Field(default_factory=dict)
 
 
 class Started(Message):
@@ -162,7 +172,24 @@ Record = (
     | Tick
 )
 #: What nodes and observers say that is decided upon.
-Said = Join | Get | Continue | Fetch | FetchAssets | Words | Finished | Leave | Stop | InstructionAck | UpdateManifest
+Said = (
+    Join
+    | Get
+    | Continue
+    | Fetch
+    | FetchAssets
+    | Words
+    | Finished
+    | Leave
+    | Stop
+    | Change
+    | Kick
+    | Admit
+    | Pause
+    | Resume
+    | InstructionAck
+    | UpdateManifest
+)
 Loggable = Said | Record
 _KINDS = sorted(each.model_fields["kind"].default for each in get_args(Loggable))
 _ADAPTER: TypeAdapter[Loggable] = TypeAdapter(Annotated[Loggable, Field(discriminator="kind")])

@@ -136,19 +136,25 @@ def carried_over(settings: Settings, claims: Claims) -> Settings:
 
 
 def settings_of_start(
-    logged: Settings | None, defaults: Settings, given: Mapping[str, Any] | None, *, change: bool = False
+    logged: Settings | None,
+    defaults: Settings,
+    given: Mapping[str, Any] | None,
+    *,
+    change: bool = False,
+    now: Settings | None = None,
 ) -> Settings:
     """The settings that a master starts with.
 
     `logged`: those that its log ends with; None for a log that no master has written to, where `defaults` hold (what
     was given, and defaults for the rest). `given` are the explicitly given ones alone, shaped as a `Settings`; None
     means that all of `defaults` is meant, as of somebody who composes a service in code. What is not given stays as it
-    is in the log. Raises UserError with every difference, unless `change` says that the differences are meant; for
-    another number of shards; and for a robust rule that `min_nodes` are too few for, or shards cannot compute.
+    is in the log. `now`: those that hold, if operators have changed some while it ran: who gives what they have set
+    means no difference. Raises UserError with every difference, unless `change` says that the differences are meant;
+    for another number of shards; and for a robust rule that `min_nodes` are too few for, or shards cannot compute.
     """
     if logged is None:
-        return _possible(defaults)
-    wanted = _possible(defaults if given is None else merged(logged, given))
+        return possible(defaults)
+    wanted = possible(defaults if given is None else merged(logged, given))
     if wanted.shards != logged.shards:
         raise UserError(
             f"master.shards: this log is of {logged.shards} and stays so: its aggregators hold what nodes sent; to go "
@@ -156,7 +162,12 @@ def settings_of_start(
         )
     if given is None:
         return wanted
-    found = differences(logged, wanted)
+    held = {each.path: each.wanted for each in differences(logged, now or logged)}
+    found = [
+        Difference(each.path, held.get(each.path, each.logged), each.wanted)
+        for each in differences(logged, wanted)
+        if each.path not in held or held[each.path] != each.wanted
+    ]
     if found and not change:
         lines = "".join(f"\n  {difference}" for difference in found)
         raise UserError(
@@ -200,7 +211,8 @@ def differences(logged: Settings, wanted: Settings) -> list[Difference]:
     ]
 
 
-def _possible(settings: Settings) -> Settings:
+def possible(settings: Settings) -> Settings:
+    """The settings. Raises UserError for a robust rule that they are too few nodes for, or shards cannot compute."""
     check_nodes(settings.rule, settings.min_nodes, "encoder.min_nodes is")
     if settings.shards > 1 and settings.rule.combine.needs_all_parameters:
         raise UserError(

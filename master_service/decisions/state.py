@@ -159,6 +159,7 @@ class Tally(_State):
 
 class EncoderState(_State):
     """One shared encoder being made. `run_…` counts from the start of this run: an `update` request starts another.
+    `paused_at`: since when no version is made, because an operator has said so; what counts time stands still.
 
     `stepping`: the updates of the version that is being computed. `last_receipt`: the hash of the newest receipt.
     `waiting`: the nodes that want the next version, in the order in which they said so. `norms` and `steps` are of the
@@ -214,6 +215,7 @@ class EncoderState(_State):
     run_first_version: int = 0
     run_first_update: int = 0
     stop_requested: str = ""
+    paused_at: float | None = None
     norms: list[float] = Field(default_factory=list)
     steps: list[int] = Field(default_factory=list)
     agreement: float | None = None
@@ -242,9 +244,18 @@ class EncoderState(_State):
 
 class State(_State):
     """Everything that the log has led to. `claims`: what is made of what members say of themselves. `kept_failed`: so
-    many encoders that could not be made are remembered; None: all of them."""
+    many encoders that could not be made are remembered; None: all of them.
+
+    `settings` are those that hold. If operators have changed some while it ran, those are `live`, by path, and
+    `configured` are the ones that the master was started with. `own`: what was changed for one node alone, by node.
+    `kicked`: the nodes that an operator has taken out, and why.
+    """
 
     settings: Settings = Field(default_factory=unsaid)
+    configured: Settings | None = None
+    live: dict[str, Any] = Field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    kicked: dict[str, str] = Field(default_factory=dict)
     claims: Claims = "taken"
     kept_failed: int | None = None
     epoch: int = 0

@@ -56,6 +56,7 @@ def progress(encoder: EncoderState, rule: StopRule, at: float) -> float:
     """How far the training is towards its nearest limit, 0 to 1; nodes steer their learning rate by it."""
     if not encoder.started:
         return 0.0
+    at = at if encoder.paused_at is None else encoder.paused_at
     parts = [0.0]
     if rule.versions is not None:
         parts.append((encoder.version - encoder.run_first_version) / rule.versions)

@@ -14,9 +14,10 @@ from typing import Any
 from common.errors import Damaged
 from common.numbers.parameters import ParameterSet
 from common.wire.base import Message, NodeMessage
-from common.wire.to_master import Stop, UpdateManifest
+from common.wire.to_master import Change, Stop, UpdateManifest
 from master_service.arithmetic.aggregator import Aggregator
 from master_service.arithmetic.arithmetic import PayloadsLost
+from master_service.decisions import operating
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Conclude
 from master_service.decisions.records import (
@@ -31,7 +32,7 @@ from master_service.decisions.records import (
     Versioned,
 )
 from master_service.decisions.settings import Settings, StopRule
-from master_service.decisions.state import EncoderState
+from master_service.decisions.state import EncoderState, State
 from master_service.decisions.weighing import grace_ends
 from master_service.history.fold import Check, Fold
 from master_service.history.snapshot import read_snapshot
@@ -213,12 +214,20 @@ class Refold:
         if _who(body) in self.without:
             return None
         if isinstance(body, Configured) and self.counterfactual:
-            changed = self.change(body.settings) if self.change else body.settings
-            return body.model_copy(update={"settings": changed.model_copy(update={"stop": StopRule()})})
+            return self._changed_settings(body.settings, body)
+        if isinstance(body, Change) and self.counterfactual and body.member is None:
+            # of the logged settings, whatever a counterfactual has made of them
+            settings = operating.changed_settings(self.logged.state, body)
+            return None if settings is None else self._changed_settings(settings, self.logged.state)
         if isinstance(body, UpdateManifest) and self.counterfactual:
             base = self._reached.get((body.encoder, body.base_version), 0)
             return body.model_copy(update={"base_version": base})
         return body
+
+    def _changed_settings(self, settings: Settings, of: Configured | State) -> Configured:
+        changed = self.change(settings) if self.change else settings
+        decided = changed.model_copy(update={"stop": StopRule()})
+        return Configured(settings=decided, claims=of.claims, kept_failed=of.kept_failed)
 
     def _follow(self, entry: Entry) -> None:
         """Decide as the master did. Where that ended an encoder's training, what is at hand is the last version."""
@@ -277,7 +286,9 @@ def _grace(coordinator: Coordinator) -> dict[str, float]:
     return {
         name: ends
         for name, encoder in state.encoders.items()
-        if encoder.status == "running" and (ends := grace_ends(encoder, state.settings)) is not None
+        if encoder.status == "running"
+        and encoder.paused_at is None
+        and (ends := grace_ends(encoder, state.settings)) is not None
     }
 
 

@@ -32,7 +32,7 @@ from master_service.log.message_log import MessageLog, repair_hint
 from master_service.log.payloads import Payloads
 
 #: What the state consists of. A snapshot of another one is not used; the log leads to the same state.
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
 
 _KEPT = 2
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)

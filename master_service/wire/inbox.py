@@ -10,7 +10,7 @@ from common.wire.accounts import expect, operator_of, party_of
 from common.wire.base import Message
 from common.wire.broker import Delivery
 from common.wire.codec import received
-from common.wire.to_master import Continue, Get, Stop, UpdateChunk
+from common.wire.to_master import Continue, Get, Operation, Stop, UpdateChunk
 from common.wire.topology import Topology
 from master_service.config import MasterConfig
 
@@ -25,6 +25,11 @@ _INBOX = (
     "request.finished",
     "request.leave",
     "request.stop",
+    "request.set",
+    "request.kick",
+    "request.admit",
+    "request.pause",
+    "request.resume",
     "ack",
     "request.alive",
     "request.status",
@@ -57,13 +62,15 @@ def understood(delivery: Delivery, topology: Topology) -> Message:
 def refusal(message: Message, delivery: Delivery, topology: Topology, config: MasterConfig) -> str:
     """Why a request is not for its sender to make, in one line; empty if it is. A matter of accounts alone: where all
     share one, everyone may do everything. `message` is what was `understood` of the delivery."""
-    if not topology.own_accounts or not isinstance(message, Get | Continue | Stop):
+    if not topology.own_accounts or not isinstance(message, Get | Continue | Stop | Operation):
         return ""
     party = party_of(topology, delivery.user_id)
     if party in config.operators:
         return ""
     if isinstance(message, Stop):
         return f"only operators may end a training here, and {party} is none (see master.operators)"
+    if isinstance(message, Operation):
+        return f"only operators may change how this runs, and {party} is none (see master.operators)"
     if config.nodes_may_request:
         return ""
     return (

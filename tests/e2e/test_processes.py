@@ -18,11 +18,15 @@ import pytest
 from common.brokers import open_broker
 from common.errors import Unroutable
 from common.wire.broker import Publication
+from common.wire.to_master import Change, UpdateManifest
 from common.wire.topology import Topology
 from deploy.commands.observe import Observer
 from deploy.config import load_config
 from deploy.demo.demo import LATE, SPEEDS
 from deploy.demo.federation import over_rabbitmq
+from master_service.decisions.records import Versioned
+from master_service.history.replay import origin, verify
+from master_service.log.message_log import open_log
 from master_service.status import EncoderReport
 
 ARCHITECTURE = "{ hidden_size = 16, intermediate_size = 16, num_attention_heads = 2, num_hidden_layers = 1 }"
@@ -257,3 +261,59 @@ def check_demo(out: Path, printed: str) -> dict[str, Any]:
 
     assert AutoModel.from_pretrained(out / "encoder").config.model_type == "modernbert"
     return dict(report)
+
+
+@pytest.mark.timeout(300)
+def test_what_an_operator_sets_holds_through_a_kill_of_the_master_and_in_replay(run: Run) -> None:
+    run.start("master")
+    for node in NODES[:3]:
+        run.start("node", node)
+    run.until(lambda e: e.version >= 3)
+    refused = shared_encoder("set", "encoder.architecture.hidden_size=8", "--config", str(run.file))
+    assert refused.returncode == 2 and "cannot be changed while it runs" in refused.stderr, refused.stderr
+    done = shared_encoder("set", "rule.outer.lr=2", "update.when.steps=7", "--config", str(run.file))
+    paused = shared_encoder("pause", "--config", str(run.file))
+    killed = run.processes["master"]
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert done.returncode == paused.returncode == 0, done.stderr + paused.stderr
+    assert done.stdout.splitlines() == ["rule.outer.lr: 1.0 → 2.0", "update.when.steps: 5 → 7"]
+    log = open_log(run.directory / "master", read_only=True)
+    [row] = [entry.offset for entry in log.entries() if isinstance(entry.body, Change)]
+    version = sum(isinstance(entry.body, Versioned) for entry in log.entries())
+    log.close()
+    # with the same file, which says that updates are of 5 steps
+    run.start("master")
+    resting = run.until(lambda e: e.paused)
+    time.sleep(3.0)
+    assert run.until(lambda e: e.paused).version == resting.version
+    shown = shared_encoder("status", "--config", str(run.file)).stdout
+    assert "paused  version" in shown, shown
+    run.until(lambda e: all(each.note == "paused by the operator" for each in e.members.values()))
+    resumed = shared_encoder("resume", "--config", str(run.file))
+    assert "goes on from version" in resumed.stdout, resumed.stderr
+    run.until(lambda e: e.version >= version + 10)
+    back = shared_encoder("unset", "rule", "--config", str(run.file))
+    assert back.stdout.splitlines() == ["rule.outer.lr: 2.0 → 1.0"], back.stderr
+    run.until(lambda e: e.version >= version + 15)
+    out = shared_encoder("kick", "c", "--reason", "its GPU is broken", "--config", str(run.file))
+    assert out.stdout.startswith("c is out"), out.stderr
+    kicked = run.until(lambda e: e.members["c"].kicked and not e.members["c"].active)
+    run.until(lambda e: e.version >= kicked.version + 2)
+    said = "taken out by the master's operator: its GPU is broken; waiting to be let in again"
+    assert said in run.log("c"), run.log("c")[-2000:]
+    assert shared_encoder("admit", "c", "--config", str(run.file)).returncode == 0
+    run.until(lambda e: e.members["c"].active and e.members["c"].returns > kicked.members["c"].returns)
+    run.processes["master"].send_signal(signal.SIGTERM)
+    assert run.processes["master"].wait(30) == 0, run.log("master")
+    log = open_log(run.directory / "master", read_only=True)
+    steps = [e.body.steps for e in log.entries() if isinstance(e.body, UpdateManifest) and e.offset > row]
+    assert steps[-3:] == [7, 7, 7], steps
+    fold = origin(log).fold
+    rates = [step.outer.lr for _ in verify(log, fold) if fold.offset > row for step in fold.pending.values()]
+    assert rates[0] == 2.0 and rates[-1] == 1.0
+    log.close()
+    replayed = shared_encoder("replay", "--state", str(run.directory / "master"))
+    assert replayed.returncode == 0 and "DIFFERENT" not in replayed.stdout, replayed.stderr
+    other = shared_encoder("replay", "--rule", "fedasync", "--state", str(run.directory / "master"))
+    assert other.returncode == 0, other.stderr

@@ -172,6 +172,8 @@ ATTACKS: dict[str, tuple[Callable[[Any], Any], int, str]] = {
         "queue 'fed.node.b.lock'",
     ),
     "stop a run": (publishing(TOPOLOGY.request, "a.stop"), 403, "topic 'a.stop'"),
+    "change the rule": (publishing(TOPOLOGY.request, "a.set"), 403, "topic 'a.set'"),
+    "take b out": (publishing(TOPOLOGY.request, "a.kick"), 403, "topic 'a.kick'"),
     "ask for an encoder": (publishing(TOPOLOGY.request, "a.get"), 403, "topic 'a.get'"),
     "write to the dead letters": (publishing(TOPOLOGY.dead_letters, "invalid"), 403, "exchange 'fed.dead-letters'"),
     "publish a version": (publishing(TOPOLOGY.parameter, "text-1"), 403, "exchange 'fed.parameter'"),

@@ -27,6 +27,7 @@ from common.wire.codec import encode, received
 from common.wire.messages import ToMaster
 from common.wire.to_master import (
     AskStatus,
+    Change,
     Continue,
     FetchAssets,
     Get,
@@ -184,11 +185,11 @@ def test_a_chunk_of_anothers_does_not_get_into_an_update(server: MemoryServer, c
     ("party", "sender", "config", "refused"),
     [
         ("alice", COMMAND, {"operators": ("alice",)}, ()),
-        ("alice", COMMAND, {}, (Stop, Get, Continue)),
-        ("alice", COMMAND, {"operators": ("bob", COMMAND)}, (Stop, Get, Continue)),
-        ("alice", COMMAND, {"nodes_may_request": True}, (Stop,)),
-        ("a", "a", {"operators": ("alice",)}, (Stop, Get, Continue)),
-        ("a", "a", {"operators": ("alice",), "nodes_may_request": True}, (Stop,)),
+        ("alice", COMMAND, {}, (Stop, Change, Get, Continue)),
+        ("alice", COMMAND, {"operators": ("bob", COMMAND)}, (Stop, Change, Get, Continue)),
+        ("alice", COMMAND, {"nodes_may_request": True}, (Stop, Change)),
+        ("a", "a", {"operators": ("alice",)}, (Stop, Change, Get, Continue)),
+        ("a", "a", {"operators": ("alice",), "nodes_may_request": True}, (Stop, Change)),
     ],
 )
 def test_what_operators_may_ask_for_and_nodes_may_not(
@@ -202,6 +203,7 @@ def test_what_operators_may_ask_for_and_nodes_may_not(
     served, hear = master(server, clock, **config).start(), sent_to(server, "a")
     rows = len(list(served.journal.log.entries()))
     asked = (Get(sender=sender, encoder_type="text"), Continue(sender=sender, encoder="x"), Stop(sender=sender))
+    asked = (*asked, Change(sender=sender, changes={"stop.updates": 10**6}))
     for request in (*asked, AskStatus(sender=sender)):
         say(account(server, party), sender, request)
     served.turn()
@@ -210,7 +212,7 @@ def test_what_operators_may_ask_for_and_nodes_may_not(
     words = [each.detail for each in answers if "only operators" in each.detail]
     assert len(words) == len(refused) and all(f"{party} is none" in each and "\n" not in each for each in words)
     assert any(isinstance(each, StatusReport) for each in messages), "who may ask nothing else may look"
-    assert len(list(served.journal.log.entries())) == rows + 3 - len(refused), "what is refused has no row"
+    assert len(list(served.journal.log.entries())) == rows + 4 - len(refused), "what is refused has no row"
     stopped = [encoder.stop_requested or encoder.status == "finished" for encoder in encoders(served)]
     assert all(stopped) == (Stop not in refused)
 

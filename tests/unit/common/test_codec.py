@@ -53,13 +53,16 @@ BY_NAME = {
     "checksum": st.text(max_size=16),
     "chunks": st.integers(1, 9),
     "update_rule": st.just({}),
+    "member": ID,
+    "changes": st.dictionaries(st.text(min_size=1, max_size=9), st.none() | st.floats(-1e6, 1e6) | ID, max_size=3),
+    "back": st.lists(st.text(min_size=1, max_size=9), max_size=3),
     "report": st.just({"a": [1, 2.5, None]}),
     "name": NAME,
     "size": SIZE,
     "assets": st.lists(st.fixed_dictionaries({"name": NAME, "digest": DIGEST, "size": SIZE}), max_size=3),
 }
 #: Filled in although they have a default.
-ALSO = ("assets",)
+ALSO = ("assets", "changes", "back")
 
 
 def instances(kind: type[Message]) -> st.SearchStrategy[Message]:

@@ -88,9 +88,14 @@ GOOD: dict[str, Any] = {
     "accepted": True,
     "named": False,
     "wants_version": True,
+    "changes": {"rule.outer.lr": 2.5, "update.when.steps": 20, "update.encoding": "int8"},
+    "back": ["rule.outer.lr"],
+    "member": "n",
+    "paused": False,
+    "kicked": False,
 }
 #: Free in what they hold, but not in how large it is.
-FREE = {"architecture", "report"}
+FREE = {"architecture", "report", "changes"}
 
 
 def good(kind: type[Message]) -> dict[str, Any]:

@@ -10,7 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.wire.codec import decode, encode
-from common.wire.to_master import Continue, Fetch, Get, InstructionAck, Join, Leave, Stop
+from common.wire.to_master import (
+    Admit,
+    Change,
+    Continue,
+    Fetch,
+    Get,
+    InstructionAck,
+    Join,
+    Kick,
+    Leave,
+    Pause,
+    Resume,
+    Stop,
+)
 from common.wire.to_node import Finish, Notice, Receipt
 from master_service.decisions.coordinator import Coordinator
 from master_service.decisions.effects import Broadcast, Conclude, Effect, Generate, Publish, Send, Step
@@ -44,7 +57,17 @@ SETTINGS = st.builds(
 KINDS = (
     *("join", "ack", "ack", "refuse", "leave", "present", "fetch", *["update"] * 16, *["again"] * 4),
     *("get", "fresh", "continue", "continue", "stop", "tick", "tick", "later", "configure", "restore"),
+    *("pause", "resume", "resume", "kick", "admit", "admit", "set", "own"),
 )
+SET: list[tuple[str, Any]] = [
+    ("update.when.steps", 3),
+    ("stop.versions", None),
+    ("stop.seconds", 60),
+    ("rule.preset", "fedavg"),
+    ("rule.buffer.grace_seconds", 1),
+    ("update.max_unanswered", 1),
+    ("rule.combine.how", "median"),
+]
 #: What may be wrong with an update: mostly nothing.
 WRONG: list[dict[str, Any]] = [
     *([{}] * 12),
@@ -117,6 +140,17 @@ class Storm(Scenario):
                 self.apply(Continue(sender=node, encoder=name))
             case "stop":
                 self.apply(Stop(sender=node, encoder=name if number % 2 else None))
+            case "pause":
+                self.apply(Pause(sender="op", encoder=name if number % 2 else None))
+            case "resume":
+                self.apply(Resume(sender="op", encoder=name if number % 2 else None))
+            case "kick":
+                self.apply(Kick(sender="op", member=node))
+            case "admit":
+                self.apply(Admit(sender="op", member=node))
+            case "set" | "own":
+                name_of, value = SET[number % len(SET)]
+                self.apply(Change(sender="op", changes={name_of: value}, member=node if kind == "own" else None))
             case "tick" if (due := self.coordinator.deadline()) is not None:
                 self.at = max(self.at, due)
                 self.apply(Tick())

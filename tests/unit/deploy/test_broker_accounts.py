@@ -42,7 +42,8 @@ NODES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True).filter(
 AWKWARD = st.sampled_from(
     ["a", "A", "a-b", "ab", "inbox", "update", "parameters", "lock", "node", "masters", "_".join("ab")]
 )
-SAID = (*NODE_SAYS, "get", "update", "status", "stop", "ready", "chunk", "chunk.1", "chunk.64", "chunk.x", "chunk.1.1")
+ASKED = ("get", "update", "status", "stop", "set", "pause", "resume", "kick", "admit")
+SAID = (*NODE_SAYS, *ASKED, "ready", "chunk", "chunk.1", "chunk.64", "chunk.x", "chunk.1.1")
 
 
 def everything(topology: Topology, *nodes: str) -> tuple[set[str], set[str]]:
@@ -124,7 +125,7 @@ def test_an_operator_asks_and_stops_by_names_that_no_node_has(
     [inbox], [binding] = topology.observer(command).queues, topology.observer(command).bindings
     assert all(mine.permits(action, inbox.name) for action in ("configure", "write", "read"))
     assert mine.permits("read", topology.receipt, binding.routing_key)
-    for word in ("status", "get", "update", "stop"):
+    for word in ASKED:
         assert mine.permits("write", topology.request, f"{command}.{word}")
     for word in SAID:
         assert not mine.permits("write", topology.request, f"{node}.{word}")

@@ -151,10 +151,8 @@ def test_a_table_has_a_row_per_node() -> None:
     Console(file=screen, width=120).print(table)
     shown = screen.getvalue()
     assert "text-1  running  version 3  5 updates  25%" in shown
-    assert [line.split("│")[1].strip() for line in shown.splitlines() if "1200" in line] == [
-        "clinic-a",
-        "clinic-b (away)",
-    ]
+    rows = [line for line in shown.splitlines() if "1200" in line]
+    assert [line.split("  ")[0] for line in rows] == ["clinic-a", "clinic-b (away)"]
 
 
 @pytest.mark.parametrize("part", ["broker", "encoders", "member", "everything"])

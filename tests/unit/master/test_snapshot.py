@@ -96,7 +96,7 @@ def test_f10_a_snapshot_of_another_release_is_skipped(run: tuple[Federation, Pat
     (newest / "manifest.json").write_text(json.dumps({**plain, "seal": seal}))
     assert read_snapshot(tmp_path / "copy", federation.log).offset == int(older.name)
     [_, (_, problem)] = whole_snapshots(tmp_path / "copy", federation.log.payloads)
-    assert problem == "another release has written it (state schema 1, not 2)"
+    assert problem == "another release has written it (state schema 1, not 3)"
 
 
 def test_what_a_dead_master_left_half_written_pushes_out_no_snapshot(tmp_path: Path) -> None:
