@@ -6,11 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import helm_python as helm
-import kubernetes_validate
 import pytest
-import yaml
-from helm_python.errors import HelmError
 from typer.main import get_command
 
 from deploy.cli import app
@@ -43,6 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    import helm_python as helm  # of the extra [containers], which the ordinary suite is collected without
+    import yaml
+
     with helm.Chart.load(str(CHART)) as chart:
         texts = chart.render(values, name="fed", namespace="ml")
     found = [each for name, text in texts.items() if name.endswith(".yaml") for each in yaml.safe_load_all(text)]
@@ -58,6 +57,8 @@ def pods(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("kubernetes", KUBERNETES)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_what_it_renders_is_what_kubernetes_knows(settings: str, kubernetes: str) -> None:
+    import kubernetes_validate
+
     objects = rendered(SETTINGS[settings])
     for each in objects:
         kubernetes_validate.validate(each, kubernetes, strict=True)
@@ -66,6 +67,8 @@ def test_what_it_renders_is_what_kubernetes_knows(settings: str, kubernetes: str
 
 
 def test_lint_has_nothing_against_it() -> None:
+    import helm_python as helm
+
     found = helm.lint(str(CHART))
     assert not found["errors"]
     assert [each for each in found["messages"] if "icon" not in each["error"]] == []
@@ -133,5 +136,7 @@ def test_each_node_reads_its_own_corpus_with_its_own_credentials() -> None:
     ],
 )
 def test_values_that_are_none_are_refused(values: dict[str, Any]) -> None:
+    from helm_python.errors import HelmError
+
     with pytest.raises(HelmError):
         rendered(values)

@@ -74,7 +74,7 @@ class Proxy:
 
     def _explained(self, broker: str, error: OSError) -> SharedEncoderError:
         said = str(error) or repr(error)
-        if "407" in said or "authentication" in said.lower():
+        if "Tunnel connection failed: 407" in said or "authentication" in said.lower():
             return UserError(
                 f"the proxy at {self.where} wants a user and a password, or others: broker.proxy = "
                 f"{self._parts.scheme}://user:password@host:port ({said})"
