@@ -164,6 +164,7 @@ def test_every_query_has_data_and_alerts_fire_when_they_should(
     assert federation.asked("master", "healthz") == b"ok\n", "nobody is to kill it for that"
 
 
+@pytest.mark.slow
 def test_who_waits_for_the_broker_or_for_aggregators_is_alive_and_says_so(tmp_path: Path, stack: ExitStack) -> None:
     server = LocalRabbitMQ(tmp_path / "rabbitmq")
     federation = Federation(tmp_path, server.url)

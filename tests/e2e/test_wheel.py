@@ -116,6 +116,7 @@ def test_the_wheel_has_every_file_and_the_public_package_once(installed: Install
     assert inside - wanted == data | examples | watching and len(examples) > 5
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_extras(installed: Installed, tmp_path: Path) -> None:
     ran = _run(installed.bin / "python", "-c", SCRIPT.format(extras=EXTRAS), cwd=tmp_path)
     first, *_, code, last = ran.stdout.splitlines()

@@ -133,6 +133,7 @@ def trained_once(corpora: Mapping[str, Any], **options: Any) -> Federated:
     return _trained[key]
 
 
+@pytest.mark.slow
 def test_the_pages_lines_run_as_they_stand(tmp_path: Path) -> None:
     """In a process of their own, as one that copies them would: nothing is printed but what they print."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
