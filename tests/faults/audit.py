@@ -44,13 +44,21 @@ class Findings:
         )
 
 
-def examine(master: Path, nodes: Iterable[Path], aggregators: Sequence[Path] = ()) -> Findings:
+def examine(
+    master: Path, nodes: Iterable[Path], aggregators: Sequence[Path] = (), *, stopped: bool = False
+) -> Findings:
     """Examine the state directories of a master, of its aggregators, if any, and of nodes (present and former) after
-    everything has ended."""
+    everything has ended. `stopped`: a training was stopped and all parties went at once; what a node handed in last,
+    behind everything that was answered, came too late to be answered, and is neither sent nor lost."""
     found = Findings()
     log = open_log(master, read_only=True)
     gather(log, aggregators)
     held, owed = _held(nodes)
+    if stopped:
+        answered: dict[tuple[str, ...], int] = {}
+        for *of, sequence in held:
+            answered[tuple(of)] = max(sequence, answered.get(tuple(of), -1))
+        owed = {update for update in owed if update[-1] <= answered.get(tuple(update[:-1]), -1)}
     found.sent = len(held.keys() | owed)
     found.accepted = sum(any(receipt.accepted for receipt in receipts) for receipts in held.values())
     found.refused = len(held) - found.accepted
